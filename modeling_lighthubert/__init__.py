@@ -1,0 +1,50 @@
+"""LightHuBERT for transformers. Importing this package registers the models with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForAudioClassification,
+    AutoModelForAudioFrameClassification,
+    AutoModelForAudioXVector,
+    AutoModelForCTC,
+    AutoModelForPreTraining,
+)
+
+from .configuration_lighthubert import LightHubertConfig
+from .modeling_lighthubert import (
+    LightHubertForAudioFrameClassification,
+    LightHubertForCTC,
+    LightHubertForPreTraining,
+    LightHubertForSequenceClassification,
+    LightHubertForXVector,
+    LightHubertModel,
+    LightHubertPreTrainedModel,
+)
+from .search_space import SearchSpace, Subnet
+
+
+AutoConfig.register(LightHubertConfig.model_type, LightHubertConfig)
+LightHubertConfig.register_for_auto_class()
+for auto_class, model_class in (
+    (AutoModel, LightHubertModel),
+    (AutoModelForPreTraining, LightHubertForPreTraining),
+    (AutoModelForCTC, LightHubertForCTC),
+    (AutoModelForAudioClassification, LightHubertForSequenceClassification),
+    (AutoModelForAudioFrameClassification, LightHubertForAudioFrameClassification),
+    (AutoModelForAudioXVector, LightHubertForXVector),
+):
+    auto_class.register(LightHubertConfig, model_class)
+    model_class.register_for_auto_class(auto_class.__name__)  # a saved folder carries its code
+
+__all__ = [
+    "LightHubertConfig",
+    "LightHubertForAudioFrameClassification",
+    "LightHubertForCTC",
+    "LightHubertForPreTraining",
+    "LightHubertForSequenceClassification",
+    "LightHubertForXVector",
+    "LightHubertModel",
+    "LightHubertPreTrainedModel",
+    "SearchSpace",
+    "Subnet",
+]

@@ -1,0 +1,311 @@
+"""Converts a checkpoint of the authors (`lighthubert_{base,small,stage1}.pt`) to a folder that the Auto classes load.
+
+    python -m modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch \\
+        --checkpoint_path lighthubert_small.pt --pytorch_dump_folder_path lighthubert-small --trim
+
+The file is unpickled with `weights_only=True`, every tensor is accounted for by name and shape, and the folder appears
+whole or not at all.
+"""
+
+import argparse
+import ast
+import operator
+import pickle
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from transformers import Wav2Vec2FeatureExtractor
+from transformers.utils import logging
+
+from . import LightHubertConfig, LightHubertForPreTraining, SearchSpace
+from .search_space import search_space_from
+
+
+logger = logging.get_logger("lighthubert.convert")
+
+# Ours on the left of a layer's number or name, fairseq's on the right
+NAMES = {
+    "hubert.masked_spec_embed": "mask_emb",
+    "hubert.feature_projection.layer_norm": "layer_norm",
+    "hubert.feature_projection.projection": "post_extract_proj",
+    "hubert.encoder.pos_conv_embed.conv.bias": "encoder.pos_conv.0.bias",
+    "hubert.encoder.pos_conv_embed.conv.parametrizations.weight.original0": "encoder.pos_conv.0.weight_g",
+    "hubert.encoder.pos_conv_embed.conv.parametrizations.weight.original1": "encoder.pos_conv.0.weight_v",
+    "hubert.encoder.layer_norm": "encoder.layer_norm",
+}
+LAYER_NAMES = {
+    "attention.q_proj": "self_attn.q_proj",
+    "attention.k_proj": "self_attn.k_proj",
+    "attention.v_proj": "self_attn.v_proj",
+    "attention.out_proj": "self_attn.out_proj",
+    "layer_norm": "self_attn_layer_norm",
+    "feed_forward.intermediate_dense": "fc1",
+    "feed_forward.output_dense": "fc2",
+    "final_layer_norm": "final_layer_norm",
+}
+UNUSED = ("label_embs_concat", "final_proj.")
+"""HuBERT's pre-training head, which LightHuBERT's training left as it was."""
+
+
+def load_original_checkpoint(checkpoint_path: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Model settings and weights of a `.pt` file, given by path or as `organisation/repository/file` on the Hub.
+
+    Raises:
+        ValueError: the file is missing, damaged, holds anything but tensors and plain values, or is another model's.
+    """
+    path = Path(checkpoint_path)
+    if not path.is_file():
+        parts = checkpoint_path.split("/")
+        if path.is_absolute() or len(parts) < 3:
+            raise ValueError(
+                f"{checkpoint_path} is no file. Give a path, or organisation/repository/file on the Hub, such as"
+                " mechanicalsea/lighthubert/lighthubert_small.pt"
+            )
+        path = Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is damaged, or holds code beside weights, which is never run"
+            f" ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no details'})"
+        ) from error
+    settings = checkpoint.get("cfg", {}).get("model") if isinstance(checkpoint, dict) else None
+    weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    if not isinstance(settings, dict) or settings.get("_name") not in ("hubert_pruner", "student_hubert"):
+        raise ValueError(f"{path} is not a LightHuBERT checkpoint: cfg.model names no hubert_pruner or student_hubert")
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{path} is not a LightHuBERT checkpoint: 'model' is not a dictionary of tensors")
+    return settings, weights
+
+
+def parse_conv_layers(text: str) -> list[tuple[int, int, int]]:
+    """`"[(512,10,5)] + [(512,3,2)] * 4"` to a list of (channels, kernel, stride), without evaluating it as code."""
+
+    def value(node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=int(number)):
+                return number
+            case ast.List(elts=items):
+                return [value(item) for item in items]
+            case ast.Tuple(elts=items):
+                return tuple(value(item) for item in items)
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                return operator.add(value(left), value(right))
+            case ast.BinOp(left=left, op=ast.Mult(), right=ast.Constant(value=int(times))) if times < 100:
+                return value(left) * times
+        raise ValueError(f"conv_feature_layers={text!r} is not a list of (channels, kernel, stride)")
+
+    try:
+        layers = value(ast.parse(text, mode="eval").body)
+    except (SyntaxError, TypeError) as error:
+        raise ValueError(f"conv_feature_layers={text!r} is not a list of (channels, kernel, stride)") from error
+    if not isinstance(layers, list) or not all(isinstance(layer, tuple) and len(layer) == 3 for layer in layers):
+        raise ValueError(f"conv_feature_layers={text!r} is not a list of (channels, kernel, stride)")
+    return layers
+
+
+def find_search_space(settings: dict[str, Any]) -> SearchSpace | None:
+    """The search space that the settings name: `None` for stage 1, which is one model.
+
+    Raises:
+        ValueError: a supernet whose settings do not say which space it was trained for.
+    """
+    if settings["_name"] == "student_hubert":
+        return None
+    name = Path(str(settings.get("pruner_supernet", ""))).stem
+    if name not in ("small", "base"):
+        raise ValueError("the checkpoint does not say which search space it was trained for: give --search_space")
+    return SearchSpace.preset(name)
+
+
+def make_config(
+    settings: dict[str, Any], search_space: SearchSpace | None, teacher_hidden_size: int | None
+) -> LightHubertConfig:
+    """Configuration in our terms of the settings in fairseq's."""
+    conv_dim, conv_kernel, conv_stride = zip(*parse_conv_layers(settings["conv_feature_layers"]), strict=True)
+    return LightHubertConfig(
+        search_space=search_space,
+        hidden_size=settings["encoder_embed_dim"],
+        num_hidden_layers=settings["encoder_layers"],
+        num_attention_heads=settings["encoder_attention_heads"],
+        intermediate_size=settings["encoder_ffn_embed_dim"],
+        hidden_act=settings.get("activation_fn", "gelu"),
+        hidden_dropout=settings.get("dropout", 0.1),
+        attention_dropout=settings.get("attention_dropout", 0.1),
+        activation_dropout=settings.get("activation_dropout", 0.0),
+        feat_proj_dropout=settings.get("dropout_input", 0.0),
+        layerdrop=settings.get("encoder_layerdrop", 0.0),
+        feat_extract_norm="layer" if settings["extractor_mode"] == "layer_norm" else "group",
+        do_stable_layer_norm=settings["layer_norm_first"],
+        conv_dim=conv_dim,
+        conv_kernel=conv_kernel,
+        conv_stride=conv_stride,
+        conv_bias=settings["conv_bias"],
+        num_conv_pos_embeddings=settings["conv_pos"],
+        num_conv_pos_embedding_groups=settings["conv_pos_groups"],
+        num_prediction_heads=0 if teacher_hidden_size is None else 1,
+        teacher_hidden_size=teacher_hidden_size,
+    )
+
+
+def original_name(name: str, config: LightHubertConfig) -> str:
+    """fairseq's name of our parameter `name`."""
+    if name in NAMES:
+        return NAMES[name]
+    module, _, kind = name.rpartition(".")
+    if module in NAMES:
+        return f"{NAMES[module]}.{kind}"
+    parts = module.split(".")
+    if module.startswith("hubert.encoder.layers."):
+        return f"encoder.layers.{parts[3]}.{LAYER_NAMES['.'.join(parts[4:])]}.{kind}"
+    if module.startswith("prediction_heads."):
+        return f"layer_pred_heads.{config.num_hidden_layers - 1}.{kind}"
+    # feature_extractor: fairseq has a Sequential of convolution, dropout, norm (layer norm sits between transposes), GELU
+    norm = "2.1" if config.feat_extract_norm == "layer" else "2"
+    return f"feature_extractor.conv_layers.{parts[3]}.{'0' if parts[4] == 'conv' else norm}.{kind}"
+
+
+def convert(checkpoint_path: str, search_space: SearchSpace | None = None) -> LightHubertForPreTraining:
+    """The model in a checkpoint of the authors, in fp32, with its prediction head.
+
+    Args:
+        checkpoint_path: see `load_original_checkpoint`.
+        search_space: overrides what the checkpoint says, or says what it does not.
+
+    Raises:
+        ValueError: not a LightHuBERT checkpoint, or one whose tensors do not fit its settings.
+    """
+    settings, weights = load_original_checkpoint(checkpoint_path)
+    space = search_space or find_search_space(settings)
+    head = weights.get(f"layer_pred_heads.{settings['encoder_layers'] - 1}.weight")
+    config = make_config(settings, space, None if head is None else head.shape[0])
+    with torch.device("meta"):
+        model = LightHubertForPreTraining(config)
+    state, used = {}, set()
+    for name, parameter in model.state_dict().items():
+        theirs = original_name(name, config)
+        if theirs not in weights:
+            raise ValueError(f"{checkpoint_path} lacks {theirs} (our {name})")
+        if weights[theirs].shape != parameter.shape:
+            raise ValueError(
+                f"{theirs} has shape {tuple(weights[theirs].shape)}, but its settings say {tuple(parameter.shape)}"
+            )
+        state[name] = weights[theirs].float()
+        used.add(theirs)
+    unused = sorted(set(weights) - used)
+    if unknown := [name for name in unused if not name.startswith(UNUSED)]:
+        raise ValueError(f"{checkpoint_path} has weights that LightHuBERT does not know: {unknown}")
+    if unused:
+        logger.warning(f"Dropped, because nothing uses them: {', '.join(unused)}")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def trim(model: LightHubertForPreTraining) -> LightHubertForPreTraining:
+    """The same supernet, storing no more width, heads and FFN than its largest subnet. Every subnet answers as before.
+
+    Raises:
+        ValueError: a cut model, which has nothing to trim.
+    """
+    if model.search_space is None:
+        raise ValueError("only a supernet can be trimmed: this checkpoint is one model (give --search_space to make it one)")
+    config = model.config.trimmed()
+    with torch.device("meta"):
+        trimmed = LightHubertForPreTraining(config)
+    stored = model.search_space.largest
+    # all layers, and whole FFN blocks, even where no subnet fills them: smaller subnets find their part by block and index
+    full = type(stored).uniform(
+        stored.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size, config.head_dim
+    )
+    with torch.no_grad():
+        model.base_model.select(full)
+        for head in model.elastic_heads():
+            head.select(full.hidden_size, head.out_features)
+        state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.cut_state().items()}
+    model.set_subnet("largest")
+    trimmed.load_state_dict(state, assign=True)
+    return trimmed.eval()
+
+
+MODEL_CARD = """---
+library_name: transformers
+license: apache-2.0
+tags: [speech, hubert, lighthubert, once-for-all]
+---
+
+# {name}
+
+Converted from `{checkpoint}` of the authors of LightHuBERT ([paper](https://arxiv.org/abs/2203.15610)).
+It holds {content}.
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
+```
+"""
+
+
+def save_whole(model: LightHubertForPreTraining, folder: Path, checkpoint_path: str, name: str) -> None:
+    """Writes model, code, feature extractor and card beside `folder`, then renames: there is never half a folder.
+
+    Raises:
+        ValueError: `folder` exists and is not empty.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: choose another --pytorch_dump_folder_path, or delete it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.unfinished-", dir=folder.parent))
+    try:
+        model.save_pretrained(unfinished)
+        Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(unfinished)
+        space = model.search_space
+        content = f"{space.num_subnets:,} subnets, {space}" if space else f"one model, {model.subnet}"
+        card = MODEL_CARD.format(name=name, checkpoint=Path(checkpoint_path).name, content=content)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        unfinished.chmod(0o755)
+        unfinished.replace(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint_path", required=True, help="The .pt file: a path, or organisation/repository/file on the Hub."
+    )
+    parser.add_argument("--pytorch_dump_folder_path", required=True, type=Path, help="Folder to write. Must not exist.")
+    parser.add_argument(
+        "--search_space",
+        help="small, base, or a JSON file with the choices. Default: what the checkpoint says (stage 1 is one model).",
+    )
+    parser.add_argument(
+        "--trim", action="store_true", help="Store no more width than the largest subnet has. Answers stay the same."
+    )
+    parser.add_argument("--push_to_hub", metavar="ID", help="Hub repository to push the folder to.")
+    options = parser.parse_args(arguments)
+    try:
+        space = options.search_space
+        if space is not None:
+            space = SearchSpace.from_json_file(space) if space.endswith(".json") else search_space_from(space)
+        model = convert(options.checkpoint_path, space)
+        if options.trim:
+            model = trim(model)
+        folder = options.pytorch_dump_folder_path
+        save_whole(model, folder, options.checkpoint_path, options.push_to_hub or folder.name)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+    print(f"{folder}: {model.num_parameters():,} parameters, subnet {model.subnet}")
+    if options.push_to_hub:
+        repo = HfApi().create_repo(options.push_to_hub, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Convert LightHuBERT")
+        print(f"pushed to {repo}")
+
+
+if __name__ == "__main__":
+    main()

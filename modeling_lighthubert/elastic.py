@@ -1,0 +1,234 @@
+"""Elastic layers: torch layers that hold the weights of the largest subnet and use the part that the selected one names.
+
+Each is a plain torch layer with three more methods: `select` says which part is used from now on, `selected` gives that
+part (views of the full weights: gradients reach what was used and nothing else), and `cut_state` gives the state dict of
+the plain layer that would answer alike. Sizes are full until the first `select`. What "the part" means is fixed by the
+released checkpoints: rows and columns from the front, except in the FFN (see `take`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def take(tensor: torch.Tensor, dim: int, size: int, block: int, width: int) -> torch.Tensor:
+    """The first `width` of every `block` entries of `tensor` along `dim`, `size` of them in all.
+
+    With one block these are simply the first `size` entries. The FFN of a supernet of width D has blocks of D units, and
+    a subnet of width E uses the first E of each (released code: 768 wide, cut to E=384 with 1536 units, uses units 0-383,
+    768-1151, 1536-1919 and 2304-2687). Only that case copies; everything else is a view.
+    """
+    if size == tensor.shape[dim]:
+        return tensor
+    if size <= width or width == block:
+        return tensor.narrow(dim, 0, size)
+    blocks = tensor.unflatten(dim, (-1, block)).narrow(dim + 1, 0, width)
+    return blocks.flatten(dim, dim + 1).narrow(dim, 0, size)
+
+
+class ElasticLayer(ABC):
+    """What the elastic layers share."""
+
+    @abstractmethod
+    def selected(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of the selected part."""
+
+    @abstractmethod
+    def num_selected_parameters(self) -> int:
+        """Number of parameters of the plain layer that answers like the selected part."""
+
+    def cut_state(self) -> dict[str, torch.Tensor]:
+        """State dict of the plain layer that answers like the selected part. Tensors may be views of this layer's."""
+        weight, bias = self.selected()
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+
+class ElasticLinear(ElasticLayer, nn.Linear):
+    """A linear layer whose leading rows and columns are smaller linear layers (`SLinear` in the released code).
+
+    Args:
+        in_block, out_block: size of the blocks that inputs or outputs are cut in, see `take`. One block by default.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        in_block: int | None = None,
+        out_block: int | None = None,
+    ):
+        super().__init__(in_features, out_features, bias=bias)
+        self.in_block, self.out_block = in_block or in_features, out_block or out_features
+        self.select(in_features, out_features)
+
+    def select(
+        self, in_features: int, out_features: int, in_width: int | None = None, out_width: int | None = None
+    ) -> None:
+        """Uses `in_features` inputs and `out_features` outputs, of which `..._width` come from each block."""
+        self.columns = (in_features, self.in_block, in_width or in_features)
+        self.rows = (out_features, self.out_block, out_width or out_features)
+
+    def selected(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight (selected out, selected in) and bias (selected out)."""
+        weight = take(take(self.weight, 0, *self.rows), 1, *self.columns)
+        return weight, None if self.bias is None else take(self.bias, 0, *self.rows)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (..., selected in) -> (..., selected out)
+        return F.linear(hidden_states, *self.selected())
+
+    def num_selected_parameters(self) -> int:
+        return self.rows[0] * (self.columns[0] + (self.bias is not None))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, selected={self.columns[0]}->{self.rows[0]}"
+
+
+class ElasticLayerNorm(ElasticLayer, nn.LayerNorm):
+    """A layer norm over the leading features: their affine weights, statistics over what is left."""
+
+    def __init__(self, normalized_shape: int, eps: float = 1e-5):
+        super().__init__(normalized_shape, eps=eps)
+        self.select(normalized_shape)
+
+    def select(self, num_features: int) -> None:
+        self.num_selected = num_features
+
+    def selected(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias, each (selected features)."""
+        return self.weight[: self.num_selected], self.bias[: self.num_selected]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (..., selected) -> (..., selected)
+        return F.layer_norm(hidden_states, (self.num_selected,), *self.selected(), self.eps)
+
+    def num_selected_parameters(self) -> int:
+        return 2 * self.num_selected
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, selected={self.num_selected}"
+
+
+class ElasticBatchNorm1d(ElasticLayer, nn.BatchNorm1d):
+    """A batch norm over the leading channels. A channel's statistics do not depend on how many others are used."""
+
+    def __init__(self, num_features: int):
+        super().__init__(num_features)
+        self.select(num_features)
+
+    def select(self, num_features: int) -> None:
+        self.num_selected = num_features
+
+    def selected(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias, each (selected channels)."""
+        return self.weight[: self.num_selected], self.bias[: self.num_selected]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (batch, selected, time), shape kept
+        mean, variance = self.running_mean[: self.num_selected], self.running_var[: self.num_selected]
+        return F.batch_norm(hidden_states, mean, variance, *self.selected(), self.training, self.momentum, self.eps)
+
+    def cut_state(self) -> dict[str, torch.Tensor]:
+        return super().cut_state() | {
+            "running_mean": self.running_mean[: self.num_selected],
+            "running_var": self.running_var[: self.num_selected],
+            "num_batches_tracked": self.num_batches_tracked,
+        }
+
+    def num_selected_parameters(self) -> int:
+        return 2 * self.num_selected
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, selected={self.num_selected}"
+
+
+class ElasticPositionalConv1d(ElasticLayer, nn.Conv1d):
+    """The grouped position convolution, cut to its leading channels. The number of groups stays.
+
+    Under weight norm the norm is taken over the *full* kernel and the result is cut, as in the released code. So training
+    a narrow subnet also moves the rest of `original1` a little, through that norm; and the cut layer stores a new gain,
+    because the norm of a cut kernel is not the cut of the norm.
+    """
+
+    def __init__(self, num_channels: int, kernel_size: int, groups: int):
+        super().__init__(num_channels, num_channels, kernel_size, padding=kernel_size // 2, groups=groups)
+        self.select(num_channels)
+
+    def select(self, num_channels: int) -> None:
+        self.num_selected = num_channels
+
+    def selected(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kernel (selected, selected / groups, taps) and bias (selected)."""
+        kernel = self.weight[: self.num_selected, : self.num_selected // self.groups]
+        return kernel, self.bias[: self.num_selected]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (batch, selected, time), one frame longer
+        return self._conv_forward(hidden_states, *self.selected())
+
+    @property
+    def has_weight_norm(self) -> bool:
+        return hasattr(self, "parametrizations")
+
+    def cut_state(self) -> dict[str, torch.Tensor]:
+        kernel, bias = self.selected()
+        if not self.has_weight_norm:
+            return {"weight": kernel, "bias": bias}
+        gain = torch.linalg.vector_norm(kernel, dim=(0, 1), keepdim=True)
+        return {
+            "bias": bias,
+            "parametrizations.weight.original0": gain,
+            "parametrizations.weight.original1": kernel,
+        }
+
+    def num_selected_parameters(self) -> int:
+        taps = self.kernel_size[0]
+        kernel = self.num_selected * (self.num_selected // self.groups) * taps
+        return kernel + self.num_selected + (taps if self.has_weight_norm else 0)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, selected={self.num_selected}"
+
+
+class ElasticLayerList(nn.ModuleList):
+    """All layers of the supernet. Iterating gives those the selected subnet keeps; indices and `len` count them all."""
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        super().__init__(modules)
+        self.select(tuple(range(len(self))))
+
+    def select(self, layers: tuple[int, ...]) -> None:
+        """Keeps these (0-based), in this order."""
+        self.kept = layers
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([self[layer] for layer in self.kept])
+
+    def extra_repr(self) -> str:
+        return f"kept={list(self.kept)}"
+
+
+def selected_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules right below `module`, as its cut form has them: layers that are not selected are left out."""
+    if isinstance(module, ElasticLayerList):
+        return ((str(index), layer) for index, layer in enumerate(module))
+    return iter(module.named_children())
+
+
+def cut_state(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+    """State dict of the cut form of `module`: what its elastic layers select, and everything of its other layers."""
+    if isinstance(module, ElasticLayer):
+        return {prefix + name: tensor for name, tensor in module.cut_state().items()}
+    state = {prefix + name: tensor for name, tensor in module.named_parameters(recurse=False)}
+    state |= {prefix + name: tensor for name, tensor in module.named_buffers(recurse=False)}
+    for name, child in selected_children(module):
+        state |= cut_state(child, f"{prefix}{name}.")
+    return state
+
+
+def num_selected_parameters(module: nn.Module) -> int:
+    """Number of parameters of the cut form of `module`."""
+    if isinstance(module, ElasticLayer):
+        return module.num_selected_parameters()
+    own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    return own + sum(num_selected_parameters(child) for _, child in selected_children(module))

@@ -1,0 +1,559 @@
+"""LightHuBERT: transformers' HuBERT whose leaf layers can use part of their weights.
+
+Every `forward` above the leaf layers is HuBERT's own, inherited. This module says how the layers are sized (each may have
+its own heads and FFN), how a subnet is selected in a supernet, and how it is cut out. A cut model is built from plain
+torch layers; no elastic code runs in it.
+"""
+
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers.models.hubert.modeling_hubert import (
+    HubertAttention,
+    HubertEncoder,
+    HubertEncoderLayer,
+    HubertEncoderLayerStableLayerNorm,
+    HubertEncoderStableLayerNorm,
+    HubertFeatureEncoder,
+    HubertFeatureProjection,
+    HubertFeedForward,
+    HubertForCTC,
+    HubertForSequenceClassification,
+    HubertModel,
+    HubertPositionalConvEmbedding,
+    HubertPreTrainedModel,
+    _compute_mask_indices,
+)
+from transformers.models.wav2vec2.modeling_wav2vec2 import (
+    AMSoftmaxLoss,
+    TDNNLayer,
+    Wav2Vec2ForAudioFrameClassification,
+    Wav2Vec2ForXVector,
+)
+from transformers.utils import ModelOutput
+
+from .configuration_lighthubert import LightHubertConfig
+from .elastic import (
+    ElasticBatchNorm1d,
+    ElasticLayerList,
+    ElasticLayerNorm,
+    ElasticLinear,
+    ElasticPositionalConv1d,
+    cut_state,
+    num_selected_parameters,
+)
+from .search_space import SearchSpace, Subnet, kept_layers, search_space_from
+
+
+def linear(config: LightHubertConfig, in_features: int, out_features: int, bias: bool = True, **blocks: int) -> nn.Linear:
+    """A linear layer: elastic in a supernet, plain in a cut model."""
+    if config.search_space is None:
+        return nn.Linear(in_features, out_features, bias=bias)
+    return ElasticLinear(in_features, out_features, bias=bias, **blocks)
+
+
+def layer_norm(config: LightHubertConfig) -> nn.LayerNorm:
+    """A layer norm over the width: elastic in a supernet, plain in a cut model."""
+    kind = nn.LayerNorm if config.search_space is None else ElasticLayerNorm
+    return kind(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class LightHubertPositionalConvEmbedding(HubertPositionalConvEmbedding):
+    def __init__(self, config: LightHubertConfig):
+        super().__init__(config)
+        if config.search_space is None:
+            return
+        self.conv = ElasticPositionalConv1d(
+            config.hidden_size, config.num_conv_pos_embeddings, config.num_conv_pos_embedding_groups
+        )
+        if config.conv_pos_batch_norm:
+            self.batch_norm = ElasticBatchNorm1d(config.hidden_size)
+        else:
+            self.conv = nn.utils.parametrizations.weight_norm(self.conv, name="weight", dim=2)
+
+    def select(self, hidden_size: int) -> None:
+        self.conv.select(hidden_size)
+        if self.batch_norm is not None:
+            self.batch_norm.select(hidden_size)
+
+
+class LightHubertFeatureProjection(HubertFeatureProjection):
+    def __init__(self, config: LightHubertConfig):
+        super().__init__(config)
+        self.projection = linear(config, config.conv_dim[-1], config.hidden_size)
+
+
+class LightHubertAttention(HubertAttention):
+    """HuBERT's attention with heads of a fixed size: it may be narrower or wider than the hidden states."""
+
+    def __init__(self, config: LightHubertConfig, num_attention_heads: int):
+        attention_size = num_attention_heads * config.head_dim
+        super().__init__(attention_size, num_attention_heads, dropout=config.attention_dropout, config=config)
+        self.q_proj = linear(config, config.hidden_size, attention_size)
+        self.k_proj = linear(config, config.hidden_size, attention_size)
+        self.v_proj = linear(config, config.hidden_size, attention_size)
+        self.out_proj = linear(config, attention_size, config.hidden_size)
+
+    def select(self, hidden_size: int, num_attention_heads: int) -> None:
+        attention_size = num_attention_heads * self.head_dim
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            projection.select(hidden_size, attention_size)
+        self.out_proj.select(attention_size, hidden_size)
+
+
+class LightHubertFeedForward(HubertFeedForward):
+    def __init__(self, config: LightHubertConfig, intermediate_size: int):
+        super().__init__(config)
+        width = config.hidden_size
+        self.intermediate_dense = linear(config, width, intermediate_size, out_block=width)
+        self.output_dense = linear(config, intermediate_size, width, in_block=width)
+
+    def select(self, hidden_size: int, intermediate_size: int) -> None:
+        self.intermediate_dense.select(hidden_size, intermediate_size, out_width=hidden_size)
+        self.output_dense.select(intermediate_size, hidden_size, in_width=hidden_size)
+
+
+class LightHubertEncoderLayer(HubertEncoderLayer):
+    def __init__(self, config: LightHubertConfig, num_attention_heads: int, intermediate_size: int):
+        nn.Module.__init__(self)  # HuBERT's own would make all layers alike
+        self.attention = LightHubertAttention(config, num_attention_heads)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layer_norm = layer_norm(config)
+        self.feed_forward = LightHubertFeedForward(config, intermediate_size)
+        self.final_layer_norm = layer_norm(config)
+
+    def select(self, hidden_size: int, num_attention_heads: int, intermediate_size: int) -> None:
+        self.attention.select(hidden_size, num_attention_heads)
+        self.layer_norm.select(hidden_size)
+        self.feed_forward.select(hidden_size, intermediate_size)
+        self.final_layer_norm.select(hidden_size)
+
+
+class LightHubertEncoderLayerStableLayerNorm(HubertEncoderLayerStableLayerNorm):
+    adapter_layer = None
+    __init__ = LightHubertEncoderLayer.__init__
+    select = LightHubertEncoderLayer.select
+
+
+class LightHubertEncoder(HubertEncoder):
+    layer_class = LightHubertEncoderLayer
+
+    def __init__(self, config: LightHubertConfig):
+        nn.Module.__init__(self)  # as above
+        self.config = config
+        self.pos_conv_embed = LightHubertPositionalConvEmbedding(config)
+        self.layer_norm = layer_norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        if config.search_space is None:
+            subnet = config.selected_subnet()
+            sizes = zip(subnet.num_attention_heads, subnet.intermediate_size, strict=True)
+            self.layers = nn.ModuleList(self.layer_class(config, heads, size) for heads, size in sizes)
+        else:
+            full = (config.num_attention_heads, config.intermediate_size)
+            self.layers = ElasticLayerList(self.layer_class(config, *full) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def select(self, subnet: Subnet) -> None:
+        self.pos_conv_embed.select(subnet.hidden_size)
+        self.layer_norm.select(subnet.hidden_size)
+        self.layers.select(kept_layers(len(self.layers), subnet.num_hidden_layers))
+        sizes = zip(self.layers, subnet.num_attention_heads, subnet.intermediate_size, strict=True)
+        for layer, heads, intermediate_size in sizes:
+            layer.select(subnet.hidden_size, heads, intermediate_size)
+
+
+class LightHubertEncoderStableLayerNorm(HubertEncoderStableLayerNorm):
+    layer_class = LightHubertEncoderLayerStableLayerNorm
+    __init__ = LightHubertEncoder.__init__
+    select = LightHubertEncoder.select
+
+
+class LightHubertPreTrainedModel(HubertPreTrainedModel):
+    """What all LightHuBERT models share: choosing a subnet, and cutting it out.
+
+    A model owns its configuration (a copy of the one it is given), so that two models never share a selection.
+    """
+
+    config: LightHubertConfig
+    config_class = LightHubertConfig
+    base_model_prefix = "hubert"
+    # none of the losses is normalised by `num_items_in_batch`: Trainer has to average them itself
+    accepts_loss_kwargs = False
+    _no_split_modules = [
+        "LightHubertEncoderLayer",
+        "LightHubertEncoderLayerStableLayerNorm",
+        "ParametrizedConv1d",
+        "ParametrizedElasticPositionalConv1d",
+    ]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Like [`PreTrainedModel.from_pretrained`], of LightHuBERT, HuBERT and wav2vec 2.0 checkpoints.
+
+        A HuBERT or wav2vec 2.0 checkpoint starts a supernet when `search_space` is given: every weight of its encoder is
+        kept, and what is new (a head, say) is named in the loading report. `subnet` selects one at load.
+        """
+        kwargs.setdefault("key_mapping", {r"^wav2vec2\.": "hubert."})
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @property
+    def search_space(self) -> SearchSpace | None:
+        """The subnets this model holds, or `None` of a cut model."""
+        return None if self.config.search_space is None else search_space_from(self.config.search_space)
+
+    @property
+    def subnet(self) -> Subnet:
+        """What is selected: the subnet that `forward` runs, or the architecture of a cut model."""
+        return self.base_model.selected_subnet
+
+    def set_subnet(self, subnet: str | Subnet | Mapping[str, Any]) -> Subnet:
+        """Selects the subnet that runs from now on, and returns it. On a model with a head, call it there.
+
+        Args:
+            subnet: a name (`"largest"`, `"smallest"`, `"a_small"` ...), a [`Subnet`], or a dict in our keys or the
+                released code's.
+
+        Raises:
+            ValueError: the subnet is not in the search space, or this is a cut model. The selection stays.
+        """
+        subnet = self._require_search_space().resolve(subnet)
+        self.base_model.select(subnet)
+        for head in self.elastic_heads():
+            head.select(subnet.hidden_size, head.out_features)
+        return subnet
+
+    def sample_subnet(self, rng: random.Random | int | None = None) -> Subnet:
+        """Draws a subnet (see [`SearchSpace.sample`]), selects it and returns it."""
+        return self.set_subnet(self._require_search_space().sample(rng))
+
+    @contextmanager
+    def using_subnet(self, subnet: str | Subnet | Mapping[str, Any]) -> Iterator[Self]:
+        """Selects `subnet` inside the block; the earlier selection is restored after it, also on error."""
+        earlier = self.subnet
+        self.set_subnet(subnet)
+        try:
+            yield self
+        finally:
+            self.set_subnet(earlier)
+
+    def num_subnet_parameters(self, subnet: str | Subnet | Mapping[str, Any] | None = None) -> int:
+        """`num_parameters()` of the cut model of `subnet` (default: the selected one), without building it."""
+        with self.using_subnet(self.subnet if subnet is None else subnet):
+            missing_width = self.config.hidden_size - self.subnet.hidden_size
+            mask_embedding = missing_width if hasattr(self.base_model, "masked_spec_embed") else 0
+            return num_selected_parameters(self) - mask_embedding
+
+    def extract_subnet(self, subnet: str | Subnet | Mapping[str, Any] | None = None) -> Self:
+        """Cuts out `subnet` (default: the selected one): an ordinary small model that answers alike, with its own weights.
+
+        It has this model's class, head, dtype, device and training mode, and trains in full. The selection of this model
+        is left as it was.
+        """
+        with self.using_subnet(self.subnet if subnet is None else subnet), torch.no_grad():
+            with torch.device("meta"):
+                cut = type(self)(self.config.cut_to(self.subnet))
+            state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.cut_state().items()}
+        cut.load_state_dict(state, assign=True)
+        return cut.train(self.training)
+
+    def cut_state(self) -> dict[str, torch.Tensor]:
+        """State dict of the cut model of the selected subnet. Tensors may be views of this model's."""
+        state = cut_state(self)
+        name = "masked_spec_embed" if self is self.base_model else f"{self.base_model_prefix}.masked_spec_embed"
+        if name in state:
+            state[name] = state[name][: self.subnet.hidden_size]
+        return state
+
+    def elastic_heads(self) -> list[ElasticLinear]:
+        """Layers of the head that read hidden states. Elastic on their input side; none in a base model."""
+        return []
+
+    def extra_repr(self) -> str:
+        return f"subnet: {self.subnet}" if self is self.base_model else ""
+
+    def _require_search_space(self) -> SearchSpace:
+        if self.search_space is None:
+            raise ValueError(
+                f"this {type(self).__name__} is a cut model ({self.subnet}) without a search space: load the supernet"
+                " to choose another subnet"
+            )
+        return self.search_space
+
+
+class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
+    """The bare LightHuBERT: raw waveform in, hidden states out.
+
+    With `feat_extract_norm="layer"` the answer for a recording does not depend on what it is padded or batched with, as
+    long as `attention_mask` is given. With `"group"` (HuBERT Base, wav2vec 2.0 Base) the first convolution's norm takes
+    its statistics over the padded length, and it does.
+    """
+
+    def __init__(self, config: LightHubertConfig):
+        config = copy.deepcopy(config)
+        config.validate()
+        HubertPreTrainedModel.__init__(self, config)
+        self.feature_extractor = HubertFeatureEncoder(config)
+        self.feature_projection = LightHubertFeatureProjection(config)
+        if config.mask_time_prob > 0.0 or config.mask_feature_prob > 0.0:
+            self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size).uniform_())
+        encoder = LightHubertEncoderStableLayerNorm if config.do_stable_layer_norm else LightHubertEncoder
+        self.encoder = encoder(config)
+        self.selected_subnet = config.selected_subnet()
+        self.post_init()
+        if config.search_space is not None:
+            self.select(self.selected_subnet)
+
+    def select(self, subnet: Subnet) -> None:
+        """Sets what every elastic layer uses. Users call `set_subnet`, which checks the subnet and knows the head."""
+        self.feature_projection.projection.select(self.config.conv_dim[-1], subnet.hidden_size)
+        self.encoder.select(subnet)
+        self.selected_subnet = subnet
+        self.config.subnet = subnet
+
+    def forward(
+        self,
+        input_values: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        mask_time_indices: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        r"""
+        Args:
+            input_values (`torch.FloatTensor` of shape `(batch_size, num_samples)`):
+                Waveforms at 16 kHz; the released models want zero mean and unit variance per recording, taken before
+                padding (`Wav2Vec2FeatureExtractor(do_normalize=True)`).
+            attention_mask (`torch.LongTensor` of shape `(batch_size, num_samples)`, *optional*):
+                1 for samples of the recording, 0 for padding on its right.
+            mask_time_indices (`torch.BoolTensor` of shape `(batch_size, num_frames)`, *optional*):
+                Frames to replace by the mask embedding.
+
+        Raises:
+            ValueError: integer, empty, NaN or infinite audio, or a recording shorter than one frame.
+        """
+        self._check_audio(input_values, attention_mask)
+        return super().forward(input_values, attention_mask, mask_time_indices, **kwargs)
+
+    def _check_audio(self, input_values: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        if input_values.ndim != 2 or input_values.shape[0] == 0:
+            raise ValueError(
+                "input_values has to be (batch_size, num_samples) with at least one recording, not"
+                f" {tuple(input_values.shape)}"
+            )
+        if not input_values.is_floating_point():
+            raise ValueError(
+                f"input_values is {input_values.dtype}: audio has to be floating point. The feature extractor converts"
+                " integer samples"
+            )
+        lengths = input_values.new_full((1,), input_values.shape[1]) if attention_mask is None else attention_mask.sum(-1)
+        if torch.compiler.is_compiling():
+            return
+        shortest = int(lengths.min())
+        if self._get_feat_extract_output_lengths(shortest) < 1:
+            raise ValueError(
+                f"a recording has {shortest} samples of audio, but one frame needs {self.samples_per_first_frame}"
+            )
+        if not torch.isfinite(input_values).all():
+            raise ValueError("input_values has NaN or infinite samples: the audio, or what was done to it, is broken")
+
+    @property
+    def samples_per_first_frame(self) -> int:
+        """Samples that the first frame sees: 400 (25 ms at 16 kHz) for the usual convolutions."""
+        samples = 1
+        for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
+    def _mask_hidden_states(
+        self,
+        hidden_states: torch.Tensor,
+        mask_time_indices: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """HuBERT's SpecAugment, with the mask embedding cut to the selected width and spans no longer than the clip."""
+        config = self.config
+        if not config.apply_spec_augment:
+            return hidden_states
+        batch_size, num_frames, hidden_size = hidden_states.shape
+        if mask_time_indices is None and config.mask_time_prob > 0 and self.training:
+            mask_time_indices = _compute_mask_indices(
+                (batch_size, num_frames),
+                config.mask_time_prob,
+                min(config.mask_time_length, num_frames),
+                attention_mask=attention_mask,
+                min_masks=config.mask_time_min_masks,
+            )
+        if mask_time_indices is not None:
+            mask_time_indices = torch.as_tensor(mask_time_indices, dtype=torch.bool, device=hidden_states.device)
+            hidden_states[mask_time_indices] = self.masked_spec_embed[:hidden_size].to(hidden_states.dtype)
+        if config.mask_feature_prob > 0 and self.training:
+            mask_feature_indices = _compute_mask_indices(
+                (batch_size, hidden_size),
+                config.mask_feature_prob,
+                min(config.mask_feature_length, hidden_size),
+                min_masks=config.mask_feature_min_masks,
+            )
+            masked = torch.as_tensor(mask_feature_indices, device=hidden_states.device)
+            hidden_states = hidden_states.masked_fill(masked[:, None], 0)
+        return hidden_states
+
+
+class LightHubertWithHead(LightHubertPreTrainedModel):
+    """A LightHuBERT with a head on top. Base model and head share the configuration that the base model owns."""
+
+    def __init__(self, config: LightHubertConfig):
+        hubert = LightHubertModel(config)
+        HubertPreTrainedModel.__init__(self, hubert.config)
+        self.hubert = hubert
+        self.build_head(hubert.config)
+        self.post_init()
+        if config.search_space is not None:
+            self.set_subnet(self.subnet)
+
+    def build_head(self, config: LightHubertConfig) -> None:
+        """Adds the layers of the head, named as transformers names them."""
+        raise TypeError(f"{type(self).__name__} has no head")
+
+    def freeze_feature_encoder(self) -> None:
+        """Stops gradients of the convolutional feature encoder, and keeps none of its activations."""
+        self.hubert.feature_extractor._freeze_parameters()
+
+    def freeze_base_model(self) -> None:
+        """Stops gradients of everything but the head."""
+        self.hubert.requires_grad_(False)
+        self.freeze_feature_encoder()
+
+
+@dataclass
+class LightHubertForPreTrainingOutput(ModelOutput):
+    """Output of [`LightHubertForPreTraining`].
+
+    Args:
+        predictions (tuple of `torch.FloatTensor`, each of shape `(batch_size, num_frames, teacher_hidden_size)`):
+            One prediction for each head.
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_frames, width of the subnet)`)
+        hidden_states, attentions: as in HuBERT.
+    """
+
+    predictions: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class LightHubertForPreTraining(LightHubertWithHead):
+    """LightHuBERT with distillation heads: from its last hidden state, a linear layer without bias predicts each target.
+
+    The loss depends on the teacher and lives with the training code. Source: section 2 of the paper; `layer_pred_heads`
+    of the released checkpoints.
+    """
+
+    def build_head(self, config: LightHubertConfig) -> None:
+        self.prediction_heads = nn.ModuleList(
+            linear(config, config.hidden_size, config.teacher_hidden_size, bias=False)
+            for _ in range(config.num_prediction_heads)
+        )
+
+    def elastic_heads(self) -> list[ElasticLinear]:
+        return list(self.prediction_heads)
+
+    def forward(
+        self,
+        input_values: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        mask_time_indices: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> tuple | LightHubertForPreTrainingOutput:
+        """Arguments as in [`LightHubertModel`]."""
+        outputs = self.hubert(input_values, attention_mask, mask_time_indices, return_dict=True, **kwargs)
+        output = LightHubertForPreTrainingOutput(
+            predictions=tuple(head(outputs.last_hidden_state) for head in self.prediction_heads),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+class LightHubertForCTC(LightHubertWithHead, HubertForCTC):
+    """LightHuBERT with a linear layer on top for speech recognition with connectionist temporal classification."""
+
+    target_lang = None
+
+    def build_head(self, config: LightHubertConfig) -> None:
+        self.dropout = nn.Dropout(config.final_dropout)
+        self.lm_head = linear(config, config.hidden_size, config.vocab_size)
+
+    def elastic_heads(self) -> list[ElasticLinear]:
+        return [self.lm_head]
+
+
+class LightHubertForSequenceClassification(LightHubertWithHead, HubertForSequenceClassification):
+    """LightHuBERT with a classifier over mean-pooled frames, for keyword spotting, emotion, language and the like."""
+
+    def build_head(self, config: LightHubertConfig) -> None:
+        _add_layer_weights(self, config)
+        self.projector = linear(config, config.hidden_size, config.classifier_proj_size)
+        self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
+
+    def elastic_heads(self) -> list[ElasticLinear]:
+        return [self.projector]
+
+
+class Wav2Vec2Alias:
+    """Heads that transformers has for wav2vec 2.0 only: their `forward` calls the base model by that name."""
+
+    @property
+    def wav2vec2(self) -> LightHubertModel:
+        return self.hubert
+
+
+class LightHubertForAudioFrameClassification(Wav2Vec2Alias, LightHubertWithHead, Wav2Vec2ForAudioFrameClassification):
+    """LightHuBERT with a classifier for every frame, for speaker diarisation and the like."""
+
+    def build_head(self, config: LightHubertConfig) -> None:
+        _add_layer_weights(self, config)
+        self.num_labels = config.num_labels
+        self.classifier = linear(config, config.hidden_size, config.num_labels)
+
+    def elastic_heads(self) -> list[ElasticLinear]:
+        return [self.classifier]
+
+
+class LightHubertForXVector(Wav2Vec2Alias, LightHubertWithHead, Wav2Vec2ForXVector):
+    """LightHuBERT with x-vectors (time-delay layers and statistics pooling) on top, for speaker verification."""
+
+    def build_head(self, config: LightHubertConfig) -> None:
+        _add_layer_weights(self, config)
+        self.projector = linear(config, config.hidden_size, config.tdnn_dim[0])
+        self.tdnn = nn.ModuleList(TDNNLayer(config, layer) for layer in range(len(config.tdnn_dim)))
+        self.feature_extractor = nn.Linear(config.tdnn_dim[-1] * 2, config.xvector_output_dim)
+        self.classifier = nn.Linear(config.xvector_output_dim, config.xvector_output_dim)
+        self.objective = AMSoftmaxLoss(config.xvector_output_dim, config.num_labels)
+
+    def elastic_heads(self) -> list[ElasticLinear]:
+        return [self.projector]
+
+
+def _add_layer_weights(model: LightHubertWithHead, config: LightHubertConfig) -> None:
+    if config.use_weighted_layer_sum:
+        num_layers = config.selected_subnet().num_hidden_layers + 1
+        model.layer_weights = nn.Parameter(torch.full((num_layers,), 1 / num_layers))
+
+
+__all__ = [
+    "LightHubertForAudioFrameClassification",
+    "LightHubertForCTC",
+    "LightHubertForPreTraining",
+    "LightHubertForSequenceClassification",
+    "LightHubertForXVector",
+    "LightHubertModel",
+    "LightHubertPreTrainedModel",
+]

@@ -1,0 +1,430 @@
+"""What a supernet holds, in plain Python: `Subnet` names one architecture, `SearchSpace` the set a supernet is trained for.
+
+Both are frozen values. They know nothing of torch, compare by content, and go to JSON and back. Sources: sections 2 and 3
+of the LightHuBERT paper (arXiv 2203.15610) and the released code, whose dictionaries are read as well.
+"""
+
+import json
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+
+T = TypeVar("T")
+
+
+def kept_layers(num_hidden_layers: int, depth: int) -> tuple[int, ...]:
+    """Which layers (0-based) of a supernet stay in a subnet of `depth` layers.
+
+    Every fourth layer, counted from the top, is dropped first, highest first; then the layers below those, and so on.
+    For 12 layers this drops 11, 7, 3, 10, 6, 2 in that order, which is the table in the released code; the paper gives
+    no rule, so for supernets of another depth this one is our choice. The kept sets are nested.
+    """
+    if not 1 <= depth <= num_hidden_layers:
+        raise ValueError(f"a subnet of a {num_hidden_layers}-layer supernet has 1 to {num_hidden_layers} layers, not {depth}")
+    from_top = sorted(range(num_hidden_layers), key=lambda position: (position % 4, position))
+    dropped = {num_hidden_layers - 1 - position for position in from_top[: num_hidden_layers - depth]}
+    return tuple(layer for layer in range(num_hidden_layers) if layer not in dropped)
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name} must be positive numbers, not {value!r}")
+    return float(value)
+
+
+def _whole(name: str, value: Any) -> int:
+    if not _positive(name, value).is_integer():
+        raise ValueError(f"{name} must be whole positive numbers, not {value!r}")
+    return int(value)
+
+
+def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in values.items()}
+
+
+def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    fields = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+    unknown, missing = sorted(set(values) - set(fields)), [name for name in fields[:-1] if name not in values]
+    if unknown:
+        raise ValueError(
+            f"{cls.__name__} does not know {unknown}: it has {fields}. If the file was written by a newer version of"
+            " LightHuBERT, update this one"
+        )
+    if missing:
+        raise ValueError(f"{cls.__name__} needs {missing}")
+    return dict(values)
+
+
+class JsonValue(ABC):
+    """JSON for a frozen dataclass of numbers and tuples."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, ready for JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}  # type: ignore[call-overload]
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict())
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        Path(json_file_path).write_text(self.to_json_string() + "\n", encoding="utf-8")
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+
+    @classmethod
+    def from_json_string(cls, text: str) -> Self:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"a {cls.__name__} is a JSON object, not {text[:80]!r}")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_json_file(cls, json_file_path: str | Path) -> Self:
+        return cls.from_json_string(Path(json_file_path).read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Subnet(JsonValue):
+    """One architecture: a width, and for every layer its attention heads and its FFN size.
+
+    Args:
+        hidden_size: width of the residual stream, the same in all layers.
+        num_attention_heads: heads of each layer; attention in layer i is `head_dim * num_attention_heads[i]` wide,
+            whatever `hidden_size` is.
+        intermediate_size: FFN units of each layer.
+        head_dim: size of one head. It belongs to the supernet and is the same for all its subnets.
+    """
+
+    hidden_size: int
+    num_attention_heads: tuple[int, ...]
+    intermediate_size: tuple[int, ...]
+    head_dim: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("num_attention_heads", "intermediate_size"):
+            value = getattr(self, name)
+            if not isinstance(value, Iterable) or isinstance(value, str):
+                raise ValueError(f"subnet {name} is a list with one value for each layer, not {value!r}")
+            object.__setattr__(self, name, tuple(_whole(name, item) for item in value))
+        object.__setattr__(self, "hidden_size", _whole("hidden_size", self.hidden_size))
+        object.__setattr__(self, "head_dim", _whole("head_dim", self.head_dim))
+        if not self.num_attention_heads or len(self.num_attention_heads) != len(self.intermediate_size):
+            raise ValueError(
+                "subnet num_attention_heads and intermediate_size need one value for each layer, but have"
+                f" {len(self.num_attention_heads)} and {len(self.intermediate_size)}"
+            )
+
+    @classmethod
+    def uniform(
+        cls,
+        hidden_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        intermediate_size: int,
+        head_dim: int = 64,
+    ) -> Self:
+        """A subnet whose layers are all alike."""
+        return cls(
+            hidden_size, (num_attention_heads,) * num_hidden_layers, (intermediate_size,) * num_hidden_layers, head_dim
+        )
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.num_attention_heads)
+
+    @property
+    def hubert_obstacle(self) -> str | None:
+        """Why a stock `HubertModel` cannot hold this subnet exactly, or `None` if it can.
+
+        HuBERT derives the size of a head from `hidden_size / num_attention_heads` and has no attention wider than
+        `hidden_size`.
+        """
+        if self.hidden_size % self.head_dim:
+            return f"hidden_size={self.hidden_size} is not a multiple of the head size {self.head_dim}"
+        for layer, heads in enumerate(self.num_attention_heads):
+            if heads * self.head_dim > self.hidden_size:
+                return (
+                    f"layer {layer} has {heads} heads of {self.head_dim}, together wider than"
+                    f" hidden_size={self.hidden_size}"
+                )
+        return None
+
+    @property
+    def is_hubert_exportable(self) -> bool:
+        """Whether a stock `HubertModel` can hold this subnet exactly."""
+        return self.hubert_obstacle is None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Reads our keys, or those of the released code.
+
+        The latter are `embed_dim`, `heads_num`, `atten_dim`, `ffn_embed`, `layer_num` and `slide_wsz`. Windows other
+        than `"global"` are refused.
+        """
+        values = dict(values)
+        if "embed_dim" in values:
+            heads = values.pop("heads_num", None)
+            attention = values.pop("atten_dim", None)
+            if heads is None:
+                raise ValueError(f"subnet in the keys of the released code needs heads_num; given: {sorted(values)}")
+            windows = values.pop("slide_wsz", [])
+            if any(window != "global" for window in windows):
+                raise ValueError(f"subnet slide_wsz={windows}: only 'global' attention is supported")
+            if attention is not None and len(attention) != len(heads):
+                raise ValueError(f"subnet atten_dim and heads_num have {len(attention)} and {len(heads)} values")
+            head_dim = attention[0] // heads[0] if attention else 64
+            if attention is not None and list(attention) != [head_dim * count for count in heads]:
+                raise ValueError(f"subnet atten_dim={attention} is not one head size times heads_num={heads}")
+            values = _renamed(
+                values, {"embed_dim": "hidden_size", "ffn_embed": "intermediate_size", "layer_num": "num_hidden_layers"}
+            ) | {"num_attention_heads": heads, "head_dim": head_dim}
+        depth = values.pop("num_hidden_layers", None)
+        subnet = cls(**_known_fields(cls, values))
+        if depth is not None and depth != subnet.num_hidden_layers:
+            raise ValueError(f"subnet lists have {subnet.num_hidden_layers} layers, but num_hidden_layers={depth}")
+        return subnet
+
+    def __str__(self) -> str:
+        def short(values: tuple[int, ...]) -> str:
+            return str(values[0]) if len(set(values)) == 1 else "-".join(map(str, values))
+
+        return (
+            f"hidden_size={self.hidden_size}, num_hidden_layers={self.num_hidden_layers},"
+            f" num_attention_heads={short(self.num_attention_heads)}, intermediate_size={short(self.intermediate_size)}"
+        )
+
+
+NAMED_SUBNETS = {
+    "a_small": Subnet.uniform(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
+    "a_base": Subnet.uniform(hidden_size=640, num_hidden_layers=12, num_attention_heads=10, intermediate_size=2560),
+}
+"""The subnets that the paper names (its table 2)."""
+
+
+@dataclass(frozen=True)
+class SearchSpace(JsonValue):
+    """The subnets a supernet was trained for: every combination of the choices below.
+
+    Width and depth are chosen once for a subnet; heads and FFN ratio are chosen for each layer on its own.
+
+    Args:
+        hidden_size: widths to choose from.
+        num_attention_heads: numbers of heads to choose from.
+        ffn_ratio: FFN sizes to choose from, as multiples of the chosen width.
+        num_hidden_layers: depths to choose from. `kept_layers` says which layers stay.
+        head_dim: size of one head.
+    """
+
+    hidden_size: tuple[int, ...]
+    num_attention_heads: tuple[int, ...]
+    ffn_ratio: tuple[float, ...]
+    num_hidden_layers: tuple[int, ...]
+    head_dim: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_attention_heads", "ffn_ratio", "num_hidden_layers"):
+            choices = getattr(self, name)
+            if not isinstance(choices, Iterable) or isinstance(choices, str) or not (choices := list(choices)):
+                raise ValueError(f"search space {name} is a list of at least one choice, not {getattr(self, name)!r}")
+            checked = [_positive(name, item) if name == "ffn_ratio" else _whole(name, item) for item in choices]
+            object.__setattr__(self, name, tuple(sorted(set(checked))))
+        object.__setattr__(self, "head_dim", _whole("head_dim", self.head_dim))
+        for width in self.hidden_size:
+            for ratio in self.ffn_ratio:
+                if not (width * ratio).is_integer():
+                    raise ValueError(f"search space: ffn_ratio={ratio} x hidden_size={width} is no whole number of units")
+
+    @classmethod
+    def small(cls) -> Self:
+        """The paper's small space: 951 892 141 473 subnets of 11 to 44 million parameters."""
+        return cls(
+            hidden_size=(256, 384, 512),
+            num_attention_heads=(4, 6, 8),
+            ffn_ratio=(3, 3.5, 4),
+            num_hidden_layers=(10, 11, 12),
+        )
+
+    @classmethod
+    def base(cls) -> Self:
+        """The paper's base space: 6 530 347 008 subnets of 41 to 94 million parameters."""
+        return cls(
+            hidden_size=(512, 640, 768), num_attention_heads=(8, 10, 12), ffn_ratio=(3.5, 4), num_hidden_layers=(12,)
+        )
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """`"small"` or `"base"`."""
+        if name not in ("small", "base"):
+            raise ValueError(f"search space {name!r} is not known: choose 'small', 'base', or give the choices as a dict")
+        return cls.small() if name == "small" else cls.base()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Reads our keys, or those of the released code.
+
+        The latter are `embed_dim`, `heads_num`, `ffn_ratio`, `layer_num`, and `atten_dim`, which gives the head size.
+        """
+        values = dict(values)
+        if "embed_dim" in values:
+            attention = values.pop("atten_dim", None)
+            values = _renamed(
+                values,
+                {
+                    "embed_dim": "hidden_size",
+                    "heads_num": "num_attention_heads",
+                    "layer_num": "num_hidden_layers",
+                },
+            )
+            if attention and values.get("num_attention_heads"):
+                values["head_dim"] = min(attention) // min(values["num_attention_heads"])
+            values.pop("slide_wsz", None)
+        return cls(**_known_fields(cls, values))
+
+    @property
+    def num_subnets(self) -> int:
+        """Exact count: widths x sum over depths d of (ratios x heads) ** d."""
+        per_layer = len(self.ffn_ratio) * len(self.num_attention_heads)
+        return len(self.hidden_size) * sum(per_layer**depth for depth in self.num_hidden_layers)
+
+    def __len__(self) -> int:
+        return self.num_subnets
+
+    @property
+    def largest(self) -> Subnet:
+        """The most of everything."""
+        return self._extreme(max)
+
+    @property
+    def smallest(self) -> Subnet:
+        """The least of everything."""
+        return self._extreme(min)
+
+    @property
+    def named(self) -> dict[str, Subnet]:
+        """Subnets that can be asked for by name: `largest`, `smallest`, and those of the paper's that are inside."""
+        inside = {name: subnet for name, subnet in NAMED_SUBNETS.items() if subnet in self}
+        return {"largest": self.largest, "smallest": self.smallest, **inside}
+
+    def resolve(self, subnet: "str | Subnet | Mapping[str, Any]") -> Subnet:
+        """The subnet behind a name, a dict or a `Subnet`.
+
+        Raises:
+            ValueError: it is not in this space; the message names what is allowed.
+        """
+        if isinstance(subnet, str):
+            if subnet not in self.named:
+                raise ValueError(f"subnet {subnet!r} is not known in this search space: choose from {list(self.named)}")
+            return self.named[subnet]
+        subnet = subnet_from(subnet)
+        self._check(subnet)
+        return subnet
+
+    def __contains__(self, subnet: object) -> bool:
+        if not isinstance(subnet, Subnet):
+            return False
+        try:
+            self._check(subnet)
+        except ValueError:
+            return False
+        return True
+
+    def sample(self, rng: random.Random | int | None = None) -> Subnet:
+        """Draws a subnet: each choice uniform and on its own, as in stage 2 of the paper.
+
+        Args:
+            rng: a `random.Random`, or a seed. The same state draws the same subnet.
+        """
+        rng = rng if isinstance(rng, random.Random) else random.Random(rng)
+        width, depth = rng.choice(self.hidden_size), rng.choice(self.num_hidden_layers)
+        heads = [rng.choice(self.num_attention_heads) for _ in range(depth)]
+        ratios = [rng.choice(self.ffn_ratio) for _ in range(depth)]
+        return self._assemble(width, heads, ratios)
+
+    def mutate(self, subnet: Subnet, rng: random.Random | int | None = None, probability: float = 0.1) -> Subnet:
+        """A neighbour of `subnet`: every gene (width, depth, heads and ratio of each layer) is redrawn with `probability`."""
+        rng = rng if isinstance(rng, random.Random) else random.Random(rng)
+        self._check(subnet)
+
+        def redraw(value: T, choices: tuple[T, ...]) -> T:
+            return rng.choice(choices) if rng.random() < probability else value
+
+        width = redraw(subnet.hidden_size, self.hidden_size)
+        depth = redraw(subnet.num_hidden_layers, self.num_hidden_layers)
+        added = range(depth - subnet.num_hidden_layers)
+        heads = [*subnet.num_attention_heads[:depth], *(rng.choice(self.num_attention_heads) for _ in added)]
+        ratios = [*self._ratios(subnet)[:depth], *(rng.choice(self.ffn_ratio) for _ in added)]
+        return self._assemble(
+            width,
+            [redraw(head, self.num_attention_heads) for head in heads],
+            [redraw(ratio, self.ffn_ratio) for ratio in ratios],
+        )
+
+    def crossover(self, one: Subnet, other: Subnet, rng: random.Random | int | None = None) -> Subnet:
+        """A child: each gene from one of the two parents. Layers only the deeper parent has come from that parent."""
+        rng = rng if isinstance(rng, random.Random) else random.Random(rng)
+        self._check(one)
+        self._check(other)
+        width = rng.choice((one, other)).hidden_size
+        depth = rng.choice((one, other)).num_hidden_layers
+        layers = []
+        for layer in range(depth):
+            parents = [parent for parent in (one, other) if layer < parent.num_hidden_layers]
+            layers.append(
+                (
+                    rng.choice(parents).num_attention_heads[layer],
+                    self._ratios(rng.choice(parents))[layer],
+                )
+            )
+        return self._assemble(width, [heads for heads, _ in layers], [ratio for _, ratio in layers])
+
+    def _extreme(self, choose: Any) -> Subnet:
+        depth = choose(self.num_hidden_layers)
+        return self._assemble(
+            choose(self.hidden_size), [choose(self.num_attention_heads)] * depth, [choose(self.ffn_ratio)] * depth
+        )
+
+    def _assemble(self, width: int, heads: list[int], ratios: list[float]) -> Subnet:
+        return Subnet(width, tuple(heads), tuple(int(width * ratio) for ratio in ratios), self.head_dim)
+
+    @staticmethod
+    def _ratios(subnet: Subnet) -> list[float]:
+        return [size / subnet.hidden_size for size in subnet.intermediate_size]
+
+    def _check(self, subnet: Subnet) -> None:
+        def require(name: str, value: int, choices: Iterable[float]) -> None:
+            if value not in (allowed := list(choices)):
+                raise ValueError(f"subnet {name}={value} is not in this search space: choose from {allowed}")
+
+        require("head_dim", subnet.head_dim, [self.head_dim])
+        require("hidden_size", subnet.hidden_size, self.hidden_size)
+        require("num_hidden_layers", subnet.num_hidden_layers, self.num_hidden_layers)
+        sizes = [int(subnet.hidden_size * ratio) for ratio in self.ffn_ratio]
+        for layer in range(subnet.num_hidden_layers):
+            require(f"num_attention_heads[{layer}]", subnet.num_attention_heads[layer], self.num_attention_heads)
+            require(f"intermediate_size[{layer}]", subnet.intermediate_size[layer], sizes)
+
+
+def subnet_from(value: Any) -> Subnet:
+    """A `Subnet` from a `Subnet` or a dict in our keys or those of the released code."""
+    if isinstance(value, Subnet):
+        return value
+    if isinstance(value, Mapping):
+        return Subnet.from_dict(value)
+    raise ValueError(f"a subnet is a name, a Subnet or a dict, not {type(value).__name__}: {value!r}")
+
+
+def search_space_from(value: Any) -> SearchSpace:
+    """A `SearchSpace` from a `SearchSpace`, a preset's name, or a dict in our keys or those of the released code."""
+    if isinstance(value, SearchSpace):
+        return value
+    if isinstance(value, str):
+        return SearchSpace.preset(value)
+    if isinstance(value, Mapping):
+        return SearchSpace.from_dict(value)
+    raise ValueError(f"a search space is a name, a SearchSpace or a dict, not {type(value).__name__}: {value!r}")
