@@ -3,7 +3,7 @@
 Each is a plain torch layer with three more methods: `select` says which part is used from now on, `selected` gives that
 part (views of the full weights: gradients reach what was used and nothing else), and `cut_state` gives the state dict of
 the plain layer that would answer alike. Sizes are full until the first `select`. What "the part" means is fixed by the
-released checkpoints: rows and columns from the front, except in the FFN (see `take`).
+released checkpoints: rows and columns from the front, except in the FFN (see `leading`).
 """
 
 from abc import ABC, abstractmethod
@@ -14,19 +14,21 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def take(tensor: torch.Tensor, dim: int, size: int, block: int, width: int) -> torch.Tensor:
-    """The first `width` of every `block` entries of `tensor` along `dim`, `size` of them in all.
+def leading(tensor: torch.Tensor, dim: int, size: int, block: int, width: int) -> list[torch.Tensor]:
+    """The first `width` of every `block` entries of `tensor` along `dim`, `size` of them in all, as a list of views.
 
     With one block these are simply the first `size` entries. The FFN of a supernet of width D has blocks of D units, and
     a subnet of width E uses the first E of each (released code: 768 wide, cut to E=384 with 1536 units, uses units 0-383,
-    768-1151, 1536-1919 and 2304-2687). Only that case copies; everything else is a view.
+    768-1151, 1536-1919 and 2304-2687). Views, because a copy of these weights in every forward pass costs a tenth of it,
+    and a copy kept for the next one would go stale unseen when weights are written through `.data`, as adapters do.
     """
     if size == tensor.shape[dim]:
-        return tensor
+        return [tensor]
     if size <= width or width == block:
-        return tensor.narrow(dim, 0, size)
-    blocks = tensor.unflatten(dim, (-1, block)).narrow(dim + 1, 0, width)
-    return blocks.flatten(dim, dim + 1).narrow(dim, 0, size)
+        return [tensor.narrow(dim, 0, size)]
+    blocks = tensor.unflatten(dim, (-1, block)).narrow(dim + 1, 0, width).unbind(dim)
+    whole, rest = divmod(size, width)
+    return [*blocks[:whole], *([blocks[whole].narrow(dim, 0, rest)] if rest else [])]
 
 
 class ElasticLayer(ABC):
@@ -50,7 +52,7 @@ class ElasticLinear(ElasticLayer, nn.Linear):
     """A linear layer whose leading rows and columns are smaller linear layers (`SLinear` in the released code).
 
     Args:
-        in_block, out_block: size of the blocks that inputs or outputs are cut in, see `take`. One block by default.
+        in_block, out_block: size of the blocks that inputs or outputs are cut in, see `leading`. One block by default.
     """
 
     def __init__(
@@ -74,11 +76,25 @@ class ElasticLinear(ElasticLayer, nn.Linear):
 
     def selected(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight (selected out, selected in) and bias (selected out)."""
-        weight = take(take(self.weight, 0, *self.rows), 1, *self.columns)
-        return weight, None if self.bias is None else take(self.bias, 0, *self.rows)
+        rows = [torch.cat(leading(part, 1, *self.columns), dim=1) for part in leading(self.weight, 0, *self.rows)]
+        return torch.cat(rows), None if self.bias is None else torch.cat(leading(self.bias, 0, *self.rows))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (..., selected in) -> (..., selected out)
-        return F.linear(hidden_states, *self.selected())
+        weights = leading(self.weight, 0, *self.rows)
+        biases = [None] * len(weights) if self.bias is None else leading(self.bias, 0, *self.rows)
+        outputs = [self._project(hidden_states, *part) for part in zip(weights, biases, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def _project(self, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The outputs of one block: the sum over the blocks of inputs."""
+        weights = leading(weight, 1, *self.columns)
+        if len(weights) == 1:
+            return F.linear(hidden_states, weights[0], bias)
+        inputs = hidden_states.split([part.shape[1] for part in weights], dim=-1)
+        output = F.linear(inputs[0], weights[0], bias)
+        for part, block in zip(inputs[1:], weights[1:], strict=True):
+            output = output + F.linear(part, block)
+        return output
 
     def num_selected_parameters(self) -> int:
         return self.rows[0] * (self.columns[0] + (self.bias is not None))

@@ -244,10 +244,12 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
 
     def num_subnet_parameters(self, subnet: str | Subnet | Mapping[str, Any] | None = None) -> int:
         """`num_parameters()` of the cut model of `subnet` (default: the selected one), without building it."""
-        with self.using_subnet(self.subnet if subnet is None else subnet):
-            missing_width = self.config.hidden_size - self.subnet.hidden_size
-            mask_embedding = missing_width if hasattr(self.base_model, "masked_spec_embed") else 0
-            return num_selected_parameters(self) - mask_embedding
+        if subnet is not None:
+            with self.using_subnet(subnet):
+                return self.num_subnet_parameters()
+        has_mask_embedding = hasattr(self.base_model, "masked_spec_embed")
+        missing_width = self.config.hidden_size - self.subnet.hidden_size
+        return num_selected_parameters(self) - (missing_width if has_mask_embedding else 0)
 
     def extract_subnet(self, subnet: str | Subnet | Mapping[str, Any] | None = None) -> Self:
         """Cuts out `subnet` (default: the selected one): an ordinary small model that answers alike, with its own weights.
@@ -350,11 +352,10 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
                 f"input_values is {input_values.dtype}: audio has to be floating point. The feature extractor converts"
                 " integer samples"
             )
-        lengths = input_values.new_full((1,), input_values.shape[1]) if attention_mask is None else attention_mask.sum(-1)
         if torch.compiler.is_compiling():
             return
-        shortest = int(lengths.min())
-        if self._get_feat_extract_output_lengths(shortest) < 1:
+        shortest = input_values.shape[1] if attention_mask is None else int(attention_mask.sum(-1).min())
+        if shortest < self.samples_per_first_frame:
             raise ValueError(
                 f"a recording has {shortest} samples of audio, but one frame needs {self.samples_per_first_frame}"
             )

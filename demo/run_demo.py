@@ -1,0 +1,364 @@
+"""The whole way on real input: teacher -> supernet -> subnets -> cut model -> speech recognition -> transcripts.
+
+    make demo
+    python demo/run_demo.py --train_file digits-train.parquet --test_file digits-test.parquet
+
+Without arguments it uses the speech and the tiny teacher in this folder. Other data needs the columns `audio` and `text`;
+with `digit` and `speaker` it is probed for them, and recordings of single words are joined to strings of one speaker.
+Every training run is a command that a user could type; it is printed before it runs.
+"""
+
+import io
+import json
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+import soundfile  # noqa: E402
+from datasets import Audio, Dataset, load_dataset  # noqa: E402
+from huggingface_hub import ModelCard, ModelCardData  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModel,
+    AutoModelForCTC,
+    HfArgumentParser,
+    PreTrainedModel,
+    Wav2Vec2FeatureExtractor,
+    set_seed,
+)
+from transformers.utils import logging  # noqa: E402
+
+from distillation import Teacher  # noqa: E402
+from modeling_lighthubert import LightHubertModel, SearchSpace, Subnet  # noqa: E402
+from modeling_lighthubert.profiling import macs_per_second, measure_latency  # noqa: E402
+from probing import (  # noqa: E402
+    cross_validated_accuracy,
+    make_batches,
+    masked_frames,
+    masked_targets,
+    pooled_features,
+    probe_accuracy,
+    ridge_r2,
+)
+from speech_data import load_waveform  # noqa: E402
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+
+SAMPLING_RATE = 16_000
+NUM_TARGET_LAYERS = 4
+MASK_TIME_PROB = 0.3
+
+
+@dataclass
+class DemoArguments:
+    """What the demonstration runs on, and for how long."""
+
+    train_file: str = field(
+        default=str(ROOT / "demo/speech/train.parquet"), metadata={"help": "Parquet file to train on."}
+    )
+    test_file: str = field(
+        default=str(ROOT / "demo/speech/test.parquet"), metadata={"help": "Parquet file to test on."}
+    )
+    teacher: str = field(default=str(ROOT / "demo/teacher"), metadata={"help": "HuBERT to distil."})
+    search_space: str = field(
+        default=str(ROOT / "demo/search_space.json"), metadata={"help": "JSON file: the subnets to train."}
+    )
+    output_dir: str = field(default=str(ROOT / "demo/output"), metadata={"help": "Folder for everything it makes."})
+    stage1_steps: int = field(default=150, metadata={"help": "Steps of stage 1, the largest subnet."})
+    stage2_steps: int = field(default=300, metadata={"help": "Steps of stage 2, the supernet."})
+    ctc_steps: int = field(default=400, metadata={"help": "Fine-tuning steps, of the subnet and of its control."})
+    max_probe_recordings: int = field(default=600, metadata={"help": "Training recordings for the linear probes."})
+    seed: int = field(default=0, metadata={"help": "Of everything random."})
+
+
+@contextmanager
+def stage(title: str) -> Iterator[None]:
+    """Prints a heading, and how long the block took."""
+    print(f"\n== {title}", flush=True)
+    start = time.perf_counter()
+    yield
+    print(f"   {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def run(*command: str | Path) -> None:
+    """Prints and runs a Python script of this project."""
+    words = [str(word) for word in command]
+    print("   $ python " + shlex.join(word.replace(f"{ROOT}/", "") for word in words), flush=True)
+    subprocess.run([sys.executable, *words], check=True, cwd=ROOT)
+
+
+def prepare_speech(file: str, folder: Path, name: str, num_strings: int, rng: random.Random) -> tuple[Dataset, Path, Path]:
+    """Reads recordings and writes `{name}.parquet` (all of them) and `{name}-strings.parquet` (those of several words).
+
+    Returns:
+        The recordings of single words, for the probes, and the two files.
+    """
+    dataset = load_dataset("parquet", data_files=file, split="train").cast_column("audio", Audio(decode=False))
+    words = dataset.filter(lambda text: len(text.split()) == 1, input_columns="text")
+    strings = dataset.filter(lambda text: len(text.split()) > 1, input_columns="text")
+    if not len(strings):
+        strings = join_words(words, num_strings, rng)
+    everything = Dataset.from_list([*words.select_columns(["audio", "text"]), *strings.select_columns(["audio", "text"])])
+    files = folder / f"{name}.parquet", folder / f"{name}-strings.parquet"
+    everything.cast_column("audio", Audio(decode=False)).to_parquet(files[0])
+    strings.to_parquet(files[1])
+    return words, *files
+
+
+def join_words(words: Dataset, num_strings: int, rng: random.Random) -> Dataset:
+    """Strings of 3 to 6 single-word recordings of one speaker, with pauses of 50 to 250 ms."""
+    by_speaker = defaultdict(list)
+    for index, speaker in enumerate(words["speaker"] if "speaker" in words.column_names else [""] * len(words)):
+        by_speaker[speaker].append(index)
+    rows = []
+    for _ in range(num_strings):
+        chosen = words.select(rng.choices(by_speaker[rng.choice(sorted(by_speaker))], k=rng.randint(3, 6)))
+        parts = []
+        for audio in chosen["audio"]:
+            pause = np.zeros(int(rng.uniform(0.05, 0.25) * SAMPLING_RATE), dtype=np.float32)
+            parts += [load_waveform(audio, SAMPLING_RATE), pause]
+        file = io.BytesIO()
+        soundfile.write(file, np.concatenate(parts), SAMPLING_RATE, format="FLAC")
+        rows.append({"audio": {"bytes": file.getvalue(), "path": None}, "text": " ".join(chosen["text"])})
+    return Dataset.from_list(rows).cast_column("audio", Audio(decode=False))
+
+
+def middle_subnet(space: SearchSpace) -> Subnet:
+    """The subnet of the middle choices."""
+
+    def middle(choices: tuple) -> float:
+        return choices[len(choices) // 2]
+
+    width = middle(space.hidden_size)
+    return Subnet.uniform(
+        width,
+        middle(space.num_hidden_layers),
+        middle(space.num_attention_heads),
+        int(middle(space.ffn_ratio) * width),
+        space.head_dim,
+    )
+
+
+@dataclass
+class Bench:
+    """Held-out speech, and what is measured on it."""
+
+    train_words: Dataset
+    test_words: Dataset
+    teacher: Teacher
+    extractor: Wav2Vec2FeatureExtractor
+
+    def __post_init__(self) -> None:
+        self.train_batches = self._batches(self.train_words)
+        self.test_batches = self._batches(self.test_words)
+        self.targets = masked_targets(self.teacher, self.test_batches, MASK_TIME_PROB)
+
+    def _batches(self, words: Dataset) -> list:
+        return make_batches([load_waveform(audio, SAMPLING_RATE) for audio in words["audio"]], self.extractor)
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """Probe accuracies and R2 of the frozen `model`, whatever labels the data has."""
+        model = model.eval()
+        row = {"r2": ridge_r2(masked_frames(model, self.test_batches, MASK_TIME_PROB), self.targets)}
+        test = pooled_features(model, self.test_batches)
+        if "digit" in self.test_words.column_names:
+            train = pooled_features(model, self.train_batches)
+            row["digit"] = probe_accuracy(train, self.train_words["digit"], test, self.test_words["digit"])
+        if "speaker" in self.test_words.column_names:
+            row["speaker"] = cross_validated_accuracy(test, self.test_words["speaker"])
+        return row
+
+
+def measure_subnets(
+    arguments: DemoArguments, supernet: LightHubertModel, subnets: dict[str, Subnet], bench: Bench
+) -> list[dict]:
+    """Rows of the table: the teacher, and each subnet distilled, as an untrained slice of the teacher, and random."""
+    space = supernet.search_space
+    untrained = LightHubertModel.from_pretrained(arguments.teacher, search_space=space)
+    rows = [
+        {"model": "teacher", "kind": "teacher", "parameters": bench.teacher.model.num_parameters(),
+         "macs": macs_per_second(untrained, space.largest), "rtf": measure_latency(bench.teacher.model, 5.0) / 5.0,
+         **bench.measure(bench.teacher.model)}
+    ]  # fmt: skip
+    for name, subnet in subnets.items():
+        models = {
+            "distilled": supernet.extract_subnet(subnet),
+            "slice of the teacher": untrained.extract_subnet(subnet),
+            "random weights": LightHubertModel(supernet.config.cut_to(subnet)),
+        }
+        for kind, model in models.items():
+            rows.append(
+                {"model": f"{name}, {kind}", "kind": kind, "parameters": model.num_parameters(),
+                 "macs": macs_per_second(model), "rtf": measure_latency(model.eval(), 5.0) / 5.0,
+                 **bench.measure(model)}
+            )  # fmt: skip
+            print("   " + format_row(rows[-1]), flush=True)
+    return rows
+
+
+COLUMNS = ("model", "parameters", "MMAC/s", "real-time factor", "digit", "speaker", "R2")
+
+
+def cells(row: dict) -> list[str]:
+    """The texts of a row of the table."""
+
+    def share(name: str) -> str:
+        return f"{row[name]:.1%}" if name in row else "n/a"
+
+    return [
+        row["model"],
+        f"{row['parameters']:,}",
+        f"{row['macs'] / 1e6:.1f}",
+        f"{row['rtf']:.4f}",
+        share("digit"),
+        share("speaker"),
+        f"{row['r2']:.3f}",
+    ]
+
+
+def format_row(row: dict) -> str:
+    return ", ".join(f"{name} {text}" if name != "model" else text for name, text in zip(COLUMNS, cells(row), strict=True))
+
+
+def markdown_table(header: tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Probe accuracy (R2 where the data has no digits) against MACs, one point for each model."""
+    measure, label = ("digit", "digit probe, accuracy") if "digit" in rows[0] else ("r2", "R2 of the target")
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for kind, marker in (("teacher", "*"), ("distilled", "o"), ("slice of the teacher", "s"), ("random weights", "x")):
+        points = [row for row in rows if row["kind"] == kind]
+        axes.plot([row["macs"] / 1e6 for row in points], [row[measure] for row in points],
+                  marker, linestyle="-" if len(points) > 1 else "none", label=kind, markersize=11 if kind == "teacher" else 7)  # fmt: skip
+    axes.set(xlabel="million MACs per second of audio", ylabel=label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def write_card(folder: Path, arguments: DemoArguments, row: dict, ctc_rows: list[list[str]], results: str) -> None:
+    """Fills the model card template for the fine-tuned subnet."""
+    model = AutoModelForCTC.from_pretrained(folder)
+    card = ModelCard.from_template(
+        ModelCardData(
+            language="en",
+            license="apache-2.0",
+            library_name="transformers",
+            pipeline_tag="automatic-speech-recognition",
+            tags=["speech", "hubert", "lighthubert"],
+        ),
+        template_path=ROOT / "model_cards/template.md",
+        name=f"lighthubert-demo-{row['model'].split(',')[0]}",
+        task="speech recognition with CTC",
+        supernet="the supernet of the demonstration",
+        teacher=Path(arguments.teacher).name,
+        subnet=model.subnet,
+        num_parameters=model.num_parameters(),
+        macs_per_second=macs_per_second(model),
+        example_import="pipeline",
+        example='recogniser = pipeline("automatic-speech-recognition", model=folder, trust_remote_code=True)\n'
+        'recogniser("recording.wav")["text"]',
+        training_data=f"`{Path(arguments.train_file).name}`, tested on `{Path(arguments.test_file).name}`.",
+        results=results,
+        limits="A demonstration: it has learnt the words of its small training set, and no others.",
+    )
+    card.save(folder / "README.md")
+
+
+def distil(arguments: DemoArguments, train_file: Path, output_dir: Path, *options: str | Path) -> None:
+    """One run of the distillation script, with what both stages share."""
+    run(
+        ROOT / "training/run_distillation.py",
+        "--train_file", train_file, "--teacher_name_or_path", arguments.teacher,
+        "--search_space", arguments.search_space, "--num_target_layers", str(NUM_TARGET_LAYERS),
+        "--mask_time_prob", str(MASK_TIME_PROB), "--loss_frames", "all", "--freeze_feature_encoder",
+        "--per_device_train_batch_size", "16", "--seed", str(arguments.seed), "--cpu",
+        "--output_dir", output_dir, *options,
+    )  # fmt: skip
+
+
+def recognise(arguments: DemoArguments, start: Path, train_file: Path, test_file: Path, output_dir: Path) -> dict:
+    """Fine-tunes `start` with CTC, and transcribes the test recordings in a process without our package."""
+    run(
+        ROOT / "training/run_speech_recognition_ctc.py",
+        "--model_name_or_path", start, "--train_file", train_file, "--output_dir", output_dir,
+        "--max_steps", str(arguments.ctc_steps), "--per_device_train_batch_size", "16", "--learning_rate", "1e-3",
+        "--warmup_steps", str(arguments.ctc_steps // 10), "--lr_scheduler_type", "linear", "--logging_steps", "50", "--save_strategy", "no",
+        "--report_to", "none", "--dataloader_num_workers", "1", "--seed", str(arguments.seed), "--use_cpu",
+    )  # fmt: skip
+    results = output_dir / "transcripts.json"
+    run(ROOT / "demo/transcribe.py", output_dir, test_file, "--output_file", results)
+    return json.loads(results.read_text())
+
+
+def main() -> None:
+    parser = HfArgumentParser(DemoArguments, description=__doc__.splitlines()[0])
+    (arguments,) = parser.parse_args_into_dataclasses()
+    start = time.perf_counter()
+    logging.set_verbosity_error()
+    set_seed(arguments.seed)
+    rng = random.Random(arguments.seed)
+    output = Path(arguments.output_dir).resolve()
+    (output / "data").mkdir(parents=True, exist_ok=True)
+
+    with stage("1. Speech"):
+        train_words, train_file, train_strings = prepare_speech(arguments.train_file, output / "data", "train", 1000, rng)
+        test_words, _, test_strings = prepare_speech(arguments.test_file, output / "data", "test", 100, rng)
+        print(f"   {len(train_words)} words to train on, {len(test_words)} to test on, and strings of words")
+    with stage("2. Teacher"):
+        teacher = Teacher(AutoModel.from_pretrained(arguments.teacher), NUM_TARGET_LAYERS)
+        print(f"   {teacher.model.num_parameters():,} parameters")
+    with stage("3a. Stage 1: the largest subnet learns from the teacher"):
+        distil(arguments, train_file, output / "stage1", "--sampling", "largest", "--max_steps", str(arguments.stage1_steps))
+    with stage("3b. Stage 2: all subnets learn"):
+        distil(
+            arguments, train_file, output / "supernet", "--student_name_or_path", output / "stage1",
+            "--sampling", "uniform", "--max_steps", str(arguments.stage2_steps),
+        )  # fmt: skip
+    with stage("4. Subnets against the teacher, its untrained slices, and random weights"):
+        supernet = LightHubertModel.from_pretrained(output / "supernet")
+        space = supernet.search_space
+        print(f"   the supernet holds {space.num_subnets:,} subnets")
+        subnets = {"largest": space.largest, "middle": middle_subnet(space), "smallest": space.smallest}
+        extractor = Wav2Vec2FeatureExtractor.from_pretrained(output / "supernet")
+        probe_words = train_words.shuffle(arguments.seed).select(range(min(arguments.max_probe_recordings, len(train_words))))
+        rows = measure_subnets(arguments, supernet, subnets, Bench(probe_words, test_words, teacher, extractor))
+    with stage("5. Speech recognition: the middle subnet, and the same shape from random weights"):
+        supernet.extract_subnet(subnets["middle"]).save_pretrained(output / "middle")
+        LightHubertModel(supernet.config.cut_to(subnets["middle"])).save_pretrained(output / "middle-random")
+        distilled = recognise(arguments, output / "middle", train_strings, test_strings, output / "asr")
+        control = recognise(arguments, output / "middle-random", train_strings, test_strings, output / "asr-random")
+    ctc_rows = [
+        [name, f"{result['wer']:.1%}", f"{result['cer']:.1%}"]
+        for name, result in (("middle, distilled", distilled), ("middle, random weights", control))
+    ]
+    table = markdown_table(COLUMNS, [cells(row) for row in rows])
+    ctc_table = markdown_table(("fine-tuned with CTC", "WER", "CER"), ctc_rows)
+    (output / "results.md").write_text(f"{table}\n\n{ctc_table}\n", encoding="utf-8")
+    (output / "results.json").write_text(json.dumps({"models": rows, "ctc": ctc_rows}, indent=2) + "\n")
+    plot(rows, output / "accuracy-against-macs.png")
+    write_card(output / "asr", arguments, rows[4], ctc_rows, ctc_table)
+    print(f"\n{table}\n\n{ctc_table}\n\nAll of it is in {arguments.output_dir}; {time.perf_counter() - start:.0f} s in all.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Trains the tiny teacher of the demonstration as the first iteration of HuBERT is trained.
+
+    python demo/train_teacher.py
+
+Frames of the generated training speech are named by k-means clusters of their MFCCs (HuBERT, arXiv 2106.07447, section
+2.1); a small HuBERT learns to predict the names of frames that it does not see. The result is a stock `HubertModel`.
+"""
+
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from datasets import Audio, load_dataset  # noqa: E402
+from scipy.fft import dct  # noqa: E402
+from sklearn.cluster import MiniBatchKMeans  # noqa: E402
+from torch import nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import (  # noqa: E402
+    HfArgumentParser,
+    HubertConfig,
+    HubertModel,
+    Wav2Vec2FeatureExtractor,
+    get_scheduler,
+    set_seed,
+)
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function  # noqa: E402
+
+from distillation import draw_time_mask, true_frames  # noqa: E402
+from probing import make_batches, pooled_features, probe_accuracy  # noqa: E402
+from speech_data import load_waveform  # noqa: E402
+
+
+SAMPLING_RATE = 16_000
+WINDOW, HOP = 400, 320  # samples that HuBERT's frames see, and from one to the next
+CONFIG = HubertConfig(
+    hidden_size=128,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    intermediate_size=512,
+    conv_dim=(64,) * 7,
+    feat_extract_norm="layer",
+    num_conv_pos_embeddings=32,
+    hidden_dropout=0.0,
+    activation_dropout=0.0,
+    attention_dropout=0.0,
+    layerdrop=0.0,
+)
+
+
+@dataclass
+class TeacherArguments:
+    """Data, units and schedule."""
+
+    train_file: str = field(
+        default=str(ROOT / "demo/speech/train.parquet"), metadata={"help": "Parquet file to train on."}
+    )
+    test_file: str = field(
+        default=str(ROOT / "demo/speech/test.parquet"), metadata={"help": "Parquet file of the digit probe."}
+    )
+    output_dir: str = field(default=str(ROOT / "demo/teacher"), metadata={"help": "Folder of the teacher."})
+    num_units: int = field(default=100, metadata={"help": "Clusters of MFCCs, as in HuBERT's first iteration."})
+    mask_time_prob: float = field(default=0.5, metadata={"help": "Share of frames that are hidden."})
+    mask_time_length: int = field(
+        default=6, metadata={"help": "Length of a hidden span in frames. HuBERT has 10; single digits have about 25 in all."}
+    )
+    max_steps: int = field(default=2500, metadata={"help": "Optimiser steps."})
+    batch_size: int = field(default=16, metadata={"help": "Recordings in a batch."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak of the schedule."})
+    seed: int = field(default=0, metadata={"help": "Of everything random."})
+
+
+def read(file: str) -> tuple[list[np.ndarray], np.ndarray]:
+    """Waveforms at 16 kHz and digits (-1 for strings) of a corpus."""
+    dataset = load_dataset("parquet", data_files=file, split="train").cast_column("audio", Audio(decode=False))
+    return [load_waveform(audio, SAMPLING_RATE) for audio in dataset["audio"]], np.array(dataset["digit"])
+
+
+def mfcc(waveform: np.ndarray) -> np.ndarray:
+    """13 MFCCs with first and second differences, (num_frames, 39), on HuBERT's frames."""
+    filters = mel_filter_bank(WINDOW // 2 + 1, 40, 0.0, SAMPLING_RATE / 2, SAMPLING_RATE, norm="slaney")
+    energies = spectrogram(
+        waveform, window_function(WINDOW, "hann"), WINDOW, HOP, power=2.0, center=False, mel_filters=filters, log_mel="log"
+    )
+    cepstra = dct(energies.T, norm="ortho")[:, :13]
+    first = np.gradient(cepstra, axis=0)
+    features = np.concatenate([cepstra, first, np.gradient(first, axis=0)], axis=1)
+    return (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-5)
+
+
+def name_frames(waveforms: list[np.ndarray], num_units: int, seed: int) -> list[torch.Tensor]:
+    """The cluster of every frame of every waveform."""
+    features = [mfcc(waveform) for waveform in tqdm(waveforms, desc="MFCC", file=sys.stdout)]
+    clusters = MiniBatchKMeans(num_units, random_state=seed, batch_size=10_000, n_init=5).fit(np.concatenate(features))
+    return [torch.from_numpy(clusters.predict(frames)).long() for frames in features]
+
+
+def draw_batches(lengths: list[int], batch_size: int, rng: random.Random) -> Iterator[list[int]]:
+    """Endless batches of indices of recordings of similar length."""
+    while True:
+        order = rng.sample(range(len(lengths)), len(lengths))
+        pools = [order[start : start + 16 * batch_size] for start in range(0, len(order), 16 * batch_size)]
+        batches = [
+            sorted(pool, key=lengths.__getitem__)[start : start + batch_size]
+            for pool in pools
+            for start in range(0, len(pool), batch_size)
+        ]
+        yield from rng.sample(batches, len(batches))
+
+
+def train(
+    model: HubertModel,
+    head: nn.Linear,
+    waveforms: list[np.ndarray],
+    units: list[torch.Tensor],
+    extractor: Wav2Vec2FeatureExtractor,
+    arguments: TeacherArguments,
+) -> float:
+    """Masked prediction. Returns the accuracy on masked frames over the last hundred steps."""
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.01)
+    scheduler = get_scheduler("cosine", optimizer, arguments.max_steps // 10, arguments.max_steps)
+    batches = draw_batches([len(waveform) for waveform in waveforms], arguments.batch_size, random.Random(arguments.seed))
+    bar = tqdm(range(arguments.max_steps), desc="training", file=sys.stdout)
+    accuracies, seconds, start = [], 0.0, time.perf_counter()
+    for _, indices in zip(bar, batches):
+        (batch,) = make_batches([waveforms[index] for index in indices], extractor, len(indices))
+        targets = nn.utils.rnn.pad_sequence([units[index] for index in indices], batch_first=True)
+        mask = draw_time_mask(model, batch["attention_mask"], arguments.mask_time_prob, arguments.mask_time_length)
+        assert mask.shape == targets.shape, "MFCC frames and HuBERT's frames have come apart"
+        logits = head(model(batch["input_values"], batch["attention_mask"], mask).last_hidden_state[mask])
+        loss = nn.functional.cross_entropy(logits, targets[mask])
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        accuracies.append(float((logits.argmax(-1) == targets[mask]).float().mean()))
+        seconds += float(batch["attention_mask"].sum()) / SAMPLING_RATE
+        bar.set_postfix(
+            loss=f"{float(loss):.3f}",
+            accuracy=f"{np.mean(accuracies[-100:]):.3f}",
+            audio_per_second=f"{seconds / (time.perf_counter() - start):.0f}",
+            refresh=False,
+        )
+    return float(np.mean(accuracies[-100:]))
+
+
+def digit_accuracy(model: HubertModel, extractor: Wav2Vec2FeatureExtractor, *corpora: tuple) -> float:
+    """Accuracy of a linear probe for the digit, fitted to one corpus and tested on the other."""
+    features, labels = [], []
+    for waveforms, digits in corpora:
+        words = np.flatnonzero(digits >= 0)
+        features.append(pooled_features(model.eval(), make_batches([waveforms[index] for index in words], extractor)))
+        labels.append(digits[words])
+    return probe_accuracy(features[0], labels[0], features[1], labels[1])
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(TeacherArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+    set_seed(arguments.seed)
+    start = time.perf_counter()
+    corpus, test_corpus = read(arguments.train_file), read(arguments.test_file)
+    waveforms, _ = corpus
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    units = name_frames(waveforms, arguments.num_units, arguments.seed)
+    model, head = HubertModel(CONFIG), nn.Linear(CONFIG.hidden_size, arguments.num_units)
+    before = digit_accuracy(model, extractor, corpus, test_corpus)
+    accuracy = train(model.train(), head, waveforms, units, extractor, arguments)
+    after = digit_accuracy(model, extractor, corpus, test_corpus)
+    model.save_pretrained(arguments.output_dir)
+    extractor.save_pretrained(arguments.output_dir)
+    print(
+        f"{arguments.output_dir}: {model.num_parameters():,} parameters; {accuracy:.1%} of masked frames named right;"
+        f" digits of new voices {after:.1%} by a linear probe, {before:.1%} from random weights;"
+        f" {(time.perf_counter() - start) / 60:.0f} minutes on {torch.get_num_threads()} threads"
+    )
+
+
+if __name__ == "__main__":
+    main()

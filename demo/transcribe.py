@@ -1,0 +1,47 @@
+"""Transcribes recordings with a saved model and transformers alone: the code in the model's folder is all it needs.
+
+    python demo/transcribe.py demo/output/asr demo/output/data/test-strings.parquet
+"""
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+
+
+sys.modules["modeling_lighthubert"] = None  # whoever has the package installed: it cannot be imported here
+
+import jiwer  # noqa: E402
+import soundfile  # noqa: E402
+from datasets import Audio, load_dataset  # noqa: E402
+from transformers import pipeline  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Folder of a fine-tuned model.")
+    parser.add_argument("test_file", help="Parquet file with `audio` (16 kHz) and `text`.")
+    parser.add_argument("--output_file", type=Path, help="JSON file for the transcripts and error rates.")
+    parser.add_argument("--num_shown", type=int, default=8, help="Transcripts to print (default: 8).")
+    options = parser.parse_args()
+    recordings = load_dataset("parquet", data_files=options.test_file, split="train")
+    recordings = recordings.cast_column("audio", Audio(decode=False))
+    recogniser = pipeline("automatic-speech-recognition", model=options.model, trust_remote_code=True)
+    waveforms = []
+    for audio in recordings["audio"]:
+        waveform, rate = soundfile.read(io.BytesIO(audio["bytes"]), dtype="float32")
+        waveforms.append({"raw": waveform, "sampling_rate": rate})
+    hypotheses = [output["text"] for output in recogniser(waveforms, batch_size=8)]
+    references = list(recordings["text"])
+    for reference, hypothesis in list(zip(references, hypotheses, strict=True))[: options.num_shown]:
+        print(f"  {reference:<34} | {hypothesis}")
+    results = {"wer": jiwer.wer(references, hypotheses), "cer": jiwer.cer(references, hypotheses)}
+    print(f"  {len(references)} recordings: WER {results['wer']:.1%}, CER {results['cer']:.1%}")
+    if options.output_file is not None:
+        pairs = [{"reference": reference, "hypothesis": hypothesis} for reference, hypothesis in zip(references, hypotheses)]
+        options.output_file.write_text(json.dumps({**results, "transcripts": pairs}, indent=2, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

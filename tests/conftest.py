@@ -1,0 +1,158 @@
+"""What the tests share: tiny supernets with the shape of the real ones, and a process that lacks the package."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_lighthubert import (
+    LightHubertConfig,
+    LightHubertForAudioFrameClassification,
+    LightHubertForCTC,
+    LightHubertForPreTraining,
+    LightHubertForSequenceClassification,
+    LightHubertForXVector,
+    LightHubertModel,
+    SearchSpace,
+)
+
+
+GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+
+# The paper's spaces at 1/16 of their size: a full width of 48, 12 heads of 4, 4 blocks of FFN units, 12 layers.
+SMALL = SearchSpace((16, 24, 32), (4, 6, 8), (3, 3.5, 4), (10, 11, 12), head_dim=4)
+BASE = SearchSpace((32, 40, 48), (8, 10, 12), (3.5, 4), (12,), head_dim=4)
+SIX_DEEP = SearchSpace((16, 32, 48), (4, 8, 12), (2, 3, 4), (4, 5, 6), head_dim=4)
+TWO_DEEP = SearchSpace((16, 24, 48), (4, 6, 12), (2, 3.5, 4), (1, 2), head_dim=4)
+
+HEADS = {
+    "AutoModel": LightHubertModel,
+    "AutoModelForPreTraining": LightHubertForPreTraining,
+    "AutoModelForCTC": LightHubertForCTC,
+    "AutoModelForAudioClassification": LightHubertForSequenceClassification,
+    "AutoModelForAudioFrameClassification": LightHubertForAudioFrameClassification,
+    "AutoModelForAudioXVector": LightHubertForXVector,
+}
+HEAD_CLASSES = [pytest.param(head, id=head.__name__.removeprefix("LightHubert")) for head in HEADS.values()]
+
+# The four forms of encoder that HuBERT and wav2vec 2.0 checkpoints have
+FLAVOURS = [
+    pytest.param(
+        {"feat_extract_norm": norm, "do_stable_layer_norm": stable}, id=f"{norm}-{'pre' if stable else 'post'}"
+    )
+    for norm in ("layer", "group")
+    for stable in (False, True)
+]
+
+
+def stock_settings(**changes) -> dict:
+    """Settings of a tiny HuBERT, with the time scale of the real one and nothing random in it."""
+    settings = {
+        "hidden_size": 48,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 192,
+        "conv_dim": (16,) * 7,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4,
+        "initializer_range": 0.2,
+        "vocab_size": 12,
+        "num_labels": 3,
+        "classifier_proj_size": 16,
+        **dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout"), 0.0),
+        **dict.fromkeys(("final_dropout", "layerdrop"), 0.0),
+    }
+    return settings | changes
+
+
+def tiny_config(search_space: SearchSpace | None = TWO_DEEP, **changes) -> LightHubertConfig:
+    """Configuration of a tiny supernet as deep as its search space asks for."""
+    extra = {
+        "num_hidden_layers": max(search_space.num_hidden_layers) if search_space else 2,
+        "tdnn_dim": (16, 16, 16),
+        "tdnn_kernel": (5, 3, 1),
+        "tdnn_dilation": (1, 2, 1),
+        "xvector_output_dim": 8,
+        "teacher_hidden_size": 20,
+        "num_prediction_heads": 2,
+    }
+    return LightHubertConfig(search_space=search_space, **stock_settings(**(extra | changes)))
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Moves every weight off its initial value: ones and zeros do not tell one slice from another."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(parameter * (1 + 0.2 * noise) + (0.2 * noise if parameter.ndim == 1 else 0))
+        for name, buffer in model.named_buffers():
+            if "running" in name:
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    return model
+
+
+def tiny_model(head: type = LightHubertModel, search_space: SearchSpace | None = TWO_DEEP, **changes):
+    """A tiny model with randomised weights, in eval mode."""
+    torch.manual_seed(0)
+    return randomise(head(tiny_config(search_space, **changes))).eval()
+
+
+def answer(model: torch.nn.Module, *inputs: torch.Tensor, **kwargs) -> torch.Tensor:
+    """The tensor that a model is there for: logits, the first prediction, or hidden states."""
+    with torch.no_grad():
+        outputs = model(*inputs, **kwargs)
+    if "logits" in outputs:
+        return outputs.logits
+    return outputs.predictions[0] if "predictions" in outputs else outputs.last_hidden_state
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def waveform() -> torch.Tensor:
+    """A quarter of a second of noise: 12 frames."""
+    return noise(1, 4000)
+
+
+BLOCKED = """
+import sys
+
+sys.modules["modeling_lighthubert"] = None  # importing it fails, however it is installed
+try:
+    import modeling_lighthubert
+except ImportError:
+    pass
+else:
+    raise SystemExit("the package is importable")
+import torch
+
+torch.set_num_threads(1)
+"""
+
+
+def run_without_package(script: str, folder: Path, *arguments: object) -> dict:
+    """What `script` prints as JSON on its last line, run by a Python that cannot import the package.
+
+    Args:
+        folder: working directory. Remote code is cached inside it.
+        arguments: `sys.argv[1:]` of the script.
+    """
+    environment = os.environ | {"HF_HOME": str(folder / "hf"), "HF_MODULES_CACHE": str(folder / "hf" / "modules")}
+    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", BLOCKED + script, *map(str, arguments)]
+    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Sums in the same order here and in a fresh process, so that answers can be compared bit by bit."""
+    torch.set_num_threads(1)

@@ -1,0 +1,227 @@
+"""Claims about the elastic layers, each against the plain torch layer of the cut size."""
+
+import copy
+
+import pytest
+import torch
+from conftest import noise, randomise
+from torch import nn
+
+from modeling_lighthubert.elastic import (
+    ElasticBatchNorm1d,
+    ElasticLayerList,
+    ElasticLayerNorm,
+    ElasticLinear,
+    ElasticPositionalConv1d,
+    cut_state,
+    leading,
+    num_selected_parameters,
+)
+
+
+TAPS, GROUPS = 6, 4
+
+
+def elastic_linear():
+    return ElasticLinear(12, 10)
+
+
+def elastic_ffn():
+    """8 wide, 4 blocks of 8 units."""
+    return ElasticLinear(8, 32, out_block=8)
+
+
+def elastic_conv(weight_norm: bool):
+    conv = ElasticPositionalConv1d(16, TAPS, GROUPS)
+    return nn.utils.parametrizations.weight_norm(conv, name="weight", dim=2) if weight_norm else conv
+
+
+def plain_conv(channels: int, weight_norm: bool):
+    conv = nn.Conv1d(channels, channels, TAPS, padding=TAPS // 2, groups=GROUPS)
+    return nn.utils.parametrizations.weight_norm(conv, name="weight", dim=2) if weight_norm else conv
+
+
+# Each: an elastic layer, what to select, the plain layer of that size, an input for it
+LAYERS = {
+    "linear": (elastic_linear, (5, 7), lambda: nn.Linear(5, 7), (2, 3, 5)),
+    "linear without bias": (lambda: ElasticLinear(12, 10, bias=False), (5, 7), lambda: nn.Linear(5, 7, False), (3, 5)),
+    "block-wise linear": (elastic_ffn, (6, 20, None, 6), lambda: nn.Linear(6, 20), (2, 3, 6)),
+    "layer norm": (lambda: ElasticLayerNorm(12), (5,), lambda: nn.LayerNorm(5), (2, 3, 5)),
+    "batch norm": (lambda: ElasticBatchNorm1d(12), (5,), lambda: nn.BatchNorm1d(5), (2, 5, 3)),
+    "convolution": (lambda: elastic_conv(False), (8,), lambda: plain_conv(8, False), (2, 8, 9)),
+    "weight-normed convolution": (lambda: elastic_conv(True), (8,), lambda: plain_conv(8, True), (2, 8, 9)),
+}
+
+
+@pytest.fixture(params=LAYERS.values(), ids=LAYERS.keys())
+def layer(request):
+    """A randomised elastic layer with a part selected, the plain layer of that size, an input."""
+    build, selection, build_plain, shape = request.param
+    elastic = randomise(build(), seed=1)
+    elastic.select(*selection)
+    return elastic, build_plain(), noise(*shape)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_a_selected_layer_answers_like_its_cut_form(layer, training):
+    elastic, plain, inputs = layer
+    plain.load_state_dict(cut_state(elastic))
+    torch.testing.assert_close(elastic.train(training)(inputs), plain.train(training)(inputs), rtol=0, atol=1e-6)
+
+
+def test_the_parameters_of_the_cut_form_are_counted_without_it(layer):
+    elastic, plain, _ = layer
+    assert num_selected_parameters(elastic) == sum(parameter.numel() for parameter in plain.parameters())
+
+
+@pytest.mark.parametrize("build", [build for build, *_ in LAYERS.values()], ids=LAYERS.keys())
+def test_a_new_layer_uses_all_its_weights(build):
+    full = build()
+    assert num_selected_parameters(full) == sum(parameter.numel() for parameter in full.parameters())
+
+
+def test_a_selection_is_printed(layer):
+    elastic, *_ = layer
+    assert "selected=" in repr(elastic)
+
+
+@pytest.mark.parametrize(("build", "selection"), [case[:2] for case in LAYERS.values()], ids=LAYERS.keys())
+def test_selecting_touches_no_weight(build, selection):
+    elastic = build()
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in elastic.state_dict().items()}
+    elastic.select(*selection)
+    for name, tensor in elastic.state_dict().items():
+        assert tensor.data_ptr() == before[name][0]
+        assert torch.equal(tensor, before[name][1])
+
+
+@pytest.mark.parametrize(("size", "width"), [(5, 5), (20, 6), (32, 8)], ids=["rows", "blocks", "all"])
+def test_a_selection_is_made_of_views(size, width):
+    weight = torch.zeros(32, 8)
+    for part in leading(weight, 0, size, block=8, width=width):
+        part += 1
+    assert weight.sum() == size * 8
+
+
+def test_gradients_of_a_linear_layer_reach_its_leading_rows_and_columns_only():
+    elastic = elastic_linear()
+    elastic.select(5, 7)
+    elastic(noise(3, 5)).square().sum().backward()
+    used = torch.zeros(10, 12, dtype=torch.bool)
+    used[:7, :5] = True
+    assert torch.equal(elastic.weight.grad != 0, used)
+    assert torch.equal(elastic.bias.grad != 0, torch.arange(10) < 7)
+
+
+# The block-wise FFN
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "units"),
+    [
+        (384, 1536, [range(384), range(768, 1152), range(1536, 1920), range(2304, 2688)]),
+        (512, 1792, [range(512), range(768, 1280), range(1536, 2048), range(2304, 2560)]),
+        (640, 640, [range(640)]),
+        (256, 768, [range(256), range(768, 1024), range(1536, 1792)]),
+        (768, 2688, [range(2688)]),
+        (768, 3072, [range(3072)]),
+    ],
+)
+def test_ffn_units_are_the_first_of_each_block(width, size, units):
+    taken = torch.cat(leading(torch.arange(3072), 0, size, block=768, width=width))
+    assert taken.tolist() == [unit for block in units for unit in block]
+
+
+def test_units_are_taken_along_the_named_dimension():
+    matrix = torch.arange(2 * 8).view(2, 8)
+    assert torch.cat(leading(matrix, 1, 5, block=4, width=3), dim=1).tolist() == [[0, 1, 2, 4, 5], [8, 9, 10, 12, 13]]
+
+
+def test_an_ffn_reads_the_units_that_it_wrote():
+    up, down = randomise(elastic_ffn()), randomise(ElasticLinear(32, 8, in_block=8))
+    up.select(6, 20, out_width=6)
+    down.select(20, 6, in_width=6)
+    units = [unit for unit in range(32) if unit % 8 < 6][:20]
+    expected = noise(3, 6) @ up.weight[units, :6].T + up.bias[units]
+    expected = expected @ down.weight[:6][:, units].T + down.bias[:6]
+    torch.testing.assert_close(down(up(noise(3, 6))), expected)
+
+
+# The position convolution
+
+
+def test_weight_norm_is_taken_over_the_full_kernel():
+    conv = randomise(elastic_conv(weight_norm=True))
+    conv.select(8)
+    gain, direction = conv.parametrizations.weight.original0, conv.parametrizations.weight.original1
+    kernel = gain * direction / direction.norm(dim=(0, 1), keepdim=True)
+    torch.testing.assert_close(conv.selected()[0], kernel[:8, :2])
+
+
+def test_the_gain_of_a_cut_convolution_is_the_norm_of_its_kernel():
+    conv = randomise(elastic_conv(weight_norm=True))
+    conv.select(8)
+    state = conv.cut_state()
+    kernel = conv.selected()[0]
+    torch.testing.assert_close(
+        state["parametrizations.weight.original0"].flatten(), kernel.pow(2).sum((0, 1)).sqrt(), rtol=1e-6, atol=0
+    )
+
+
+def test_a_tap_without_gain_is_cut_like_the_others():
+    conv = randomise(elastic_conv(weight_norm=True))
+    with torch.no_grad():
+        conv.parametrizations.weight.original0[..., 2] = 0
+    conv.select(8)
+    plain = plain_conv(8, weight_norm=True)
+    plain.load_state_dict(conv.cut_state())
+    torch.testing.assert_close(plain(noise(2, 8, 9)), conv(noise(2, 8, 9)), rtol=0, atol=1e-6)
+
+
+def test_the_groups_of_a_narrow_convolution_are_those_of_the_full_one():
+    conv = elastic_conv(weight_norm=False)
+    conv.select(8)
+    inputs = torch.zeros(1, 8, 9)
+    inputs[:, 2:4] = 1  # the second of 4 groups of 2 channels
+    changed = (conv(inputs) - conv(torch.zeros(1, 8, 9))).abs().sum((0, 2)) > 0
+    assert changed.tolist() == [False, False, True, True, False, False, False, False]
+
+
+# Batch norm
+
+
+def test_batch_norm_in_training_moves_the_statistics_of_the_selected_channels_only():
+    norm = ElasticBatchNorm1d(6).train()
+    norm.select(4)
+    norm(noise(3, 4, 5) + 2)
+    assert (norm.running_mean[:4] != 0).all()
+    assert (norm.running_var[:4] != 1).all()
+    assert (norm.running_mean[4:] == 0).all()
+    assert (norm.running_var[4:] == 1).all()
+
+
+# The layer list
+
+
+def test_iterating_over_a_layer_list_gives_the_kept_layers_in_order():
+    layers = ElasticLayerList(nn.Linear(1, 1) for _ in range(4))
+    layers.select((0, 2))
+    assert list(layers) == [layers[0], layers[2]]
+    assert len(layers) == 4
+    assert "kept=[0, 2]" in repr(layers)
+
+
+def test_the_cut_state_of_a_layer_list_numbers_the_kept_layers_anew():
+    layers = ElasticLayerList(nn.Linear(1, 1, bias=False) for _ in range(4))
+    layers.select((0, 2))
+    state = cut_state(layers, "layers.")
+    assert list(state) == ["layers.0.weight", "layers.1.weight"]
+    assert state["layers.1.weight"] is layers[2].weight
+
+
+def test_a_copied_layer_has_its_own_selection(layer):
+    elastic, *_ = layer
+    twin = copy.deepcopy(elastic)
+    assert num_selected_parameters(twin) == num_selected_parameters(elastic)
+    twin.select(*[4] * (2 if isinstance(elastic, ElasticLinear) else 1))
+    assert num_selected_parameters(twin) != num_selected_parameters(elastic)

@@ -1,0 +1,260 @@
+"""Claims about pipelines: a saved model transcribes and classifies, also from a folder with remote code."""
+
+import difflib
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import TWO_DEEP, run_without_package, tiny_model
+from transformers import AutoModelForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor, pipeline
+from transformers.utils import is_torchaudio_available
+
+from modeling_lighthubert import LightHubertForCTC, LightHubertForSequenceClassification
+
+
+LETTERS = ["<pad>", "|", "<unk>", *"abcdefghi"]
+FORMS = ["supernet", "cut"]
+
+
+def speech(seconds: float, sampling_rate: int = 16000, seed: int = 0) -> np.ndarray:
+    """Half-second stretches of different noise: the model gives each another letter."""
+    rng, samples = np.random.default_rng(seed), int(seconds * sampling_rate)
+    parts = [rng.normal(size=sampling_rate // 2) * rng.uniform(0.01, 1) for _ in range(int(seconds * 2) + 1)]
+    smooth = [np.convolve(part, np.ones(width) / width, "same") for width, part in enumerate(parts, start=1)]
+    return np.concatenate(smooth)[:samples].astype(np.float32)
+
+
+def make_local(model):
+    """Cuts what ties a frame to distant ones, so that a recording and its chunks have the same answers."""
+    with torch.no_grad():
+        model.hubert.encoder.pos_conv_embed.conv.parametrizations.weight.original0.fill_(1e-6)
+        for layer in model.hubert.encoder.layers:
+            layer.attention.out_proj.weight.zero_()
+    return model
+
+
+def save_processor(folder):
+    (folder / "vocab.json").write_text(
+        json.dumps({letter: index for index, letter in enumerate(LETTERS)}), encoding="utf-8"
+    )
+    tokenizer = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
+    Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of a recogniser and a classifier, each as a supernet and cut."""
+    root = tmp_path_factory.mktemp("pipelines")
+    recogniser = make_local(tiny_model(LightHubertForCTC, pad_token_id=0))
+    labels = {"id2label": {0: "yes", 1: "no", 2: "maybe"}, "label2id": {"yes": 0, "no": 1, "maybe": 2}}
+    classifier = tiny_model(LightHubertForSequenceClassification, **labels)
+    for name, model in (("recogniser", recogniser), ("classifier", classifier)):
+        model.set_subnet(TWO_DEEP.sample(4))
+        for form in FORMS:
+            folder = root / f"{name}-{form}"
+            (model if form == "supernet" else model.extract_subnet()).save_pretrained(folder)
+            if name == "recogniser":
+                save_processor(folder)
+            else:
+                Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder)
+    return root
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def recogniser(folders, request):
+    return pipeline("automatic-speech-recognition", model=str(folders / f"recogniser-{request.param}"), device="cpu")
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def classifier(folders, request):
+    return pipeline("audio-classification", model=str(folders / f"classifier-{request.param}"), device="cpu")
+
+
+def transcribed(recogniser, audio):
+    """The text of a recording, without the pipeline."""
+    with torch.no_grad():
+        ids = recogniser.model(torch.from_numpy(audio)[None]).logits.argmax(-1)
+    return recogniser.tokenizer.decode(ids[0])
+
+
+# Speech recognition
+
+
+def test_an_array_is_transcribed(recogniser):
+    text = recogniser(speech(4))["text"]
+    assert len(set(text)) > 2
+    assert text == transcribed(recogniser, speech(4))
+
+
+@pytest.mark.parametrize("key", ["array", "raw"])
+def test_a_dictionary_is_transcribed_like_its_array(recogniser, key):
+    assert recogniser({key: speech(2), "sampling_rate": 16000}) == recogniser(speech(2))
+
+
+def test_another_sampling_rate_is_resampled_or_refused(recogniser):
+    recording = {"array": speech(2, sampling_rate=8000), "sampling_rate": 8000}
+    if is_torchaudio_available():
+        assert recogniser(recording)["text"]
+    else:
+        with pytest.raises(ImportError, match="torchaudio is required to resample"):
+            recogniser(recording)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_batch_is_transcribed_like_its_recordings(recogniser, batch_size):
+    recordings = [speech(seconds, seed=seconds) for seconds in (1, 3, 2)]
+    together = recogniser([recording.copy() for recording in recordings], batch_size=batch_size)
+    for answer, recording in zip(together, recordings, strict=True):
+        alone = transcribed(recogniser, recording)
+        assert answer["text"].startswith(alone)  # transformers also decodes the frames of padding behind it
+        assert batch_size > 1 or answer["text"] == alone
+
+
+def test_a_long_recording_is_transcribed_in_chunks(recogniser):
+    whole = transcribed(recogniser, speech(12))
+    chunked = recogniser(speech(12), chunk_length_s=4, stride_length_s=(1, 1))["text"]
+    assert len(whole) > 6
+    assert difflib.SequenceMatcher(None, chunked, whole).ratio() > 0.9
+
+
+def test_chunks_in_batches_change_nothing(recogniser):
+    one = recogniser(speech(12), chunk_length_s=4, stride_length_s=(1, 1), batch_size=1)
+    assert recogniser(speech(12), chunk_length_s=4, stride_length_s=(1, 1), batch_size=4) == one
+
+
+@pytest.mark.parametrize("chunking", [{}, {"chunk_length_s": 4, "stride_length_s": (1, 1)}], ids=["whole", "chunks"])
+def test_words_have_timestamps(recogniser, chunking):
+    answer = recogniser(speech(12), return_timestamps="word", **chunking)
+    words = answer["chunks"]
+    assert [word["text"] for word in words] == answer["text"].split()
+    times = [time for word in words for time in word["timestamp"]]
+    assert times == sorted(times)
+    assert 0 <= times[0] < times[-1] <= 12
+    assert times[-1] > 8
+
+
+def test_letters_have_timestamps(recogniser):
+    answer = recogniser(speech(4), return_timestamps="char")
+    assert "".join(letter["text"] for letter in answer["chunks"]) == answer["text"]
+
+
+@pytest.mark.parametrize(
+    ("audio", "message"),
+    [(np.zeros(300, dtype=np.float32), "300 samples"), (np.full(4000, np.nan, dtype=np.float32), "NaN or infinite")],
+    ids=["short", "NaN"],
+)
+def test_bad_audio_is_refused_through_the_pipeline(recogniser, audio, message):
+    with pytest.raises(ValueError, match=message):
+        recogniser(audio)
+
+
+def test_the_subnet_of_a_pipeline_can_be_changed(folders):
+    recogniser = pipeline("automatic-speech-recognition", model=str(folders / "recogniser-supernet"), device="cpu")
+    for subnet in ("largest", "smallest"):
+        recogniser.model.set_subnet(subnet)
+        assert recogniser(speech(3))["text"] == transcribed(recogniser, speech(3))
+
+
+@pytest.mark.parametrize("task", ["automatic-speech-recognition", "audio-classification"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pipeline_knows_the_model(folders, task, form, caplog):
+    """Transformers logs an error for a model that is not registered for the task."""
+    logger, name = logging.getLogger("transformers"), "recogniser" if task.startswith("auto") else "classifier"
+    logger.addHandler(caplog.handler)
+    try:
+        pipeline(task, model=str(folders / f"{name}-{form}"), device="cpu")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "not supported" not in caplog.text
+
+
+# Classification
+
+
+def test_a_recording_is_classified(classifier):
+    answer = classifier(speech(2))
+    assert {entry["label"] for entry in answer} == {"yes", "no", "maybe"}
+    assert sum(entry["score"] for entry in answer) == pytest.approx(1)
+    assert [entry["score"] for entry in answer] == sorted((entry["score"] for entry in answer), reverse=True)
+
+
+def test_a_classified_batch_is_classified_like_its_recordings(classifier):
+    recordings = [speech(seconds, seed=seconds) for seconds in (1, 3, 2)]
+    together = classifier([recording.copy() for recording in recordings], batch_size=3)
+    for answer, recording in zip(together, recordings, strict=True):
+        alone = classifier(recording)
+        assert [entry["label"] for entry in answer] == [entry["label"] for entry in alone]
+        np.testing.assert_allclose(
+            [entry["score"] for entry in answer], [entry["score"] for entry in alone], atol=2e-5
+        )
+
+
+def test_another_sampling_rate_is_resampled_or_refused_by_the_classifier(classifier):
+    recording = {"array": speech(2, sampling_rate=8000), "sampling_rate": 8000}
+    if is_torchaudio_available():
+        assert classifier(recording)
+    else:
+        with pytest.raises(ImportError, match="torchaudio is required to resample"):
+            classifier(recording)
+
+
+# Remote code
+
+SCRIPT = """
+import json, sys
+import numpy as np
+from transformers import pipeline
+
+audio, facts = np.load("audio.npy"), {}
+for form in ("supernet", "cut"):
+    remote = {"trust_remote_code": True, "device": "cpu"}
+    recogniser = pipeline("automatic-speech-recognition", model="recogniser-" + form, **remote)
+    assert type(recogniser.model).__module__.startswith("transformers_modules."), type(recogniser.model)
+    classifier = pipeline("audio-classification", model="classifier-" + form, **remote)
+    chunks = {"chunk_length_s": 4, "stride_length_s": (1, 1)}
+    facts[form] = {
+        "text": recogniser(audio)["text"],
+        "batch": [answer["text"] for answer in recogniser([audio, audio[:16000]], batch_size=2)],
+        "dictionary": recogniser({"array": audio, "sampling_rate": 16000})["text"],
+        "chunks": recogniser(audio, **chunks)["text"],
+        "words": recogniser(audio, return_timestamps="word", **chunks),
+        "labels": classifier(audio),
+    }
+print(json.dumps(facts))
+"""
+
+
+@pytest.fixture(scope="module")
+def remote(folders):
+    """What the pipelines of a process without the package answer."""
+    np.save(folders / "audio.npy", speech(12))
+    return run_without_package(SCRIPT, folders)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pipelines_answer_alike_without_the_package(folders, remote, form):
+    recogniser = pipeline("automatic-speech-recognition", model=str(folders / f"recogniser-{form}"), device="cpu")
+    chunks = {"chunk_length_s": 4, "stride_length_s": (1, 1)}
+    text = transcribed(recogniser, speech(12))
+    assert remote[form]["text"] == remote[form]["dictionary"] == text
+    assert remote[form]["batch"][0] == text
+    assert remote[form]["batch"][1].startswith(transcribed(recogniser, speech(12)[:16000]))
+    assert remote[form]["chunks"] == recogniser(speech(12), **chunks)["text"]
+    words = recogniser(speech(12), return_timestamps="word", **chunks)
+    assert remote[form]["words"] == json.loads(json.dumps(words))
+    classifier = pipeline("audio-classification", model=str(folders / f"classifier-{form}"), device="cpu")
+    for ours, theirs in zip(classifier(speech(12)), remote[form]["labels"], strict=True):
+        assert ours["label"] == theirs["label"]
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-6)
+
+
+def test_a_cut_recogniser_transcribes_like_the_selected_subnet(remote):
+    assert remote["cut"]["text"] == remote["supernet"]["text"]
+
+
+def test_the_frames_of_a_model_are_twenty_milliseconds(folders):
+    model = AutoModelForCTC.from_pretrained(folders / "recogniser-cut")
+    assert model.config.inputs_to_logits_ratio == 320

@@ -1,0 +1,105 @@
+"""What frozen features are worth, without fine-tuning: linear probes of recordings, and a ridge regression of frames."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import r2_score
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import PreTrainedModel, SequenceFeatureExtractor
+
+from distillation import Teacher, draw_time_mask, true_frames
+
+
+Batch = dict[str, torch.Tensor]
+
+
+def make_batches(
+    waveforms: Sequence[np.ndarray], extractor: SequenceFeatureExtractor, batch_size: int = 16
+) -> list[Batch]:
+    """Padded batches of `input_values` and `attention_mask`, in the order of `waveforms`."""
+    return [
+        extractor(
+            list(waveforms[start : start + batch_size]),
+            sampling_rate=extractor.sampling_rate,
+            padding=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        for start in range(0, len(waveforms), batch_size)
+    ]
+
+
+@torch.no_grad()
+def pooled_features(model: PreTrainedModel, batches: Sequence[Batch]) -> np.ndarray:
+    """Mean of the last hidden state over the true frames: (num_recordings, hidden_size)."""
+    pooled = []
+    for batch in batches:
+        hidden_states = model(batch["input_values"], attention_mask=batch["attention_mask"]).last_hidden_state
+        frames = true_frames(model, hidden_states.shape[1], batch["attention_mask"]).unsqueeze(-1)
+        pooled.append((hidden_states * frames).sum(dim=1) / frames.sum(dim=1))
+    return torch.cat(pooled).numpy()
+
+
+def linear_probe() -> Pipeline:
+    """Logistic regression on standardised features."""
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+
+
+def probe_accuracy(
+    train_features: np.ndarray, train_labels: Sequence, test_features: np.ndarray, test_labels: Sequence
+) -> float:
+    """Accuracy on test recordings of a linear probe fitted to the training recordings."""
+    return float(linear_probe().fit(train_features, train_labels).score(test_features, test_labels))
+
+
+def cross_validated_accuracy(features: np.ndarray, labels: Sequence, num_folds: int = 5) -> float:
+    """Mean accuracy of a linear probe over folds, for labels that training recordings do not have (new speakers)."""
+    folds = StratifiedKFold(num_folds, shuffle=True, random_state=0)
+    return float(cross_val_score(linear_probe(), features, labels, cv=folds).mean())
+
+
+@torch.no_grad()
+def masked_frames(
+    model: PreTrainedModel, batches: Sequence[Batch], mask_time_prob: float, mask_time_length: int = 10
+) -> np.ndarray:
+    """What `model` makes of frames that it does not see: last hidden states, (num_masked_frames, hidden_size).
+
+    The masks depend on the batches only, so that models are compared on the same frames.
+    """
+    hidden_states = []
+    for batch, mask in zip(batches, _fixed_masks(model, batches, mask_time_prob, mask_time_length), strict=True):
+        output = model(batch["input_values"], attention_mask=batch["attention_mask"], mask_time_indices=mask)
+        hidden_states.append(output.last_hidden_state[mask])
+    return torch.cat(hidden_states).numpy()
+
+
+def masked_targets(
+    teacher: Teacher, batches: Sequence[Batch], mask_time_prob: float, mask_time_length: int = 10
+) -> np.ndarray:
+    """The teacher's targets of the same frames: (num_masked_frames, hidden_size of the teacher)."""
+    masks = _fixed_masks(teacher.model, batches, mask_time_prob, mask_time_length)
+    targets = [
+        teacher(batch["input_values"], batch["attention_mask"])[mask] for batch, mask in zip(batches, masks, strict=True)
+    ]
+    return torch.cat(targets).numpy()
+
+
+def ridge_r2(features: np.ndarray, targets: np.ndarray, alpha: float = 1.0) -> float:
+    """Share of the variance of `targets` that a ridge regression from `features` explains on the frames' second half."""
+    half = len(features) // 2
+    regression = make_pipeline(StandardScaler(), Ridge(alpha=alpha)).fit(features[:half], targets[:half])
+    return float(r2_score(targets[half:], regression.predict(features[half:]), multioutput="variance_weighted"))
+
+
+def _fixed_masks(
+    model: PreTrainedModel, batches: Sequence[Batch], mask_time_prob: float, mask_time_length: int
+) -> list[torch.Tensor]:
+    state = np.random.get_state()
+    np.random.seed(0)
+    masks = [draw_time_mask(model, batch["attention_mask"], mask_time_prob, mask_time_length) for batch in batches]
+    np.random.set_state(state)
+    return masks
