@@ -2,8 +2,8 @@
 
     python benchmarks/inference.py --seconds 1 5 15
 
-Models take turns within each repeat, so that whatever else the machine does hits all of them; ratios are medians of the
-ratios within a repeat.
+Models take turns within each repeat, so that whatever else the machine does hits all of them; ratios are medians of
+the ratios within a repeat.
 """
 
 import argparse
@@ -62,7 +62,9 @@ def main() -> None:
     supernet.set_subnet(options.subnet)
     cut = supernet.extract_subnet()
     models = {"cut": cut, "stock": to_hubert(cut), "selected": supernet}
-    print(f"{options.subnet}, batch {options.batch_size}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"{options.subnet}, batch {options.batch_size}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     print("| seconds of audio | cut, ms | cut / stock HubertModel | selected / cut |\n|---|---|---|---|")
     for seconds in options.seconds:
         audio = torch.randn(options.batch_size, int(seconds * SAMPLING_RATE))

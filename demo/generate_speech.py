@@ -3,9 +3,9 @@
     apt-get install espeak-ng
     python demo/generate_speech.py
 
-Writes `demo/speech/train.parquet` and `demo/speech/test.parquet`, whose speakers differ. A speaker is one voice with its
-own pitch and speed; every recording varies both a little, and has silence around it, a gain and some noise. The same seed
-gives the same recordings.
+Writes `demo/speech/train.parquet` and `demo/speech/test.parquet`, whose speakers differ. A speaker is one voice with
+its own pitch and speed; every recording varies both a little, and has silence around it, a gain and some noise. The
+same seed gives the same recordings.
 """
 
 import io
@@ -161,7 +161,9 @@ def main() -> None:
         dataset.to_parquet(file)
         seconds = sum(soundfile.info(io.BytesIO(audio["bytes"])).duration for audio in dataset["audio"])
         size = file.stat().st_size / 1e6
-        print(f"{file}: {len(dataset)} recordings of {len(speakers)} speakers, {seconds / 60:.1f} minutes, {size:.2f} MB")
+        print(
+            f"{file}: {len(dataset)} recordings of {len(speakers)} speakers, {seconds / 60:.1f} minutes, {size:.2f} MB"
+        )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     make demo
     python demo/run_demo.py --train_file digits-train.parquet --test_file digits-test.parquet
 
-Without arguments it uses the speech and the tiny teacher in this folder. Other data needs the columns `audio` and `text`;
-with `digit` and `speaker` it is probed for them, and recordings of single words are joined to strings of one speaker.
-Every training run is a command that a user could type; it is printed before it runs.
+Without arguments it uses the speech and the tiny teacher in this folder. Other data needs the columns `audio` and
+`text`; with `digit` and `speaker` it is probed for them, and recordings of single words are joined to strings of one
+speaker. Every training run is a command that a user could type; it is printed before it runs.
 """
 
 import io
@@ -40,9 +40,10 @@ from transformers import (  # noqa: E402
 )
 from transformers.utils import logging  # noqa: E402
 
-from distillation import Teacher  # noqa: E402
 from modeling_lighthubert import LightHubertModel, SearchSpace, Subnet  # noqa: E402
 from modeling_lighthubert.profiling import macs_per_second, measure_latency  # noqa: E402
+
+from distillation import Teacher  # noqa: E402
 from probing import (  # noqa: E402
     cross_validated_accuracy,
     make_batches,
@@ -102,8 +103,11 @@ def run(*command: str | Path) -> None:
     subprocess.run([sys.executable, *words], check=True, cwd=ROOT)
 
 
-def prepare_speech(file: str, folder: Path, name: str, num_strings: int, rng: random.Random) -> tuple[Dataset, Path, Path]:
-    """Reads recordings and writes `{name}.parquet` (all of them) and `{name}-strings.parquet` (those of several words).
+def prepare_speech(
+    file: str, folder: Path, name: str, num_strings: int, rng: random.Random
+) -> tuple[Dataset, Path, Path]:
+    """Reads recordings and writes `{name}.parquet` (all of them) and `{name}-strings.parquet` (those of several
+    words).
 
     Returns:
         The recordings of single words, for the probes, and the two files.
@@ -113,7 +117,9 @@ def prepare_speech(file: str, folder: Path, name: str, num_strings: int, rng: ra
     strings = dataset.filter(lambda text: len(text.split()) > 1, input_columns="text")
     if not len(strings):
         strings = join_words(words, num_strings, rng)
-    everything = Dataset.from_list([*words.select_columns(["audio", "text"]), *strings.select_columns(["audio", "text"])])
+    everything = Dataset.from_list(
+        [*words.select_columns(["audio", "text"]), *strings.select_columns(["audio", "text"])]
+    )
     files = folder / f"{name}.parquet", folder / f"{name}-strings.parquet"
     everything.cast_column("audio", Audio(decode=False)).to_parquet(files[0])
     strings.to_parquet(files[1])
@@ -232,7 +238,9 @@ def cells(row: dict) -> list[str]:
 
 
 def format_row(row: dict) -> str:
-    return ", ".join(f"{name} {text}" if name != "model" else text for name, text in zip(COLUMNS, cells(row), strict=True))
+    return ", ".join(
+        f"{name} {text}" if name != "model" else text for name, text in zip(COLUMNS, cells(row), strict=True)
+    )
 
 
 def markdown_table(header: tuple[str, ...], rows: list[list[str]]) -> str:
@@ -246,8 +254,9 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for kind, marker in (("teacher", "*"), ("distilled", "o"), ("slice of the teacher", "s"), ("random weights", "x")):
         points = [row for row in rows if row["kind"] == kind]
-        axes.plot([row["macs"] / 1e6 for row in points], [row[measure] for row in points],
-                  marker, linestyle="-" if len(points) > 1 else "none", label=kind, markersize=11 if kind == "teacher" else 7)  # fmt: skip
+        macs, values = [row["macs"] / 1e6 for row in points], [row[measure] for row in points]
+        style = {"linestyle": "none", "markersize": 11} if kind == "teacher" else {"linestyle": "-", "markersize": 7}
+        axes.plot(macs, values, marker=marker, label=kind, **style)
     axes.set(xlabel="million MACs per second of audio", ylabel=label)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -302,7 +311,7 @@ def recognise(arguments: DemoArguments, start: Path, train_file: Path, test_file
         ROOT / "training/run_speech_recognition_ctc.py",
         "--model_name_or_path", start, "--train_file", train_file, "--output_dir", output_dir,
         "--max_steps", str(arguments.ctc_steps), "--per_device_train_batch_size", "16", "--learning_rate", "1e-3",
-        "--warmup_steps", str(arguments.ctc_steps // 10), "--lr_scheduler_type", "linear", "--logging_steps", "50", "--save_strategy", "no",
+        "--warmup_steps", str(arguments.ctc_steps // 10), "--logging_steps", "50", "--save_strategy", "no",
         "--report_to", "none", "--dataloader_num_workers", "1", "--seed", str(arguments.seed), "--use_cpu",
     )  # fmt: skip
     results = output_dir / "transcripts.json"
@@ -321,14 +330,24 @@ def main() -> None:
     (output / "data").mkdir(parents=True, exist_ok=True)
 
     with stage("1. Speech"):
-        train_words, train_file, train_strings = prepare_speech(arguments.train_file, output / "data", "train", 1000, rng)
+        train_words, train_file, train_strings = prepare_speech(
+            arguments.train_file, output / "data", "train", 1000, rng
+        )
         test_words, _, test_strings = prepare_speech(arguments.test_file, output / "data", "test", 100, rng)
         print(f"   {len(train_words)} words to train on, {len(test_words)} to test on, and strings of words")
     with stage("2. Teacher"):
         teacher = Teacher(AutoModel.from_pretrained(arguments.teacher), NUM_TARGET_LAYERS)
         print(f"   {teacher.model.num_parameters():,} parameters")
     with stage("3a. Stage 1: the largest subnet learns from the teacher"):
-        distil(arguments, train_file, output / "stage1", "--sampling", "largest", "--max_steps", str(arguments.stage1_steps))
+        distil(
+            arguments,
+            train_file,
+            output / "stage1",
+            "--sampling",
+            "largest",
+            "--max_steps",
+            str(arguments.stage1_steps),
+        )
     with stage("3b. Stage 2: all subnets learn"):
         distil(
             arguments, train_file, output / "supernet", "--student_name_or_path", output / "stage1",
@@ -340,7 +359,9 @@ def main() -> None:
         print(f"   the supernet holds {space.num_subnets:,} subnets")
         subnets = {"largest": space.largest, "middle": middle_subnet(space), "smallest": space.smallest}
         extractor = Wav2Vec2FeatureExtractor.from_pretrained(output / "supernet")
-        probe_words = train_words.shuffle(arguments.seed).select(range(min(arguments.max_probe_recordings, len(train_words))))
+        probe_words = train_words.shuffle(arguments.seed).select(
+            range(min(arguments.max_probe_recordings, len(train_words)))
+        )
         rows = measure_subnets(arguments, supernet, subnets, Bench(probe_words, test_words, teacher, extractor))
     with stage("5. Speech recognition: the middle subnet, and the same shape from random weights"):
         supernet.extract_subnet(subnets["middle"]).save_pretrained(output / "middle")
@@ -357,7 +378,8 @@ def main() -> None:
     (output / "results.json").write_text(json.dumps({"models": rows, "ctc": ctc_rows}, indent=2) + "\n")
     plot(rows, output / "accuracy-against-macs.png")
     write_card(output / "asr", arguments, rows[4], ctc_rows, ctc_table)
-    print(f"\n{table}\n\n{ctc_table}\n\nAll of it is in {arguments.output_dir}; {time.perf_counter() - start:.0f} s in all.")
+    print(f"\n{table}\n\n{ctc_table}\n")
+    print(f"All of it is in {arguments.output_dir}; {time.perf_counter() - start:.0f} s in all.")
 
 
 if __name__ == "__main__":

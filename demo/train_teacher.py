@@ -34,7 +34,7 @@ from transformers import (  # noqa: E402
 )
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function  # noqa: E402
 
-from distillation import draw_time_mask, true_frames  # noqa: E402
+from distillation import draw_time_mask  # noqa: E402
 from probing import make_batches, pooled_features, probe_accuracy  # noqa: E402
 from speech_data import load_waveform  # noqa: E402
 
@@ -70,7 +70,8 @@ class TeacherArguments:
     num_units: int = field(default=100, metadata={"help": "Clusters of MFCCs, as in HuBERT's first iteration."})
     mask_time_prob: float = field(default=0.5, metadata={"help": "Share of frames that are hidden."})
     mask_time_length: int = field(
-        default=6, metadata={"help": "Length of a hidden span in frames. HuBERT has 10; single digits have about 25 in all."}
+        default=6,
+        metadata={"help": "Length of a hidden span in frames. HuBERT has 10; single digits have about 25 in all."},
     )
     max_steps: int = field(default=2500, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=16, metadata={"help": "Recordings in a batch."})
@@ -88,7 +89,14 @@ def mfcc(waveform: np.ndarray) -> np.ndarray:
     """13 MFCCs with first and second differences, (num_frames, 39), on HuBERT's frames."""
     filters = mel_filter_bank(WINDOW // 2 + 1, 40, 0.0, SAMPLING_RATE / 2, SAMPLING_RATE, norm="slaney")
     energies = spectrogram(
-        waveform, window_function(WINDOW, "hann"), WINDOW, HOP, power=2.0, center=False, mel_filters=filters, log_mel="log"
+        waveform,
+        window_function(WINDOW, "hann"),
+        WINDOW,
+        HOP,
+        power=2.0,
+        center=False,
+        mel_filters=filters,
+        log_mel="log",
     )
     cepstra = dct(energies.T, norm="ortho")[:, :13]
     first = np.gradient(cepstra, axis=0)
@@ -128,7 +136,9 @@ def train(
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.01)
     scheduler = get_scheduler("cosine", optimizer, arguments.max_steps // 10, arguments.max_steps)
-    batches = draw_batches([len(waveform) for waveform in waveforms], arguments.batch_size, random.Random(arguments.seed))
+    batches = draw_batches(
+        [len(waveform) for waveform in waveforms], arguments.batch_size, random.Random(arguments.seed)
+    )
     bar = tqdm(range(arguments.max_steps), desc="training", file=sys.stdout)
     accuracies, seconds, start = [], 0.0, time.perf_counter()
     for _, indices in zip(bar, batches):
@@ -165,7 +175,9 @@ def digit_accuracy(model: HubertModel, extractor: Wav2Vec2FeatureExtractor, *cor
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(TeacherArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
+    (arguments,) = HfArgumentParser(
+        TeacherArguments, description=__doc__.splitlines()[0]
+    ).parse_args_into_dataclasses()
     set_seed(arguments.seed)
     start = time.perf_counter()
     corpus, test_corpus = read(arguments.train_file), read(arguments.test_file)

@@ -1,6 +1,6 @@
 """Transcribes recordings with a saved model and transformers alone: the code in the model's folder is all it needs.
 
-    python demo/transcribe.py demo/output/asr demo/output/data/test-strings.parquet
+python demo/transcribe.py demo/output/asr demo/output/data/test-strings.parquet
 """
 
 import argparse
@@ -39,8 +39,12 @@ def main() -> None:
     results = {"wer": jiwer.wer(references, hypotheses), "cer": jiwer.cer(references, hypotheses)}
     print(f"  {len(references)} recordings: WER {results['wer']:.1%}, CER {results['cer']:.1%}")
     if options.output_file is not None:
-        pairs = [{"reference": reference, "hypothesis": hypothesis} for reference, hypothesis in zip(references, hypotheses)]
-        options.output_file.write_text(json.dumps({**results, "transcripts": pairs}, indent=2, ensure_ascii=False) + "\n")
+        pairs = [
+            {"reference": reference, "hypothesis": hypothesis} for reference, hypothesis in zip(references, hypotheses)
+        ]
+        options.output_file.write_text(
+            json.dumps({**results, "transcripts": pairs}, indent=2, ensure_ascii=False) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ class LightHubertConfig(HubertConfig):
     Configuration of a LightHuBERT **supernet** (`search_space` set) or of a **cut model** (`search_space` is `None`).
 
     Everything that [`HubertConfig`] has means the same here. `hidden_size`, `num_hidden_layers`, `num_attention_heads`
-    and `intermediate_size` are the sizes of the stored weights: of a supernet the full ones, of a cut model the largest
-    over its layers.
+    and `intermediate_size` are the sizes of the stored weights: of a supernet the full ones, of a cut model the
+    largest over its layers.
 
     Args:
         search_space (`SearchSpace`, `dict` or `str`, *optional*):
@@ -43,8 +43,8 @@ class LightHubertConfig(HubertConfig):
             the width of the subnet.
         feat_extract_norm (`str`, *optional*, defaults to `"layer"`):
             `"layer"` as in the released models: the answer for a recording does not depend on what it is padded or
-            batched with. `"group"`, as in HuBERT Base and wav2vec 2.0 Base, takes statistics over the padded length and
-            cannot promise that.
+            batched with. `"group"`, as in HuBERT Base and wav2vec 2.0 Base, takes statistics over the padded length
+            and cannot promise that.
         layerdrop (`float`, *optional*, defaults to 0.0):
             As in HuBERT. Distil with 0: a dropped layer shortens `hidden_states`.
         num_prediction_heads (`int`, *optional*, defaults to 1):
@@ -81,6 +81,11 @@ class LightHubertConfig(HubertConfig):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
         if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
+                    f"{self.num_attention_heads}: give head_dim as well"
+                )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.teacher_hidden_size is None:
             self.teacher_hidden_size = self.hidden_size
@@ -106,9 +111,7 @@ class LightHubertConfig(HubertConfig):
                 f"subnet={self.subnet!r}: this checkpoint has no search space to choose from. It is one model already;"
                 " load the supernet to choose another subnet"
             )
-        full = Subnet.uniform(
-            self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.intermediate_size, self.head_dim
-        )
+        full = self.full_subnet()
         subnet = subnet_from(self.subnet) if self.subnet else full
         if _sizes(subnet) != _sizes(full):
             raise ValueError(
@@ -116,6 +119,13 @@ class LightHubertConfig(HubertConfig):
                 " supernet can select another one"
             )
         return subnet
+
+    def full_subnet(self) -> Subnet:
+        """Every weight that is stored: equal layers of the full sizes. Not always in the search space."""
+        assert self.head_dim is not None, "set by __post_init__"
+        return Subnet.uniform(
+            self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.intermediate_size, self.head_dim
+        )
 
     def cut_to(self, subnet: Subnet) -> "LightHubertConfig":
         """Configuration of the cut model of `subnet`."""
@@ -142,6 +152,11 @@ class LightHubertConfig(HubertConfig):
         super().validate_architecture()
         if getattr(self, "adapter_attn_dim", None) is not None or getattr(self, "add_adapter", False):
             raise ValueError("LightHuBERT has no adapters: adapter_attn_dim and add_adapter are not supported")
+        if self.hidden_size % self.num_conv_pos_embedding_groups:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of"
+                f" num_conv_pos_embedding_groups={self.num_conv_pos_embedding_groups}"
+            )
         if self.search_space is not None:
             self._validate_search_space()
         self.selected_subnet()
@@ -162,7 +177,9 @@ class LightHubertConfig(HubertConfig):
                 f" multiple of hidden_size={self.hidden_size}"
             )
         if space.head_dim != self.head_dim:
-            raise ValueError(f"search space head_dim={space.head_dim}, but heads of the supernet are {self.head_dim} wide")
+            raise ValueError(
+                f"search space head_dim={space.head_dim}, but heads of the supernet are {self.head_dim} wide"
+            )
         for width in space.hidden_size:
             if width % self.num_conv_pos_embedding_groups:
                 raise ValueError(

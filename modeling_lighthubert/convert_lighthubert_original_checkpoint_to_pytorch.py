@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import StrictDataclassError
 from transformers import Wav2Vec2FeatureExtractor
 from transformers.utils import logging
 
@@ -47,6 +48,19 @@ LAYER_NAMES = {
     "feed_forward.output_dense": "fc2",
     "final_layer_norm": "final_layer_norm",
 }
+SETTINGS = (
+    "encoder_layers",
+    "encoder_embed_dim",
+    "encoder_attention_heads",
+    "encoder_ffn_embed_dim",
+    "conv_feature_layers",
+    "extractor_mode",
+    "layer_norm_first",
+    "conv_bias",
+    "conv_pos",
+    "conv_pos_groups",
+)
+"""Settings without which there is no model."""
 UNUSED = ("label_embs_concat", "final_proj.")
 """HuBERT's pre-training head, which LightHuBERT's training left as it was."""
 
@@ -73,10 +87,13 @@ def load_original_checkpoint(checkpoint_path: str) -> tuple[dict[str, Any], dict
             f"{path} cannot be read as a checkpoint: it is damaged, or holds code beside weights, which is never run"
             f" ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no details'})"
         ) from error
-    settings = checkpoint.get("cfg", {}).get("model") if isinstance(checkpoint, dict) else None
-    weights = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    settings = checkpoint["cfg"].get("model") if isinstance(checkpoint.get("cfg"), dict) else None
+    weights = checkpoint.get("model")
     if not isinstance(settings, dict) or settings.get("_name") not in ("hubert_pruner", "student_hubert"):
         raise ValueError(f"{path} is not a LightHuBERT checkpoint: cfg.model names no hubert_pruner or student_hubert")
+    if missing := [name for name in SETTINGS if name not in settings]:
+        raise ValueError(f"{path} is not a LightHuBERT checkpoint: its settings lack {missing}")
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"{path} is not a LightHuBERT checkpoint: 'model' is not a dictionary of tensors")
     return settings, weights
@@ -95,13 +112,15 @@ def parse_conv_layers(text: str) -> list[tuple[int, int, int]]:
                 return tuple(value(item) for item in items)
             case ast.BinOp(left=left, op=ast.Add(), right=right):
                 return operator.add(value(left), value(right))
-            case ast.BinOp(left=left, op=ast.Mult(), right=ast.Constant(value=int(times))) if times < 100:
+            case ast.BinOp(left=ast.List() as left, op=ast.Mult(), right=ast.Constant(value=int(times))) if (
+                times < 100
+            ):
                 return value(left) * times
         raise ValueError(f"conv_feature_layers={text!r} is not a list of (channels, kernel, stride)")
 
     try:
         layers = value(ast.parse(text, mode="eval").body)
-    except (SyntaxError, TypeError) as error:
+    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"conv_feature_layers={text!r} is not a list of (channels, kernel, stride)") from error
     if not isinstance(layers, list) or not all(isinstance(layer, tuple) and len(layer) == 3 for layer in layers):
         raise ValueError(f"conv_feature_layers={text!r} is not a list of (channels, kernel, stride)")
@@ -164,7 +183,8 @@ def original_name(name: str, config: LightHubertConfig) -> str:
         return f"encoder.layers.{parts[3]}.{LAYER_NAMES['.'.join(parts[4:])]}.{kind}"
     if module.startswith("prediction_heads."):
         return f"layer_pred_heads.{config.num_hidden_layers - 1}.{kind}"
-    # feature_extractor: fairseq has a Sequential of convolution, dropout, norm (layer norm sits between transposes), GELU
+    # feature_extractor: fairseq has a Sequential of convolution, dropout, norm (layer norm sits between transposes),
+    # GELU
     norm = "2.1" if config.feat_extract_norm == "layer" else "2"
     return f"feature_extractor.conv_layers.{parts[3]}.{'0' if parts[4] == 'conv' else norm}.{kind}"
 
@@ -212,20 +232,18 @@ def trim(model: LightHubertForPreTraining) -> LightHubertForPreTraining:
         ValueError: a cut model, which has nothing to trim.
     """
     if model.search_space is None:
-        raise ValueError("only a supernet can be trimmed: this checkpoint is one model (give --search_space to make it one)")
+        raise ValueError(
+            "only a supernet can be trimmed: this checkpoint is one model (give --search_space to make it one)"
+        )
     config = model.config.trimmed()
     with torch.device("meta"):
         trimmed = LightHubertForPreTraining(config)
-    stored = model.search_space.largest
-    # all layers, and whole FFN blocks, even where no subnet fills them: smaller subnets find their part by block and index
-    full = type(stored).uniform(
-        stored.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size, config.head_dim
-    )
-    with torch.no_grad():
-        model.base_model.select(full)
-        for head in model.elastic_heads():
-            head.select(full.hidden_size, head.out_features)
-        state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.cut_state().items()}
+    # all layers, and whole FFN blocks, even where no subnet fills them: others find their part by block and index
+    full = config.full_subnet()
+    model.base_model.select(full)
+    for head in model.elastic_heads():
+        head.select(full.hidden_size, head.out_features)
+    state = model.cut_state()
     model.set_subnet("largest")
     trimmed.load_state_dict(state, assign=True)
     return trimmed.eval()
@@ -279,7 +297,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint_path", required=True, help="The .pt file: a path, or organisation/repository/file on the Hub."
     )
-    parser.add_argument("--pytorch_dump_folder_path", required=True, type=Path, help="Folder to write. Must not exist.")
+    parser.add_argument(
+        "--pytorch_dump_folder_path", required=True, type=Path, help="Folder to write. Must not exist."
+    )
     parser.add_argument(
         "--search_space",
         help="small, base, or a JSON file with the choices. Default: what the checkpoint says (stage 1 is one model).",
@@ -298,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
             model = trim(model)
         folder = options.pytorch_dump_folder_path
         save_whole(model, folder, options.checkpoint_path, options.push_to_hub or folder.name)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         parser.exit(1, f"error: {error}\n")
     print(f"{folder}: {model.num_parameters():,} parameters, subnet {model.subnet}")
     if options.push_to_hub:

@@ -1,9 +1,10 @@
-"""Elastic layers: torch layers that hold the weights of the largest subnet and use the part that the selected one names.
+"""Elastic layers: torch layers that hold the weights of the largest subnet and use the part that the selected one
+names.
 
-Each is a plain torch layer with three more methods: `select` says which part is used from now on, `selected` gives that
-part (views of the full weights: gradients reach what was used and nothing else), and `cut_state` gives the state dict of
-the plain layer that would answer alike. Sizes are full until the first `select`. What "the part" means is fixed by the
-released checkpoints: rows and columns from the front, except in the FFN (see `leading`).
+Each is a plain torch layer with three more methods: `select` says which part is used from now on, `selected` gives
+that part (views of the full weights: gradients reach what was used and nothing else), and `cut_state` gives the
+state dict of the plain layer that would answer alike. Sizes are full until the first `select`. What "the part" means
+is fixed by the released checkpoints: rows and columns from the front, except in the FFN (see `leading`).
 """
 
 from abc import ABC, abstractmethod
@@ -17,10 +18,11 @@ from torch import nn
 def leading(tensor: torch.Tensor, dim: int, size: int, block: int, width: int) -> list[torch.Tensor]:
     """The first `width` of every `block` entries of `tensor` along `dim`, `size` of them in all, as a list of views.
 
-    With one block these are simply the first `size` entries. The FFN of a supernet of width D has blocks of D units, and
-    a subnet of width E uses the first E of each (released code: 768 wide, cut to E=384 with 1536 units, uses units 0-383,
-    768-1151, 1536-1919 and 2304-2687). Views, because a copy of these weights in every forward pass costs a tenth of it,
-    and a copy kept for the next one would go stale unseen when weights are written through `.data`, as adapters do.
+    With one block these are simply the first `size` entries. The FFN of a supernet of width D has blocks of D units,
+    and a subnet of width E uses the first E of each (released code: 768 wide, cut to E=384 with 1536 units, uses
+    units 0-383, 768-1151, 1536-1919 and 2304-2687). Views, because a copy of these weights in every forward pass
+    costs a tenth of it, and a copy kept for the next one would go stale unseen when weights are written through
+    `.data`, as adapters do.
     """
     if size == tensor.shape[dim]:
         return [tensor]
@@ -162,9 +164,9 @@ class ElasticBatchNorm1d(ElasticLayer, nn.BatchNorm1d):
 class ElasticPositionalConv1d(ElasticLayer, nn.Conv1d):
     """The grouped position convolution, cut to its leading channels. The number of groups stays.
 
-    Under weight norm the norm is taken over the *full* kernel and the result is cut, as in the released code. So training
-    a narrow subnet also moves the rest of `original1` a little, through that norm; and the cut layer stores a new gain,
-    because the norm of a cut kernel is not the cut of the norm.
+    Under weight norm the norm is taken over the *full* kernel and the result is cut, as in the released code. So
+    training a narrow subnet also moves the rest of `original1` a little, through that norm; and the cut layer stores
+    a new gain, because the norm of a cut kernel is not the cut of the norm.
     """
 
     def __init__(self, num_channels: int, kernel_size: int, groups: int):
@@ -187,14 +189,15 @@ class ElasticPositionalConv1d(ElasticLayer, nn.Conv1d):
         return hasattr(self, "parametrizations")
 
     def cut_state(self) -> dict[str, torch.Tensor]:
-        kernel, bias = self.selected()
         if not self.has_weight_norm:
-            return {"weight": kernel, "bias": bias}
-        gain = torch.linalg.vector_norm(kernel, dim=(0, 1), keepdim=True)
+            return super().cut_state()
+        gain, direction = self.parametrizations.weight.original0, self.parametrizations.weight.original1
+        cut = direction[: self.num_selected, : self.num_selected // self.groups]
+        norm, cut_norm = (torch.linalg.vector_norm(kernel, dim=(0, 1), keepdim=True) for kernel in (direction, cut))
         return {
-            "bias": bias,
-            "parametrizations.weight.original0": gain,
-            "parametrizations.weight.original1": kernel,
+            "bias": self.bias[: self.num_selected],
+            "parametrizations.weight.original0": gain * cut_norm / norm,
+            "parametrizations.weight.original1": cut,
         }
 
     def num_selected_parameters(self) -> int:
@@ -207,7 +210,8 @@ class ElasticPositionalConv1d(ElasticLayer, nn.Conv1d):
 
 
 class ElasticLayerList(nn.ModuleList):
-    """All layers of the supernet. Iterating gives those the selected subnet keeps; indices and `len` count them all."""
+    """All layers of the supernet. Iterating gives those the selected subnet keeps; indices and `len` count them
+    all."""
 
     def __init__(self, modules: Iterable[nn.Module]):
         super().__init__(modules)
@@ -220,8 +224,8 @@ class ElasticLayerList(nn.ModuleList):
     def __iter__(self) -> Iterator[nn.Module]:
         return iter([self[layer] for layer in self.kept])
 
-    def extra_repr(self) -> str:
-        return f"kept={list(self.kept)}"
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}  kept={list(self.kept)} of {len(self)}\n)"
 
 
 def selected_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -21,8 +21,8 @@ HUBERT_CLASSES: dict[type[LightHubertPreTrainedModel], type[HubertPreTrainedMode
 def to_hubert(model: LightHubertPreTrainedModel) -> HubertPreTrainedModel:
     """A stock `HubertModel`, `HubertForCTC` or `HubertForSequenceClassification` with the answers of `model`.
 
-    All layers of a HuBERT have the same number of heads and FFN units. Layers that have fewer are filled up with zeros,
-    which changes nothing: a zero value head adds zero, and so does a unit whose activation of zero is zero.
+    All layers of a HuBERT have the same number of heads and FFN units. Layers that have fewer are filled up with
+    zeros, which changes nothing: a zero value head adds zero, and so does a unit whose activation of zero is zero.
 
     Args:
         model: a cut model, or a supernet, whose selected subnet is exported.
@@ -50,7 +50,8 @@ def to_hubert(model: LightHubertPreTrainedModel) -> HubertPreTrainedModel:
     shared = {field.name: getattr(config, field.name) for field in fields(HubertConfig)}
     shared |= {"num_attention_heads": subnet.hidden_size // subnet.head_dim, "architectures": None}
     with torch.device("meta"):
-        hubert = hubert_class(HubertConfig(**shared, attn_implementation=config._attn_implementation))
+        hubert = hubert_class(HubertConfig(**shared))
+    hubert.set_attn_implementation(config._attn_implementation)
     state = model.state_dict()
     hubert.load_state_dict(
         {name: _zero_padded(state[name], like) for name, like in hubert.state_dict().items()}, assign=True

@@ -1,19 +1,20 @@
 """LightHuBERT: transformers' HuBERT whose leaf layers can use part of their weights.
 
-Every `forward` above the leaf layers is HuBERT's own, inherited. This module says how the layers are sized (each may have
-its own heads and FFN), how a subnet is selected in a supernet, and how it is cut out. A cut model is built from plain
-torch layers; no elastic code runs in it.
+Every `forward` above the leaf layers is HuBERT's own, inherited. This module says how the layers are sized (each may
+have its own heads and FFN), how a subnet is selected in a supernet, and how it is cut out. A cut model is built from
+plain torch layers; no elastic code runs in it.
 """
 
 import copy
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.hubert.modeling_hubert import (
     HubertAttention,
     HubertEncoder,
@@ -48,10 +49,12 @@ from .elastic import (
     cut_state,
     num_selected_parameters,
 )
-from .search_space import SearchSpace, Subnet, kept_layers, search_space_from
+from .search_space import SearchSpace, Subnet, kept_layers, search_space_from, subnet_from
 
 
-def linear(config: LightHubertConfig, in_features: int, out_features: int, bias: bool = True, **blocks: int) -> nn.Linear:
+def linear(
+    config: LightHubertConfig, in_features: int, out_features: int, bias: bool = True, **blocks: int
+) -> nn.Linear:
     """A linear layer: elastic in a supernet, plain in a cut model."""
     if config.search_space is None:
         return nn.Linear(in_features, out_features, bias=bias)
@@ -67,6 +70,7 @@ def layer_norm(config: LightHubertConfig) -> nn.LayerNorm:
 class LightHubertPositionalConvEmbedding(HubertPositionalConvEmbedding):
     def __init__(self, config: LightHubertConfig):
         super().__init__(config)
+        self.config = config
         if config.search_space is None:
             return
         self.conv = ElasticPositionalConv1d(
@@ -81,6 +85,27 @@ class LightHubertPositionalConvEmbedding(HubertPositionalConvEmbedding):
         self.conv.select(hidden_size)
         if self.batch_norm is not None:
             self.batch_norm.select(hidden_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # weight norm makes a class on the fly, which pickle cannot name: of the convolution only the parameters travel
+        if not hasattr(self.conv, "parametrizations"):
+            return self.__dict__
+        travelling = (dict(self.conv.named_parameters()), getattr(self.conv, "num_selected", None))
+        return {**self.__dict__, "_modules": {**self._modules, "conv": None}, "_conv": travelling}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        travelling = state.pop("_conv", None)
+        super().__setstate__(state)
+        if travelling is None:
+            return
+        parameters, selected = travelling
+        with torch.device("meta"):
+            self.conv = type(self)(self.config).conv.train(self.training)
+        for name, parameter in parameters.items():
+            module, _, kind = name.rpartition(".")
+            setattr(self.conv.get_submodule(module), kind, parameter)
+        if selected is not None:
+            self.conv.select(selected)
 
 
 class LightHubertFeatureProjection(HubertFeatureProjection):
@@ -196,11 +221,14 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """Like [`PreTrainedModel.from_pretrained`], of LightHuBERT, HuBERT and wav2vec 2.0 checkpoints.
 
-        A HuBERT or wav2vec 2.0 checkpoint starts a supernet when `search_space` is given: every weight of its encoder is
-        kept, and what is new (a head, say) is named in the loading report. `subnet` selects one at load.
+        A HuBERT or wav2vec 2.0 checkpoint starts a supernet when `search_space` is given: every weight of its
+        encoder is kept, and what is new (a head, say) is named in the loading report. `subnet` selects one at load.
         """
         kwargs.setdefault("key_mapping", {r"^wav2vec2\.": "hubert."})
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._weight_conversions = None  # transformers would undo the renaming when the model is saved
+        return loaded
 
     @property
     def search_space(self) -> SearchSpace | None:
@@ -252,29 +280,48 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
         return num_selected_parameters(self) - (missing_width if has_mask_embedding else 0)
 
     def extract_subnet(self, subnet: str | Subnet | Mapping[str, Any] | None = None) -> Self:
-        """Cuts out `subnet` (default: the selected one): an ordinary small model that answers alike, with its own weights.
+        """Cuts out `subnet` (default: the selected one): an ordinary small model that answers alike, with its own
+        weights.
 
-        It has this model's class, head, dtype, device and training mode, and trains in full. The selection of this model
-        is left as it was.
+        It has this model's class, head, dtype, device and training mode, and trains in full. The selection of this
+        model is left as it was.
         """
-        with self.using_subnet(self.subnet if subnet is None else subnet), torch.no_grad():
+        if subnet is None and self.search_space is None:
+            return copy.deepcopy(self)
+        with self.using_subnet(self.subnet if subnet is None else subnet):
             with torch.device("meta"):
                 cut = type(self)(self.config.cut_to(self.subnet))
-            state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self.cut_state().items()}
-        cut.load_state_dict(state, assign=True)
+            cut.load_state_dict(self.cut_state(), assign=True)
         return cut.train(self.training)
 
+    @torch.no_grad()
     def cut_state(self) -> dict[str, torch.Tensor]:
-        """State dict of the cut model of the selected subnet. Tensors may be views of this model's."""
+        """State dict of the cut model of the selected subnet; the tensors are copies."""
         state = cut_state(self)
         name = "masked_spec_embed" if self is self.base_model else f"{self.base_model_prefix}.masked_spec_embed"
         if name in state:
             state[name] = state[name][: self.subnet.hidden_size]
-        return state
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
-    def elastic_heads(self) -> list[ElasticLinear]:
+    def elastic_heads(self) -> list[nn.Linear]:
         """Layers of the head that read hidden states. Elastic on their input side; none in a base model."""
         return []
+
+    def _set_gradient_checkpointing(  # type: ignore[override]
+        self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs
+    ):
+        """As in transformers; and a layer is recomputed in the subnet that it ran in, whatever is selected by then."""
+
+        def checkpoint_in_subnet(function, *args, **options):
+            subnet = self.subnet
+
+            def recompute(*inputs, **named_inputs):
+                with nullcontext() if self.subnet == subnet else self.using_subnet(subnet):
+                    return function(*inputs, **named_inputs)
+
+            return gradient_checkpointing_func(recompute, *args, **options)
+
+        super()._set_gradient_checkpointing(enable, checkpoint_in_subnet, **kwargs)
 
     def extra_repr(self) -> str:
         return f"subnet: {self.subnet}" if self is self.base_model else ""
@@ -291,9 +338,9 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
 class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
     """The bare LightHuBERT: raw waveform in, hidden states out.
 
-    With `feat_extract_norm="layer"` the answer for a recording does not depend on what it is padded or batched with, as
-    long as `attention_mask` is given. With `"group"` (HuBERT Base, wav2vec 2.0 Base) the first convolution's norm takes
-    its statistics over the padded length, and it does.
+    With `feat_extract_norm="layer"` the answer for a recording does not depend on what it is padded or batched with,
+    as long as `attention_mask` is given. With `"group"` (HuBERT Base, wav2vec 2.0 Base) the first convolution's norm
+    takes its statistics over the padded length, and it does.
     """
 
     def __init__(self, config: LightHubertConfig):
@@ -306,7 +353,7 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
             self.masked_spec_embed = nn.Parameter(torch.empty(config.hidden_size).uniform_())
         encoder = LightHubertEncoderStableLayerNorm if config.do_stable_layer_norm else LightHubertEncoder
         self.encoder = encoder(config)
-        self.selected_subnet = config.selected_subnet()
+        self.selected_subnet = subnet_from(config.selected_subnet())
         self.post_init()
         if config.search_space is not None:
             self.select(self.selected_subnet)
@@ -376,7 +423,8 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
         mask_time_indices: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """HuBERT's SpecAugment, with the mask embedding cut to the selected width and spans no longer than the clip."""
+        """HuBERT's SpecAugment, with the mask embedding cut to the selected width and spans no longer than the
+        clip."""
         config = self.config
         if not config.apply_spec_augment:
             return hidden_states
@@ -448,10 +496,11 @@ class LightHubertForPreTrainingOutput(ModelOutput):
 
 
 class LightHubertForPreTraining(LightHubertWithHead):
-    """LightHuBERT with distillation heads: from its last hidden state, a linear layer without bias predicts each target.
+    """LightHuBERT with distillation heads: from its last hidden state, a linear layer without bias predicts each
+    target.
 
-    The loss depends on the teacher and lives with the training code. Source: section 2 of the paper; `layer_pred_heads`
-    of the released checkpoints.
+    The loss depends on the teacher and lives with the training code. Source: section 2 of the paper;
+    `layer_pred_heads` of the released checkpoints.
     """
 
     def build_head(self, config: LightHubertConfig) -> None:
@@ -460,7 +509,7 @@ class LightHubertForPreTraining(LightHubertWithHead):
             for _ in range(config.num_prediction_heads)
         )
 
-    def elastic_heads(self) -> list[ElasticLinear]:
+    def elastic_heads(self) -> list[nn.Linear]:
         return list(self.prediction_heads)
 
     def forward(
@@ -492,7 +541,7 @@ class LightHubertForCTC(LightHubertWithHead, HubertForCTC):
         self.dropout = nn.Dropout(config.final_dropout)
         self.lm_head = linear(config, config.hidden_size, config.vocab_size)
 
-    def elastic_heads(self) -> list[ElasticLinear]:
+    def elastic_heads(self) -> list[nn.Linear]:
         return [self.lm_head]
 
 
@@ -504,7 +553,7 @@ class LightHubertForSequenceClassification(LightHubertWithHead, HubertForSequenc
         self.projector = linear(config, config.hidden_size, config.classifier_proj_size)
         self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
 
-    def elastic_heads(self) -> list[ElasticLinear]:
+    def elastic_heads(self) -> list[nn.Linear]:
         return [self.projector]
 
 
@@ -524,7 +573,7 @@ class LightHubertForAudioFrameClassification(Wav2Vec2Alias, LightHubertWithHead,
         self.num_labels = config.num_labels
         self.classifier = linear(config, config.hidden_size, config.num_labels)
 
-    def elastic_heads(self) -> list[ElasticLinear]:
+    def elastic_heads(self) -> list[nn.Linear]:
         return [self.classifier]
 
 
@@ -539,7 +588,7 @@ class LightHubertForXVector(Wav2Vec2Alias, LightHubertWithHead, Wav2Vec2ForXVect
         self.classifier = nn.Linear(config.xvector_output_dim, config.xvector_output_dim)
         self.objective = AMSoftmaxLoss(config.xvector_output_dim, config.num_labels)
 
-    def elastic_heads(self) -> list[ElasticLinear]:
+    def elastic_heads(self) -> list[nn.Linear]:
         return [self.projector]
 
 

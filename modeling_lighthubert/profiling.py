@@ -1,6 +1,6 @@
 """What a subnet costs: parameters, multiply-accumulates (MACs), and time on this machine.
 
-    python -m modeling_lighthubert.profiling FOLDER --subnet a_small --seconds 5
+python -m modeling_lighthubert.profiling FOLDER --subnet a_small --seconds 5
 """
 
 import argparse
@@ -33,9 +33,9 @@ def profile_subnet(
 ) -> list[Cost]:
     """Cost of each part of `subnet` for one clip of `seconds`, analytically: nothing is run.
 
-    MACs count matrix products and convolutions, as FLOP counters do (one MAC is two FLOPs there). Attention grows with the
-    square of the length, so MACs per second of audio grow slowly with `seconds`. Of a head, the layers that read
-    hidden states are counted.
+    MACs count matrix products and convolutions, as FLOP counters do (one MAC is two FLOPs there). Attention grows
+    with the square of the length, so MACs per second of audio grow slowly with `seconds`. Of a head, the layers that
+    read hidden states are counted.
 
     Args:
         model: a supernet or a cut model.
@@ -134,7 +134,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", help="Folder or Hub id of a LightHuBERT checkpoint.")
     parser.add_argument("--subnet", help="Name or JSON file of a subnet. Default: the one the checkpoint selects.")
     parser.add_argument("--seconds", type=float, default=5.0, help="Length of the clip (default: 5).")
-    parser.add_argument("--repeats", type=int, default=20, help="Timed runs, of which the median counts (default: 20).")
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="Timed runs, of which the median counts (default: 20)."
+    )
     options = parser.parse_args(arguments)
     model = AutoModel.from_pretrained(options.model)
     if options.subnet:

@@ -1,16 +1,17 @@
-"""What a supernet holds, in plain Python: `Subnet` names one architecture, `SearchSpace` the set a supernet is trained for.
+"""What a supernet holds, in plain Python: `Subnet` names one architecture, `SearchSpace` the set a supernet is
+trained for.
 
-Both are frozen values. They know nothing of torch, compare by content, and go to JSON and back. Sources: sections 2 and 3
-of the LightHuBERT paper (arXiv 2203.15610) and the released code, whose dictionaries are read as well.
+Both are frozen values. They know nothing of torch, compare by content, and go to JSON and back. Sources: sections 2
+and 3 of the LightHuBERT paper (arXiv 2203.15610) and the released code, whose dictionaries are read as well.
 """
 
 import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 
 T = TypeVar("T")
@@ -24,7 +25,9 @@ def kept_layers(num_hidden_layers: int, depth: int) -> tuple[int, ...]:
     no rule, so for supernets of another depth this one is our choice. The kept sets are nested.
     """
     if not 1 <= depth <= num_hidden_layers:
-        raise ValueError(f"a subnet of a {num_hidden_layers}-layer supernet has 1 to {num_hidden_layers} layers, not {depth}")
+        raise ValueError(
+            f"a subnet of a {num_hidden_layers}-layer supernet has 1 to {num_hidden_layers} layers, not {depth}"
+        )
     from_top = sorted(range(num_hidden_layers), key=lambda position: (position % 4, position))
     dropped = {num_hidden_layers - 1 - position for position in from_top[: num_hidden_layers - depth]}
     return tuple(layer for layer in range(num_hidden_layers) if layer not in dropped)
@@ -62,9 +65,12 @@ def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 class JsonValue(ABC):
     """JSON for a frozen dataclass of numbers and tuples."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, ready for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}  # type: ignore[call-overload]
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict())
@@ -182,7 +188,8 @@ class Subnet(JsonValue):
             if attention is not None and list(attention) != [head_dim * count for count in heads]:
                 raise ValueError(f"subnet atten_dim={attention} is not one head size times heads_num={heads}")
             values = _renamed(
-                values, {"embed_dim": "hidden_size", "ffn_embed": "intermediate_size", "layer_num": "num_hidden_layers"}
+                values,
+                {"embed_dim": "hidden_size", "ffn_embed": "intermediate_size", "layer_num": "num_hidden_layers"},
             ) | {"num_attention_heads": heads, "head_dim": head_dim}
         depth = values.pop("num_hidden_layers", None)
         subnet = cls(**_known_fields(cls, values))
@@ -196,7 +203,8 @@ class Subnet(JsonValue):
 
         return (
             f"hidden_size={self.hidden_size}, num_hidden_layers={self.num_hidden_layers},"
-            f" num_attention_heads={short(self.num_attention_heads)}, intermediate_size={short(self.intermediate_size)}"
+            f" num_attention_heads={short(self.num_attention_heads)},"
+            f" intermediate_size={short(self.intermediate_size)}"
         )
 
 
@@ -238,7 +246,9 @@ class SearchSpace(JsonValue):
         for width in self.hidden_size:
             for ratio in self.ffn_ratio:
                 if not (width * ratio).is_integer():
-                    raise ValueError(f"search space: ffn_ratio={ratio} x hidden_size={width} is no whole number of units")
+                    raise ValueError(
+                        f"search space: ffn_ratio={ratio} x hidden_size={width} is no whole number of units"
+                    )
 
     @classmethod
     def small(cls) -> Self:
@@ -261,7 +271,9 @@ class SearchSpace(JsonValue):
     def preset(cls, name: str) -> Self:
         """`"small"` or `"base"`."""
         if name not in ("small", "base"):
-            raise ValueError(f"search space {name!r} is not known: choose 'small', 'base', or give the choices as a dict")
+            raise ValueError(
+                f"search space {name!r} is not known: choose 'small', 'base', or give the choices as a dict"
+            )
         return cls.small() if name == "small" else cls.base()
 
     @classmethod
@@ -295,6 +307,9 @@ class SearchSpace(JsonValue):
     def __len__(self) -> int:
         return self.num_subnets
 
+    def __bool__(self) -> bool:  # Python would ask `__len__`, which cannot say more than 2 ** 63 - 1
+        return True
+
     @property
     def largest(self) -> Subnet:
         """The most of everything."""
@@ -319,7 +334,9 @@ class SearchSpace(JsonValue):
         """
         if isinstance(subnet, str):
             if subnet not in self.named:
-                raise ValueError(f"subnet {subnet!r} is not known in this search space: choose from {list(self.named)}")
+                raise ValueError(
+                    f"subnet {subnet!r} is not known in this search space: choose from {list(self.named)}"
+                )
             return self.named[subnet]
         subnet = subnet_from(subnet)
         self._check(subnet)
@@ -347,7 +364,8 @@ class SearchSpace(JsonValue):
         return self._assemble(width, heads, ratios)
 
     def mutate(self, subnet: Subnet, rng: random.Random | int | None = None, probability: float = 0.1) -> Subnet:
-        """A neighbour of `subnet`: every gene (width, depth, heads and ratio of each layer) is redrawn with `probability`."""
+        """A neighbour of `subnet`: every gene (width, depth, heads and ratio of each layer) is redrawn with
+        `probability`."""
         rng = rng if isinstance(rng, random.Random) else random.Random(rng)
         self._check(subnet)
 
@@ -414,6 +432,10 @@ def subnet_from(value: Any) -> Subnet:
     """A `Subnet` from a `Subnet` or a dict in our keys or those of the released code."""
     if isinstance(value, Subnet):
         return value
+    if (
+        type(value).__name__ == "Subnet"
+    ):  # of another copy of this module: code from a Hub folder is loaded once a file
+        value = value.to_dict()
     if isinstance(value, Mapping):
         return Subnet.from_dict(value)
     raise ValueError(f"a subnet is a name, a Subnet or a dict, not {type(value).__name__}: {value!r}")
@@ -423,6 +445,8 @@ def search_space_from(value: Any) -> SearchSpace:
     """A `SearchSpace` from a `SearchSpace`, a preset's name, or a dict in our keys or those of the released code."""
     if isinstance(value, SearchSpace):
         return value
+    if type(value).__name__ == "SearchSpace":  # as above
+        value = value.to_dict()
     if isinstance(value, str):
         return SearchSpace.preset(value)
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
 """Distilling a HuBERT into a supernet: the teacher's target, the student's masks, the loss, and which subnets train.
 
-Sources are section 2 of the LightHuBERT paper (arXiv 2203.15610) and what its authors answered in issues 4 and 6 of their
-repository; what neither says is marked as our choice.
+Sources are section 2 of the LightHuBERT paper (arXiv 2203.15610) and what its authors answered in issues 4 and 6 of
+their repository; what neither says is marked as our choice.
 """
 
 import random
@@ -23,9 +23,9 @@ SAMPLING_STRATEGIES = ("largest", "uniform", "sandwich")
 class Teacher(nn.Module):
     """A frozen HuBERT-like model (HuBERT, wav2vec 2.0, WavLM, data2vec) that says what the student should predict.
 
-    The target is the mean over the last layers of the feed-forward outputs, before the residual and the final layer norm
-    (authors, issue 6). Each layer's output is normalised over the true frames of its recording first, as data2vec does for
-    audio; the paper does not say how.
+    The target is the mean over the last layers of the feed-forward outputs, before the residual and the final layer
+    norm (authors, issue 6). Each layer's output is normalised over the true frames of its recording first, as
+    data2vec does for audio; the paper does not say how.
 
     Args:
         model: the base model, in evaluation mode.
@@ -55,7 +55,9 @@ class Teacher(nn.Module):
         outputs: list[torch.Tensor] = []
         with ExitStack() as hooks:
             for layer in list(self.model.encoder.layers)[-self.num_target_layers :]:
-                handle = layer.feed_forward.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+                handle = layer.feed_forward.register_forward_hook(
+                    lambda module, inputs, output: outputs.append(output)
+                )
                 hooks.callback(handle.remove)
             self.model(input_values, attention_mask=attention_mask)
         frames = true_frames(self.model, outputs[0].shape[1], attention_mask)
@@ -112,8 +114,8 @@ def draw_subnets(search_space: SearchSpace | None, sampling: str, seed: int, ste
 
     Args:
         search_space: `None` for a student that is one model; then there is nothing to choose.
-        sampling: `"largest"` (stage 1), `"uniform"` (one at random: stage 2 of the paper), or `"sandwich"` (smallest, one
-            at random, and the largest last; from slimmable networks, not in the paper).
+        sampling: `"largest"` (stage 1), `"uniform"` (one at random: stage 2 of the paper), or `"sandwich"`
+            (smallest, one at random, and the largest last; from slimmable networks, not in the paper).
     """
     if search_space is None:
         return [None]

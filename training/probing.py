@@ -1,4 +1,5 @@
-"""What frozen features are worth, without fine-tuning: linear probes of recordings, and a ridge regression of frames."""
+"""What frozen features are worth, without fine-tuning: linear probes of recordings, and a ridge regression of
+frames."""
 
 from collections.abc import Sequence
 
@@ -83,13 +84,15 @@ def masked_targets(
     """The teacher's targets of the same frames: (num_masked_frames, hidden_size of the teacher)."""
     masks = _fixed_masks(teacher.model, batches, mask_time_prob, mask_time_length)
     targets = [
-        teacher(batch["input_values"], batch["attention_mask"])[mask] for batch, mask in zip(batches, masks, strict=True)
+        teacher(batch["input_values"], batch["attention_mask"])[mask]
+        for batch, mask in zip(batches, masks, strict=True)
     ]
     return torch.cat(targets).numpy()
 
 
 def ridge_r2(features: np.ndarray, targets: np.ndarray, alpha: float = 1.0) -> float:
-    """Share of the variance of `targets` that a ridge regression from `features` explains on the frames' second half."""
+    """Share of the variance of `targets` that a ridge regression from `features` explains on the frames' second
+    half."""
     half = len(features) // 2
     regression = make_pipeline(StandardScaler(), Ridge(alpha=alpha)).fit(features[:half], targets[:half])
     return float(r2_score(targets[half:], regression.predict(features[half:]), multioutput="variance_weighted"))

@@ -2,10 +2,10 @@
 
 Stage 1 trains the full-size student, stage 2 its subnets:
 
-    python training/run_distillation.py --train_file speech.parquet --teacher_name_or_path facebook/hubert-base-ls960 \\
-        --search_space base --sampling largest --output_dir stage1
-    python training/run_distillation.py --train_file speech.parquet --teacher_name_or_path facebook/hubert-base-ls960 \\
-        --student_name_or_path stage1 --search_space small --sampling uniform --output_dir stage2
+    python training/run_distillation.py --train_file speech.parquet --teacher_name_or_path facebook/hubert-base-ls960
+        \\ --search_space base --sampling largest --output_dir stage1
+    python training/run_distillation.py --train_file speech.parquet --teacher_name_or_path facebook/hubert-base-ls960
+        \\ --student_name_or_path stage1 --search_space small --sampling uniform --output_dir stage2
 
 Two CPU processes: `python -m torch.distributed.run --standalone --nproc_per_node 2 training/run_distillation.py ...`.
 """
@@ -26,6 +26,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoModel, HfArgumentParser, Wav2Vec2FeatureExtractor, get_scheduler
 
+from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining, SearchSpace
+from modeling_lighthubert.search_space import search_space_from
+
 from distillation import (
     SAMPLING_STRATEGIES,
     Teacher,
@@ -35,10 +38,7 @@ from distillation import (
     student_loss,
     true_frames,
 )
-from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining, SearchSpace
-from modeling_lighthubert.search_space import search_space_from
 from speech_data import DataArguments, DistillationCollator, SpeechDataset, load_speech
-
 
 
 @dataclass
@@ -49,20 +49,28 @@ class DistillationArguments:
     teacher_name_or_path: str = field(metadata={"help": "HuBERT-like model to learn from."})
     student_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Where the student starts: a checkpoint (a teacher, or the result of stage 1), or 'random'."
-                  " Default: the teacher's weights."},
+        metadata={
+            "help": "Where the student starts: a checkpoint (a teacher, or the result of stage 1), or 'random'."
+            " Default: the teacher's weights."
+        },
     )
     search_space: str | None = field(
         default=None,
-        metadata={"help": "small, base, or a JSON file with the choices. Default: that of the student, or none: a student"
-                  " that is one model."},
+        metadata={
+            "help": "small, base, or a JSON file with the choices. Default: that of the student, or none: a student"
+            " that is one model."
+        },
     )
     sampling: str = field(
         default="uniform",
-        metadata={"help": "Subnets of each step: largest (stage 1), uniform (stage 2), or sandwich.",
-                  "choices": SAMPLING_STRATEGIES},
+        metadata={
+            "help": "Subnets of each step: largest (stage 1), uniform (stage 2), or sandwich.",
+            "choices": SAMPLING_STRATEGIES,
+        },
     )
-    num_target_layers: int = field(default=8, metadata={"help": "Teacher layers, from the top, whose mean is the target."})
+    num_target_layers: int = field(
+        default=8, metadata={"help": "Teacher layers, from the top, whose mean is the target."}
+    )
     mask_time_prob: float = field(default=0.65, metadata={"help": "Share of frames the student does not see."})
     mask_time_length: int = field(default=10, metadata={"help": "Length of a masked span in frames."})
     loss_frames: str = field(
@@ -74,7 +82,9 @@ class DistillationArguments:
     max_seconds: float = field(default=20.0, metadata={"help": "Longer recordings are cropped at random, in seconds."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak of the schedule."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
-    warmup_ratio: float = field(default=0.08, metadata={"help": "Share of the steps that the rate rises; then it falls."})
+    warmup_ratio: float = field(
+        default=0.08, metadata={"help": "Share of the steps that the rate rises; then it falls."}
+    )
     max_grad_norm: float = field(default=10.0, metadata={"help": "Gradients are clipped to this norm."})
     dataloader_num_workers: int = field(default=1, metadata={"help": "Processes that decode audio."})
     seed: int = field(default=0, metadata={"help": "Of everything random."})
@@ -124,7 +134,9 @@ def check_frame_rates(student: LightHubertForPreTraining, teacher: Teacher) -> N
     ours = [int(student._get_feat_extract_output_lengths(length)) for length in seconds]
     theirs = [int(teacher.model._get_feat_extract_output_lengths(length)) for length in seconds]
     if ours != theirs:
-        raise ValueError(f"student and teacher make {ours} and {theirs} frames of {seconds} samples: they cannot be compared")
+        raise ValueError(
+            f"student and teacher make {ours} and {theirs} frames of {seconds} samples: they cannot be compared"
+        )
 
 
 def endless(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
@@ -236,7 +248,9 @@ def main() -> None:
     student = build_student(arguments, teacher)
     check_frame_rates(student, teacher)
     feature_extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-    collator = DistillationCollator(feature_extractor, teacher_feature_extractor, student.base_model.samples_per_first_frame)
+    collator = DistillationCollator(
+        feature_extractor, teacher_feature_extractor, student.base_model.samples_per_first_frame
+    )
     loader = build_loader(arguments, data_arguments, collator, training=True)
     eval_loader = build_loader(arguments, data_arguments, collator, training=False)
 

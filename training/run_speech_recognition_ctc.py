@@ -3,7 +3,8 @@
     python training/run_speech_recognition_ctc.py --model_name_or_path supernet --subnet a_small \\
         --train_file train.parquet --validation_file test.parquet --output_dir asr --max_steps 1000
 
-The result is an ordinary folder for `pipeline("automatic-speech-recognition")`: model, code, tokenizer, feature extractor.
+The result is an ordinary folder for `pipeline("automatic-speech-recognition")`: model, code, tokenizer, feature
+extractor.
 """
 
 import json
@@ -31,6 +32,7 @@ from transformers import (
 )
 
 from modeling_lighthubert import Subnet
+
 from speech_data import DataArguments, SpeechDataset, load_speech
 
 
@@ -40,7 +42,8 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "Supernet, cut model or stock HuBERT."})
     subnet: str | None = field(
-        default=None, metadata={"help": "Subnet to cut out of a supernet: a name or a JSON file. Default: the selected."}
+        default=None,
+        metadata={"help": "Subnet to cut out of a supernet: a name or a JSON file. Default: the selected."},
     )
     text_column_name: str = field(default="text", metadata={"help": "Column with the transcripts."})
     freeze_feature_encoder: bool = field(default=True, metadata={"help": "Keep the convolutions as they are."})

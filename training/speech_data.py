@@ -29,7 +29,9 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "Parquet file to train on, in place of a dataset."})
     validation_file: str | None = field(default=None, metadata={"help": "Parquet file to evaluate on."})
     audio_column_name: str = field(default="audio", metadata={"help": "Column with the audio."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on no more than this many recordings."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on no more than this many recordings."}
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on no more recordings than this."})
 
 

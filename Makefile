@@ -1,0 +1,35 @@
+# Every target makes the environment it needs, once, and reuses it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ENVIRONMENT := $(VENV)/.installed
+CODE := modeling_lighthubert training demo benchmarks tests
+
+.PHONY: demo test quality style clean
+
+demo: $(ENVIRONMENT)  ## The whole way, on the speech and the teacher in demo/. ARGS are passed on.
+	$(BIN)/python demo/run_demo.py $(ARGS)
+
+test: $(ENVIRONMENT)
+	$(BIN)/python -m pytest $(ARGS)
+
+quality: $(ENVIRONMENT)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+style: $(ENVIRONMENT)
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+# torch goes first and alone, at the version of constraints.txt: any other way pip brings gigabytes of CUDA
+$(ENVIRONMENT): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@echo "Making the environment in $(VENV) (once, a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo/output *.egg-info .pytest_cache .ruff_cache .mypy_cache
