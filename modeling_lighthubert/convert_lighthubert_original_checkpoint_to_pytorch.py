@@ -239,10 +239,7 @@ def trim(model: LightHubertForPreTraining) -> LightHubertForPreTraining:
     with torch.device("meta"):
         trimmed = LightHubertForPreTraining(config)
     # all layers, and whole FFN blocks, even where no subnet fills them: others find their part by block and index
-    full = config.full_subnet()
-    model.base_model.select(full)
-    for head in model.elastic_heads():
-        head.select(full.hidden_size, head.out_features)
+    model.select_unchecked(config.full_subnet())
     state = model.cut_state()
     model.set_subnet("largest")
     trimmed.load_state_dict(state, assign=True)

@@ -251,10 +251,14 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
             ValueError: the subnet is not in the search space, or this is a cut model. The selection stays.
         """
         subnet = self._require_search_space().resolve(subnet)
+        self.select_unchecked(subnet)
+        return subnet
+
+    def select_unchecked(self, subnet: Subnet) -> None:
+        """`set_subnet` for any part of the stored weights, whether or not the search space has it."""
         self.base_model.select(subnet)
         for head in self.elastic_heads():
             head.select(subnet.hidden_size, head.out_features)
-        return subnet
 
     def sample_subnet(self, rng: random.Random | int | None = None) -> Subnet:
         """Draws a subnet (see [`SearchSpace.sample`]), selects it and returns it."""

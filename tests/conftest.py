@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))  # as the scripts see it
+
 from modeling_lighthubert import (
     LightHubertConfig,
     LightHubertForAudioFrameClassification,

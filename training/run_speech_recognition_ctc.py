@@ -146,7 +146,8 @@ def build_metrics(processor: Wav2Vec2Processor) -> Callable[[EvalPrediction], di
     tokenizer = processor.tokenizer
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        ids, labels = (np.where(array < 0, tokenizer.pad_token_id, array) for array in prediction[:2])
+        arrays = (prediction.predictions, prediction.label_ids)
+        ids, labels = (np.where(array < 0, tokenizer.pad_token_id, array) for array in arrays)
         hypotheses = tokenizer.batch_decode(ids)
         references = tokenizer.batch_decode(labels, group_tokens=False)
         return {"wer": jiwer.wer(references, hypotheses), "cer": jiwer.cer(references, hypotheses)}

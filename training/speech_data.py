@@ -53,7 +53,7 @@ def load_waveform(audio: Any, sampling_rate: int) -> np.ndarray:
     else:
         source = (audio.get("bytes") or audio.get("path")) if isinstance(audio, Mapping) else audio
         if not isinstance(source, bytes | str | Path):
-            raise ValueError(f"audio has to be a path, bytes, or a row of an Audio column, not {type(audio).__name__}")
+            raise ValueError(f"audio has to be a path, bytes, or a row of an Audio column, not {audio!r:.80}")
         waveform, rate = soundfile.read(io.BytesIO(source) if isinstance(source, bytes) else source, dtype="float32")
     if np.issubdtype(waveform.dtype, np.integer):
         waveform = waveform / np.iinfo(waveform.dtype).max

@@ -1,0 +1,81 @@
+"""A stock HuBERT made from a cut model answers like it, or is refused with the layer that stands in the way."""
+
+import random
+
+import pytest
+import torch
+from conftest import SMALL, answer, noise, tiny_model
+from transformers import AutoModelForCTC, HubertForCTC
+
+from modeling_lighthubert import (
+    LightHubertForCTC,
+    LightHubertForSequenceClassification,
+    LightHubertForXVector,
+    LightHubertModel,
+    SearchSpace,
+)
+from modeling_lighthubert.export import to_hubert
+
+
+# widths that are multiples of the head size, and heads that always fit into the narrowest
+EXPORTABLE = SearchSpace((32, 40, 48), (4, 6, 8), (3, 3.5, 4), (10, 12), head_dim=4)
+
+
+@pytest.mark.parametrize("head", [LightHubertModel, LightHubertForCTC, LightHubertForSequenceClassification])
+@pytest.mark.parametrize("stable", [False, True])
+def test_the_stock_hubert_answers_like_the_cut_model(head, stable):
+    model = tiny_model(head, EXPORTABLE, do_stable_layer_norm=stable)
+    rng = random.Random(0)
+    for _ in range(5):
+        subnet = model.sample_subnet(rng)
+        assert subnet.is_hubert_exportable
+        hubert = to_hubert(model.extract_subnet())
+        assert not type(hubert).__module__.startswith("modeling_lighthubert")
+        padded, mask = noise(2, 6000), torch.ones(2, 6000, dtype=torch.long)
+        mask[1, 4000:] = 0
+        expected = answer(model, padded, attention_mask=mask)
+        torch.testing.assert_close(answer(hubert, padded, attention_mask=mask), expected, rtol=0, atol=1e-5)
+
+
+def test_a_supernet_exports_the_selected_subnet_and_keeps_its_selection():
+    model = tiny_model(LightHubertModel, EXPORTABLE)
+    subnet = model.sample_subnet(1)
+    assert to_hubert(model).config.hidden_size == subnet.hidden_size
+    assert model.subnet == subnet
+
+
+def test_a_saved_export_needs_no_code_of_ours(tmp_path, waveform):
+    model = tiny_model(LightHubertForCTC, EXPORTABLE).extract_subnet("smallest")
+    to_hubert(model).save_pretrained(tmp_path)
+    loaded = AutoModelForCTC.from_pretrained(tmp_path)
+    assert type(loaded) is HubertForCTC
+    assert not list(tmp_path.glob("*.py"))
+    torch.testing.assert_close(answer(loaded, waveform), answer(model, waveform), rtol=0, atol=1e-5)
+
+
+def test_too_many_heads_are_refused_with_the_layer_named():
+    model = tiny_model(LightHubertModel, SMALL)
+    wide = {**SMALL.smallest.to_dict(), "num_attention_heads": [4, 4, 4, 6, 4, 4, 4, 4, 4, 4]}
+    model.set_subnet(wide)
+    assert not model.subnet.is_hubert_exportable
+    with pytest.raises(ValueError, match="layer 3 has 6 heads of 4"):
+        to_hubert(model)
+
+
+def test_a_width_that_is_no_multiple_of_the_head_size_is_refused():
+    model = tiny_model(LightHubertModel, SearchSpace((36,), (4,), (4,), (2,), head_dim=8), head_dim=8)
+    with pytest.raises(ValueError, match="hidden_size=36 is not a multiple of the head size 8"):
+        to_hubert(model)
+
+
+def test_units_cannot_be_filled_up_where_zero_does_not_stay_zero():
+    model = tiny_model(LightHubertModel, EXPORTABLE, hidden_act="sigmoid")
+    uneven = {**EXPORTABLE.smallest.to_dict(), "intermediate_size": [128] * 4 + [96] + [128] * 5}
+    model.set_subnet(uneven)
+    with pytest.raises(ValueError, match=r"layer 4 has fewer FFN units .* sigmoid\(0\) is not 0"):
+        to_hubert(model)
+
+
+def test_a_head_that_hubert_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="no HuBERT like LightHubertForXVector"):
+        to_hubert(tiny_model(LightHubertForXVector, EXPORTABLE))
