@@ -315,13 +315,13 @@ def main(arguments: list[str] | None = None) -> None:
             model = trim(model)
         folder = options.pytorch_dump_folder_path
         save_whole(model, folder, options.checkpoint_path, options.push_to_hub or folder.name)
+        print(f"{folder}: {model.num_parameters():,} parameters, subnet {model.subnet}")
+        if options.push_to_hub:
+            repo = HfApi().create_repo(options.push_to_hub, exist_ok=True)
+            HfApi().upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Convert LightHuBERT")
+            print(f"pushed to {repo}")
     except (ValueError, OSError, StrictDataclassError) as error:
         parser.exit(1, f"error: {error}\n")
-    print(f"{folder}: {model.num_parameters():,} parameters, subnet {model.subnet}")
-    if options.push_to_hub:
-        repo = HfApi().create_repo(options.push_to_hub, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Convert LightHuBERT")
-        print(f"pushed to {repo}")
 
 
 if __name__ == "__main__":

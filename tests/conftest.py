@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,17 +141,20 @@ torch.set_num_threads(1)
 """
 
 
-def run_without_package(script: str, folder: Path, *arguments: object) -> dict:
+def run_without_package(
+    script: str, folder: Path, *arguments: object, environment: dict[str, str] | None = None
+) -> Any:
     """What `script` prints as JSON on its last line, run by a Python that cannot import the package.
 
     Args:
         folder: working directory. Remote code is cached inside it.
         arguments: `sys.argv[1:]` of the script.
+        environment: variables on top of those that keep the process offline.
     """
-    environment = os.environ | {"HF_HOME": str(folder / "hf"), "HF_MODULES_CACHE": str(folder / "hf" / "modules")}
-    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    variables = os.environ | {"HF_HOME": str(folder / "hf"), "HF_MODULES_CACHE": str(folder / "hf" / "modules")}
+    variables |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **(environment or {})}
     command = [sys.executable, "-c", BLOCKED + script, *map(str, arguments)]
-    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return json.loads(finished.stdout.splitlines()[-1])
 

@@ -122,15 +122,15 @@ def test_ctc_cuts_fine_tunes_and_transcribes(workshop, supernet):
         TRAINING / "run_speech_recognition_ctc.py",
         *("--model_name_or_path", supernet, "--subnet", "smallest", "--output_dir", output, "--use_cpu"),
         *("--train_file", workshop / "speech.parquet", "--validation_file", workshop / "speech.parquet"),
-        *("--max_steps", 60, "--learning_rate", 1e-2, "--warmup_steps", 5, "--mask_time_prob", 0.0),
+        *("--max_steps", 250, "--learning_rate", 5e-3, "--warmup_steps", 5, "--mask_time_prob", 0.0),
         *("--save_strategy", "no", "--report_to", "none"),
     )
     assert AutoModelForCTC.from_pretrained(output).config.hidden_size == 16
     results = json.loads((output / "eval_results.json").read_text())
-    assert results["eval_cer"] < 0.3, results
+    assert results["eval_cer"] < 0.1, results
     recogniser = pipeline("automatic-speech-recognition", model=str(output))
     tone = np.sin(2 * np.pi * 200 * np.arange(8000) / 16_000).astype(np.float32) * 0.5
-    assert recogniser(tone)["text"].strip("<unk>") in ("low", "lo", "ow")
+    assert recogniser(tone)["text"] == "low"
 
 
 @pytest.mark.parametrize(
