@@ -119,6 +119,11 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def checkpoint_layers(model: torch.nn.Module) -> None:
+    """Turns gradient checkpointing on, under the older of its two names where the newer is not there yet."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
 @pytest.fixture
 def waveform() -> torch.Tensor:
     """A quarter of a second of noise: 12 frames."""

@@ -20,6 +20,7 @@ from conftest import (
     SMALL,
     TWO_DEEP,
     answer,
+    checkpoint_layers,
     noise,
     randomise,
     stock_settings,
@@ -430,7 +431,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(cut, stable, waveform):
         LightHubertForCTC, subnet=TWO_DEEP.sample(0), cut=cut, do_stable_layer_norm=stable, mask_time_prob=0.0
     )
     checkpointed = copy.deepcopy(plain)
-    checkpointed.activation_checkpointing_enable()
+    checkpoint_layers(checkpointed)
     assert checkpointed.is_activation_checkpointing
     for model in (plain, checkpointed):
         model.train()(waveform, labels=torch.tensor([[1, 2, 3]])).loss.backward()
@@ -443,7 +444,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(cut, stable, waveform):
 def test_gradient_checkpointing_recomputes_the_subnet_that_ran_even_if_another_is_selected_since(waveform):
     plain = make(LightHubertForCTC, mask_time_prob=0.0)
     checkpointed = copy.deepcopy(plain)
-    checkpointed.activation_checkpointing_enable()
+    checkpoint_layers(checkpointed)
     for model in (plain, checkpointed):
         with model.train().using_subnet("smallest"):
             loss = model(waveform, labels=torch.tensor([[1, 2, 3]])).loss
