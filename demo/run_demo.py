@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "training"))
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
-from datasets import Audio, Dataset, load_dataset  # noqa: E402
+from datasets import Audio, Dataset, disable_progress_bars, load_dataset  # noqa: E402
 from huggingface_hub import ModelCard, ModelCardData  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModel,
@@ -45,10 +45,11 @@ from modeling_lighthubert.profiling import macs_per_second, measure_latency  # n
 
 from distillation import Teacher  # noqa: E402
 from probing import (  # noqa: E402
+    Batch,
     cross_validated_accuracy,
+    frame_features,
+    frame_targets,
     make_batches,
-    masked_frames,
-    masked_targets,
     pooled_features,
     probe_accuracy,
     ridge_r2,
@@ -82,8 +83,10 @@ class DemoArguments:
     output_dir: str = field(default=str(ROOT / "demo/output"), metadata={"help": "Folder for everything it makes."})
     stage1_steps: int = field(default=150, metadata={"help": "Steps of stage 1, the largest subnet."})
     stage2_steps: int = field(default=300, metadata={"help": "Steps of stage 2, the supernet."})
-    ctc_steps: int = field(default=400, metadata={"help": "Fine-tuning steps, of the subnet and of its control."})
-    max_probe_recordings: int = field(default=600, metadata={"help": "Training recordings for the linear probes."})
+    ctc_steps: int = field(default=600, metadata={"help": "Fine-tuning steps, of the subnet and of its control."})
+    max_probe_recordings: int = field(
+        default=600, metadata={"help": "Training, and held-out, recordings that models are compared on."}
+    )
     seed: int = field(default=0, metadata={"help": "Of everything random."})
 
 
@@ -103,15 +106,23 @@ def run(*command: str | Path) -> None:
     subprocess.run([sys.executable, *words], check=True, cwd=ROOT)
 
 
-def prepare_speech(
-    file: str, folder: Path, name: str, num_strings: int, rng: random.Random
-) -> tuple[Dataset, Path, Path]:
-    """Reads recordings and writes `{name}.parquet` (all of them) and `{name}-strings.parquet` (those of several
-    words).
+@dataclass
+class Speech:
+    """One part, training or held-out, of the recordings.
 
-    Returns:
-        The recordings of single words, for the probes, and the two files.
+    Attributes:
+        words: recordings of single words; of anything, where there are none.
+        file: Parquet file with all recordings.
+        strings_file: Parquet file with those of several words, real ones or joined.
     """
+
+    words: Dataset
+    file: Path
+    strings_file: Path
+
+
+def prepare_speech(file: str, folder: Path, name: str, num_strings: int, rng: random.Random) -> Speech:
+    """Reads recordings, joins words to strings if there are none, and writes both files to `folder`."""
     dataset = load_dataset("parquet", data_files=file, split="train").cast_column("audio", Audio(decode=False))
     words = dataset.filter(lambda text: len(text.split()) == 1, input_columns="text")
     strings = dataset.filter(lambda text: len(text.split()) > 1, input_columns="text")
@@ -120,10 +131,10 @@ def prepare_speech(
     everything = Dataset.from_list(
         [*words.select_columns(["audio", "text"]), *strings.select_columns(["audio", "text"])]
     )
-    files = folder / f"{name}.parquet", folder / f"{name}-strings.parquet"
-    everything.cast_column("audio", Audio(decode=False)).to_parquet(files[0])
-    strings.to_parquet(files[1])
-    return words, *files
+    speech = Speech(words if len(words) else strings, folder / f"{name}.parquet", folder / f"{name}-strings.parquet")
+    everything.cast_column("audio", Audio(decode=False)).to_parquet(speech.file)
+    strings.to_parquet(speech.strings_file)
+    return speech
 
 
 def join_words(words: Dataset, num_strings: int, rng: random.Random) -> Dataset:
@@ -160,27 +171,48 @@ def middle_subnet(space: SearchSpace) -> Subnet:
     )
 
 
-@dataclass
 class Bench:
-    """Held-out speech, and what is measured on it."""
+    """What models are measured on: words with labels for the probes, and any speech for the frames.
 
-    train_words: Dataset
-    test_words: Dataset
-    teacher: Teacher
-    extractor: Wav2Vec2FeatureExtractor
+    Args:
+        train, test: what the probes are fitted to, and what they are asked.
+        max_recordings: of each kind, drawn at random.
+    """
 
-    def __post_init__(self) -> None:
-        self.train_batches = self._batches(self.train_words)
-        self.test_batches = self._batches(self.test_words)
-        self.targets = masked_targets(self.teacher, self.test_batches, MASK_TIME_PROB)
+    def __init__(
+        self, train: Speech, test: Speech, teacher: Teacher, extractor: Wav2Vec2FeatureExtractor, max_recordings: int
+    ):
+        self.teacher = teacher
 
-    def _batches(self, words: Dataset) -> list:
-        return make_batches([load_waveform(audio, SAMPLING_RATE) for audio in words["audio"]], self.extractor)
+        def some(recordings: Dataset) -> Dataset:
+            return recordings.shuffle(seed=0).select(range(min(max_recordings, len(recordings))))
+
+        def waveforms(recordings: Dataset) -> list[np.ndarray]:
+            return [load_waveform(audio, SAMPLING_RATE) for audio in recordings["audio"]]
+
+        def frames(file: Path) -> list[Batch]:
+            recordings = load_dataset("parquet", data_files=str(file), split="train")
+            by_length = sorted(waveforms(some(recordings.cast_column("audio", Audio(decode=False)))), key=len)
+            return make_batches(by_length, extractor)
+
+        self.train_words, self.test_words = some(train.words), some(test.words)
+        self.train_batches = make_batches(waveforms(self.train_words), extractor)
+        self.test_batches = make_batches(waveforms(self.test_words), extractor)
+        self.train_frames, self.test_frames = frames(train.file), frames(test.file)
+        self.train_targets = frame_targets(teacher, self.train_frames)
+        self.test_targets = frame_targets(teacher, self.test_frames)
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """Probe accuracies and R2 of the frozen `model`, whatever labels the data has."""
+        """R2 and the probes' accuracies of the frozen `model`, for the labels that the data has."""
         model = model.eval()
-        row = {"r2": ridge_r2(masked_frames(model, self.test_batches, MASK_TIME_PROB), self.targets)}
+        row = {
+            "r2": ridge_r2(
+                frame_features(model, self.train_frames, MASK_TIME_PROB),
+                self.train_targets,
+                frame_features(model, self.test_frames, MASK_TIME_PROB),
+                self.test_targets,
+            )
+        }
         test = pooled_features(model, self.test_batches)
         if "digit" in self.test_words.column_names:
             train = pooled_features(model, self.train_batches)
@@ -249,22 +281,25 @@ def markdown_table(header: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Probe accuracy (R2 where the data has no digits) against MACs, one point for each model."""
-    measure, label = ("digit", "digit probe, accuracy") if "digit" in rows[0] else ("r2", "R2 of the target")
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for kind, marker in (("teacher", "*"), ("distilled", "o"), ("slice of the teacher", "s"), ("random weights", "x")):
-        points = [row for row in rows if row["kind"] == kind]
-        macs, values = [row["macs"] / 1e6 for row in points], [row[measure] for row in points]
-        style = {"linestyle": "none", "markersize": 11} if kind == "teacher" else {"linestyle": "-", "markersize": 7}
-        axes.plot(macs, values, marker=marker, label=kind, **style)
-    axes.set(xlabel="million MACs per second of audio", ylabel=label)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    """R2, and accuracy of each probe that the data has labels for, against MACs: one point for each model."""
+    labels = {"digit": "digit probe, accuracy", "speaker": "speaker probe, accuracy", "r2": "R2 of the target"}
+    measures = [measure for measure in labels if measure in rows[0]]
+    figure, panels = pyplot.subplots(1, len(measures), figsize=(4.5 * len(measures), 4), squeeze=False)
+    for axes, measure in zip(panels[0], measures, strict=True):
+        for kind, marker in (("random weights", "x"), ("slice of the teacher", "s"), ("distilled", "o")):
+            points = [row for row in rows if row["kind"] == kind]
+            axes.plot(
+                [row["macs"] / 1e6 for row in points], [row[measure] for row in points], marker=marker, label=kind
+            )
+        axes.plot(rows[0]["macs"] / 1e6, rows[0][measure], "k*", markersize=11, label="teacher")
+        axes.set(xlabel="million MACs per second of audio", ylabel=labels[measure])
+        axes.grid(alpha=0.3)
+    panels[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
-def write_card(folder: Path, arguments: DemoArguments, row: dict, ctc_rows: list[list[str]], results: str) -> None:
+def write_card(folder: Path, arguments: DemoArguments, name: str, results: str) -> None:
     """Fills the model card template for the fine-tuned subnet."""
     model = AutoModelForCTC.from_pretrained(folder)
     card = ModelCard.from_template(
@@ -276,15 +311,16 @@ def write_card(folder: Path, arguments: DemoArguments, row: dict, ctc_rows: list
             tags=["speech", "hubert", "lighthubert"],
         ),
         template_path=ROOT / "model_cards/template.md",
-        name=f"lighthubert-demo-{row['model'].split(',')[0]}",
+        name=f"lighthubert-demo-{name}",
         task="speech recognition with CTC",
         supernet="the supernet of the demonstration",
-        teacher=Path(arguments.teacher).name,
+        teacher=arguments.teacher.removeprefix(f"{ROOT}/"),
         subnet=model.subnet,
         num_parameters=model.num_parameters(),
         macs_per_second=macs_per_second(model),
         example_import="pipeline",
-        example='recogniser = pipeline("automatic-speech-recognition", model=folder, trust_remote_code=True)\n'
+        example='folder = "path/to/this/folder"\n'
+        'recogniser = pipeline("automatic-speech-recognition", model=folder, trust_remote_code=True)\n'
         'recogniser("recording.wav")["text"]',
         training_data=f"`{Path(arguments.train_file).name}`, tested on `{Path(arguments.test_file).name}`.",
         results=results,
@@ -305,17 +341,17 @@ def distil(arguments: DemoArguments, train_file: Path, output_dir: Path, *option
     )  # fmt: skip
 
 
-def recognise(arguments: DemoArguments, start: Path, train_file: Path, test_file: Path, output_dir: Path) -> dict:
+def recognise(arguments: DemoArguments, start: Path, train: Speech, test: Speech, output_dir: Path) -> dict:
     """Fine-tunes `start` with CTC, and transcribes the test recordings in a process without our package."""
     run(
         ROOT / "training/run_speech_recognition_ctc.py",
-        "--model_name_or_path", start, "--train_file", train_file, "--output_dir", output_dir,
-        "--max_steps", str(arguments.ctc_steps), "--per_device_train_batch_size", "16", "--learning_rate", "1e-3",
+        "--model_name_or_path", start, "--train_file", train.strings_file, "--output_dir", output_dir,
+        "--max_steps", str(arguments.ctc_steps), "--per_device_train_batch_size", "8", "--learning_rate", "1e-3",
         "--warmup_steps", str(arguments.ctc_steps // 10), "--logging_steps", "50", "--save_strategy", "no",
         "--report_to", "none", "--dataloader_num_workers", "1", "--seed", str(arguments.seed), "--use_cpu",
     )  # fmt: skip
     results = output_dir / "transcripts.json"
-    run(ROOT / "demo/transcribe.py", output_dir, test_file, "--output_file", results)
+    run(ROOT / "demo/transcribe.py", output_dir, test.strings_file, "--output_file", results)
     return json.loads(results.read_text())
 
 
@@ -324,33 +360,27 @@ def main() -> None:
     (arguments,) = parser.parse_args_into_dataclasses()
     start = time.perf_counter()
     logging.set_verbosity_error()
+    disable_progress_bars()
     set_seed(arguments.seed)
     rng = random.Random(arguments.seed)
     output = Path(arguments.output_dir).resolve()
     (output / "data").mkdir(parents=True, exist_ok=True)
 
     with stage("1. Speech"):
-        train_words, train_file, train_strings = prepare_speech(
-            arguments.train_file, output / "data", "train", 1000, rng
-        )
-        test_words, _, test_strings = prepare_speech(arguments.test_file, output / "data", "test", 100, rng)
-        print(f"   {len(train_words)} words to train on, {len(test_words)} to test on, and strings of words")
+        train_speech = prepare_speech(arguments.train_file, output / "data", "train", 1000, rng)
+        test_speech = prepare_speech(arguments.test_file, output / "data", "test", 100, rng)
+        print(f"   {len(train_speech.words)} words to train on, {len(test_speech.words)} to test on, and strings")
     with stage("2. Teacher"):
         teacher = Teacher(AutoModel.from_pretrained(arguments.teacher), NUM_TARGET_LAYERS)
         print(f"   {teacher.model.num_parameters():,} parameters")
     with stage("3a. Stage 1: the largest subnet learns from the teacher"):
         distil(
-            arguments,
-            train_file,
-            output / "stage1",
-            "--sampling",
-            "largest",
-            "--max_steps",
-            str(arguments.stage1_steps),
-        )
+            arguments, train_speech.file, output / "stage1",
+            "--sampling", "largest", "--max_steps", str(arguments.stage1_steps),
+        )  # fmt: skip
     with stage("3b. Stage 2: all subnets learn"):
         distil(
-            arguments, train_file, output / "supernet", "--student_name_or_path", output / "stage1",
+            arguments, train_speech.file, output / "supernet", "--student_name_or_path", output / "stage1",
             "--sampling", "uniform", "--max_steps", str(arguments.stage2_steps),
         )  # fmt: skip
     with stage("4. Subnets against the teacher, its untrained slices, and random weights"):
@@ -359,15 +389,13 @@ def main() -> None:
         print(f"   the supernet holds {space.num_subnets:,} subnets")
         subnets = {"largest": space.largest, "middle": middle_subnet(space), "smallest": space.smallest}
         extractor = Wav2Vec2FeatureExtractor.from_pretrained(output / "supernet")
-        probe_words = train_words.shuffle(arguments.seed).select(
-            range(min(arguments.max_probe_recordings, len(train_words)))
-        )
-        rows = measure_subnets(arguments, supernet, subnets, Bench(probe_words, test_words, teacher, extractor))
+        bench = Bench(train_speech, test_speech, teacher, extractor, arguments.max_probe_recordings)
+        rows = measure_subnets(arguments, supernet, subnets, bench)
     with stage("5. Speech recognition: the middle subnet, and the same shape from random weights"):
         supernet.extract_subnet(subnets["middle"]).save_pretrained(output / "middle")
         LightHubertModel(supernet.config.cut_to(subnets["middle"])).save_pretrained(output / "middle-random")
-        distilled = recognise(arguments, output / "middle", train_strings, test_strings, output / "asr")
-        control = recognise(arguments, output / "middle-random", train_strings, test_strings, output / "asr-random")
+        distilled = recognise(arguments, output / "middle", train_speech, test_speech, output / "asr")
+        control = recognise(arguments, output / "middle-random", train_speech, test_speech, output / "asr-random")
     ctc_rows = [
         [name, f"{result['wer']:.1%}", f"{result['cer']:.1%}"]
         for name, result in (("middle, distilled", distilled), ("middle, random weights", control))
@@ -377,7 +405,7 @@ def main() -> None:
     (output / "results.md").write_text(f"{table}\n\n{ctc_table}\n", encoding="utf-8")
     (output / "results.json").write_text(json.dumps({"models": rows, "ctc": ctc_rows}, indent=2) + "\n")
     plot(rows, output / "accuracy-against-macs.png")
-    write_card(output / "asr", arguments, rows[4], ctc_rows, ctc_table)
+    write_card(output / "asr", arguments, "middle", ctc_table)
     print(f"\n{table}\n\n{ctc_table}\n")
     print(f"All of it is in {arguments.output_dir}; {time.perf_counter() - start:.0f} s in all.")
 

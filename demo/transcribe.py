@@ -14,24 +14,26 @@ sys.modules["modeling_lighthubert"] = None  # whoever has the package installed:
 
 import jiwer  # noqa: E402
 import soundfile  # noqa: E402
-from datasets import Audio, load_dataset  # noqa: E402
+import soxr  # noqa: E402
+from datasets import Audio, disable_progress_bars, load_dataset  # noqa: E402
 from transformers import pipeline  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Folder of a fine-tuned model.")
-    parser.add_argument("test_file", help="Parquet file with `audio` (16 kHz) and `text`.")
+    parser.add_argument("test_file", help="Parquet file with `audio` and `text`.")
     parser.add_argument("--output_file", type=Path, help="JSON file for the transcripts and error rates.")
     parser.add_argument("--num_shown", type=int, default=8, help="Transcripts to print (default: 8).")
     options = parser.parse_args()
+    disable_progress_bars()
     recordings = load_dataset("parquet", data_files=options.test_file, split="train")
     recordings = recordings.cast_column("audio", Audio(decode=False))
     recogniser = pipeline("automatic-speech-recognition", model=options.model, trust_remote_code=True)
     waveforms = []
     for audio in recordings["audio"]:
-        waveform, rate = soundfile.read(io.BytesIO(audio["bytes"]), dtype="float32")
-        waveforms.append({"raw": waveform, "sampling_rate": rate})
+        waveform, rate = soundfile.read(io.BytesIO(audio["bytes"]), dtype="float32", always_2d=True)
+        waveforms.append(soxr.resample(waveform.mean(axis=1), rate, recogniser.feature_extractor.sampling_rate))
     hypotheses = [output["text"] for output in recogniser(waveforms, batch_size=8)]
     references = list(recordings["text"])
     for reference, hypothesis in list(zip(references, hypotheses, strict=True))[: options.num_shown]:

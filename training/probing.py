@@ -64,45 +64,36 @@ def cross_validated_accuracy(features: np.ndarray, labels: Sequence, num_folds: 
 
 
 @torch.no_grad()
-def masked_frames(
+def frame_features(
     model: PreTrainedModel, batches: Sequence[Batch], mask_time_prob: float, mask_time_length: int = 10
 ) -> np.ndarray:
-    """What `model` makes of frames that it does not see: last hidden states, (num_masked_frames, hidden_size).
+    """Last hidden states of all true frames while part of the input is masked: (num_frames, hidden_size).
 
-    The masks depend on the batches only, so that models are compared on the same frames.
+    The masks depend on the batches only, so that models are compared on the same input.
     """
-    hidden_states = []
-    for batch, mask in zip(batches, _fixed_masks(model, batches, mask_time_prob, mask_time_length), strict=True):
+    state = np.random.get_state()
+    np.random.seed(0)
+    features = []
+    for batch in batches:
+        mask = draw_time_mask(model, batch["attention_mask"], mask_time_prob, mask_time_length)
         output = model(batch["input_values"], attention_mask=batch["attention_mask"], mask_time_indices=mask)
-        hidden_states.append(output.last_hidden_state[mask])
-    return torch.cat(hidden_states).numpy()
+        features.append(output.last_hidden_state[true_frames(model, mask.shape[1], batch["attention_mask"])])
+    np.random.set_state(state)
+    return torch.cat(features).numpy()
 
 
-def masked_targets(
-    teacher: Teacher, batches: Sequence[Batch], mask_time_prob: float, mask_time_length: int = 10
-) -> np.ndarray:
-    """The teacher's targets of the same frames: (num_masked_frames, hidden_size of the teacher)."""
-    masks = _fixed_masks(teacher.model, batches, mask_time_prob, mask_time_length)
-    targets = [
-        teacher(batch["input_values"], batch["attention_mask"])[mask]
-        for batch, mask in zip(batches, masks, strict=True)
-    ]
+def frame_targets(teacher: Teacher, batches: Sequence[Batch]) -> np.ndarray:
+    """The teacher's distillation targets of the same frames: (num_frames, hidden_size of the teacher)."""
+    targets = []
+    for batch in batches:
+        target = teacher(batch["input_values"], batch["attention_mask"])
+        targets.append(target[true_frames(teacher.model, target.shape[1], batch["attention_mask"])])
     return torch.cat(targets).numpy()
 
 
-def ridge_r2(features: np.ndarray, targets: np.ndarray, alpha: float = 1.0) -> float:
-    """Share of the variance of `targets` that a ridge regression from `features` explains on the frames' second
-    half."""
-    half = len(features) // 2
-    regression = make_pipeline(StandardScaler(), Ridge(alpha=alpha)).fit(features[:half], targets[:half])
-    return float(r2_score(targets[half:], regression.predict(features[half:]), multioutput="variance_weighted"))
-
-
-def _fixed_masks(
-    model: PreTrainedModel, batches: Sequence[Batch], mask_time_prob: float, mask_time_length: int
-) -> list[torch.Tensor]:
-    state = np.random.get_state()
-    np.random.seed(0)
-    masks = [draw_time_mask(model, batch["attention_mask"], mask_time_prob, mask_time_length) for batch in batches]
-    np.random.set_state(state)
-    return masks
+def ridge_r2(
+    train_features: np.ndarray, train_targets: np.ndarray, test_features: np.ndarray, test_targets: np.ndarray
+) -> float:
+    """Share of the variance of the test targets that a ridge regression, fitted to training frames, explains."""
+    regression = make_pipeline(StandardScaler(), Ridge()).fit(train_features, train_targets)
+    return float(r2_score(test_targets, regression.predict(test_features), multioutput="variance_weighted"))
