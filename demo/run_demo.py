@@ -250,6 +250,7 @@ def measure_subnets(
 
 
 COLUMNS = ("model", "parameters", "MMAC/s", "real-time factor", "digit", "speaker", "R2")
+CTC_COLUMNS = ("fine-tuned with CTC", "WER", "CER")
 
 
 def cells(row: dict) -> list[str]:
@@ -396,14 +397,14 @@ def main() -> None:
         LightHubertModel(supernet.config.cut_to(subnets["middle"])).save_pretrained(output / "middle-random")
         distilled = recognise(arguments, output / "middle", train_speech, test_speech, output / "asr")
         control = recognise(arguments, output / "middle-random", train_speech, test_speech, output / "asr-random")
-    ctc_rows = [
-        [name, f"{result['wer']:.1%}", f"{result['cer']:.1%}"]
+    ctc = [
+        {"model": name, "wer": result["wer"], "cer": result["cer"]}
         for name, result in (("middle, distilled", distilled), ("middle, random weights", control))
     ]
     table = markdown_table(COLUMNS, [cells(row) for row in rows])
-    ctc_table = markdown_table(("fine-tuned with CTC", "WER", "CER"), ctc_rows)
+    ctc_table = markdown_table(CTC_COLUMNS, [[row["model"], f"{row['wer']:.1%}", f"{row['cer']:.1%}"] for row in ctc])
     (output / "results.md").write_text(f"{table}\n\n{ctc_table}\n", encoding="utf-8")
-    (output / "results.json").write_text(json.dumps({"models": rows, "ctc": ctc_rows}, indent=2) + "\n")
+    (output / "results.json").write_text(json.dumps({"models": rows, "ctc": ctc}, indent=2) + "\n")
     plot(rows, output / "accuracy-against-macs.png")
     write_card(output / "asr", arguments, "middle", ctc_table)
     print(f"\n{table}\n\n{ctc_table}\n")

@@ -1,0 +1,46 @@
+"""Sums up runs of the demonstration with different seeds: mean and range of every figure that a seed moves.
+
+for seed in 0 1 2; do python demo/run_demo.py --seed $seed --output_dir demo/output/seed-$seed; done
+python benchmarks/demo_seeds.py demo/output/seed-*
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+
+from run_demo import CTC_COLUMNS, markdown_table  # noqa: E402
+
+
+def summary(values: list[float], percent: bool) -> str:
+    """Mean and range, as `88.1% (87.5-88.6)` or `0.33 (0.32-0.34)`."""
+    mean, low, high = statistics.mean(values), min(values), max(values)
+    if percent:
+        return f"{mean:.1%} ({100 * low:.1f}-{100 * high:.1f})"
+    return f"{mean:.3f} ({low:.3f}-{high:.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="Output folders of demo/run_demo.py.")
+    runs = [json.loads((folder / "results.json").read_text()) for folder in parser.parse_args().folders]
+    measures = [measure for measure in ("digit", "speaker", "r2") if measure in runs[0]["models"][0]]
+    models = [
+        [rows[0]["model"], f"{rows[0]['parameters']:,}", f"{rows[0]['macs'] / 1e6:.1f}"]
+        + [summary([row[measure] for row in rows], percent=measure != "r2") for measure in measures]
+        for rows in zip(*(run["models"] for run in runs), strict=True)
+    ]
+    ctc = [
+        [rows[0]["model"], *(summary([row[measure] for row in rows], percent=True) for measure in ("wer", "cer"))]
+        for rows in zip(*(run["ctc"] for run in runs), strict=True)
+    ]
+    print(markdown_table(("model", "parameters", "MMAC/s", *measures), models), end="\n\n")
+    print(markdown_table(CTC_COLUMNS, ctc))
+
+
+if __name__ == "__main__":
+    main()
