@@ -432,9 +432,7 @@ def subnet_from(value: Any) -> Subnet:
     """A `Subnet` from a `Subnet` or a dict in our keys or those of the released code."""
     if isinstance(value, Subnet):
         return value
-    if (
-        type(value).__name__ == "Subnet"
-    ):  # of another copy of this module: code from a Hub folder is loaded once a file
+    if type(value).__name__ == "Subnet":  # of another copy of this module: remote code is loaded once for each file
         value = value.to_dict()
     if isinstance(value, Mapping):
         return Subnet.from_dict(value)
