@@ -43,7 +43,7 @@ from transformers.utils import logging  # noqa: E402
 from modeling_lighthubert import LightHubertModel, SearchSpace, Subnet  # noqa: E402
 from modeling_lighthubert.profiling import macs_per_second, measure_latency  # noqa: E402
 
-from distillation import Teacher  # noqa: E402
+from distillation import ObjectiveArguments, Teacher  # noqa: E402
 from probing import (  # noqa: E402
     Batch,
     cross_validated_accuracy,
@@ -372,7 +372,9 @@ def main() -> None:
         test_speech = prepare_speech(arguments.test_file, output / "data", "test", 100, rng)
         print(f"   {len(train_speech.words)} words to train on, {len(test_speech.words)} to test on, and strings")
     with stage("2. Teacher"):
-        teacher = Teacher(AutoModel.from_pretrained(arguments.teacher), NUM_TARGET_LAYERS)
+        teacher = Teacher(
+            AutoModel.from_pretrained(arguments.teacher), ObjectiveArguments(num_target_layers=NUM_TARGET_LAYERS)
+        )
         print(f"   {teacher.model.num_parameters():,} parameters")
     with stage("3a. Stage 1: the largest subnet learns from the teacher"):
         distil(

@@ -3,29 +3,61 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SIX_DEEP, TWO_DEEP, noise, randomise, stock_settings, tiny_model
-from transformers import HubertConfig, HubertModel
+from accelerate import Accelerator
+from conftest import TWO_DEEP, noise, randomise, stock_settings, tiny_model
+from transformers import (
+    Data2VecAudioConfig,
+    Data2VecAudioModel,
+    HubertConfig,
+    HubertModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+    WavLMConfig,
+    WavLMModel,
+    WhisperConfig,
+    WhisperModel,
+)
 
 from modeling_lighthubert import LightHubertForPreTraining
 
 from distillation import (
+    ObjectiveArguments,
     Teacher,
-    distillation_loss,
-    draw_subnets,
     draw_time_mask,
     evaluate,
     instance_norm,
+    matching_layers,
+    prediction_loss,
     student_loss,
+    temporal_relation_loss,
     true_frames,
 )
+from run_distillation import DistillationArguments, training_step
+from subnet_sampling import draw_subnets
 
 
-def tiny_teacher(stable: bool = False, num_target_layers: int = 2) -> Teacher:
+FAMILIES = [
+    pytest.param(*family, id=name)
+    for name, family in {
+        "hubert": (HubertModel, HubertConfig, {"feat_extract_norm": "layer"}),
+        "hubert-group": (HubertModel, HubertConfig, {"feat_extract_norm": "group"}),
+        "hubert-stable": (HubertModel, HubertConfig, {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),
+        "wav2vec2": (Wav2Vec2Model, Wav2Vec2Config, {"feat_extract_norm": "layer"}),
+        "wavlm": (WavLMModel, WavLMConfig, {"feat_extract_norm": "layer"}),
+        "data2vec": (Data2VecAudioModel, Data2VecAudioConfig, {}),
+    }.items()
+]
+
+
+def tiny_teacher(model=HubertModel, config=HubertConfig, changes=None, **objective) -> Teacher:
     torch.manual_seed(0)
-    settings = stock_settings(
-        num_hidden_layers=3, hidden_size=48, feat_extract_norm="layer", do_stable_layer_norm=stable
-    )
-    return Teacher(randomise(HubertModel(HubertConfig(**settings))), num_target_layers)
+    settings = stock_settings(num_hidden_layers=3, **(changes or {"feat_extract_norm": "layer"}))
+    return Teacher(randomise(model(config(**settings))), ObjectiveArguments(**({"num_target_layers": 2} | objective)))
+
+
+def tiny_student(**changes) -> LightHubertForPreTraining:
+    settings = {"teacher_hidden_size": 48, "num_prediction_heads": 1} | changes
+    return tiny_model(LightHubertForPreTraining, TWO_DEEP, **settings)
 
 
 def padded_batch() -> dict[str, torch.Tensor]:
@@ -35,39 +67,59 @@ def padded_batch() -> dict[str, torch.Tensor]:
     return {"input_values": noise(2, 6000), "teacher_input_values": noise(2, 6000, seed=1), "attention_mask": mask}
 
 
-@pytest.mark.parametrize("stable", [False, True])
-def test_the_target_is_the_mean_of_normalised_feed_forward_outputs(stable):
-    """Computed once more by hand, from what the layers before the last two give."""
-    teacher, batch = tiny_teacher(stable), padded_batch()
-    target = teacher(batch["teacher_input_values"], batch["attention_mask"])
-    recording = batch["teacher_input_values"][1:, :3200]
+@pytest.mark.parametrize(("model", "config", "changes"), FAMILIES)
+def test_the_target_is_the_mean_of_normalised_feed_forward_outputs(model, config, changes):
+    """Of a recording alone, by hand: what the feed-forward layers were seen to give, normalised and averaged."""
+    teacher, batch = tiny_teacher(model, config, changes), padded_batch()
+    # group norm sees padding, and so do the stacked position convolutions of data2vec
+    pads = changes.get("feat_extract_norm") == "layer"
+    lengths = (6000, 3200 if pads else 6000)
+    batch["attention_mask"][1, lengths[1] :] = 0
+    batch["attention_mask"][1, : lengths[1]] = 1
+    (target,) = teacher(batch["teacher_input_values"], batch["attention_mask"]).targets
+    seen = []
+    for layer in teacher.model.encoder.layers[1:]:
+        layer.feed_forward.output_dropout.register_forward_hook(lambda *call: seen.append(call[2]))
+    for row, samples in enumerate(lengths):
+        with torch.no_grad():
+            teacher.model(batch["teacher_input_values"][row : row + 1, :samples])
+        expected = sum((out - out.mean(1)) / (out.var(1, unbiased=False) + 1e-5).sqrt() for out in seen[-2:]) / 2
+        frames = expected.shape[1]
+        torch.testing.assert_close(target[row : row + 1, :frames], expected, rtol=0, atol=1e-4)
+        assert not target[row, frames:].any()
+
+
+def test_hidden_states_can_be_the_target_with_a_head_for_each_layer():
+    objective = {"target": "hidden_states", "target_layers": [0, 3], "target_norm": "none"}
+    teacher, batch = tiny_teacher(**objective), padded_batch()
+    first, last = teacher(batch["teacher_input_values"], batch["attention_mask"]).targets
     with torch.no_grad():
-        states = teacher.model(recording, output_hidden_states=True).hidden_states
-        outputs = []
-        for layer, state in zip(teacher.model.encoder.layers[1:], states[1:], strict=False):
-            if stable:
-                state = state + layer.attention(layer.layer_norm(state))[0]
-                output = layer.feed_forward(layer.final_layer_norm(state))
-            else:
-                output = layer.feed_forward(layer.layer_norm(state + layer.attention(state)[0]))
-            centred = output - output.mean(dim=1, keepdim=True)
-            outputs.append(centred / (output.var(dim=1, keepdim=True, unbiased=False) + 1e-5).sqrt())
-    frames = outputs[0].shape[1]
-    torch.testing.assert_close(target[1:, :frames], sum(outputs) / 2, rtol=0, atol=1e-4)
-    assert target[1, frames:].abs().max() == 0
+        states = teacher.model(batch["teacher_input_values"][:1], output_hidden_states=True).hidden_states
+    torch.testing.assert_close(first[:1], states[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(last[:1], states[3], rtol=0, atol=1e-5)
+
+
+def test_a_teacher_in_half_precision_gives_targets_in_full():
+    teacher, batch = tiny_teacher(), padded_batch()
+    teacher.to(torch.bfloat16)
+    (target,) = teacher(batch["teacher_input_values"], batch["attention_mask"]).targets
+    assert target.dtype == torch.float32
+
+
+def test_other_kinds_of_models_are_refused_as_teachers():
+    settings = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1}
+    whisper = WhisperModel(WhisperConfig(encoder_attention_heads=2, decoder_attention_heads=2, **settings))
+    with pytest.raises(ValueError, match="a teacher is a HuBERT, .* not WhisperModel"):
+        Teacher(whisper)
 
 
 def test_the_teacher_is_frozen_and_keeps_no_hooks():
     teacher, batch = tiny_teacher(), padded_batch()
-    target = teacher(batch["teacher_input_values"], batch["attention_mask"])
+    (target,) = teacher.train()(batch["teacher_input_values"], batch["attention_mask"]).targets
     assert not target.requires_grad
+    assert not teacher.model.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert all(not layer.feed_forward._forward_hooks for layer in teacher.model.encoder.layers)
-
-
-def test_more_target_layers_than_the_teacher_has_are_refused():
-    with pytest.raises(ValueError, match="num_target_layers=8, but the teacher has 3 layers"):
-        tiny_teacher(num_target_layers=8)
 
 
 def test_instance_norm_ignores_padding():
@@ -99,53 +151,108 @@ def test_masks_shrink_for_clips_shorter_than_a_span():
 
 def test_the_loss_is_the_mean_absolute_error_of_the_frames_that_count():
     prediction, target = torch.tensor([[[1.0, 2.0], [5.0, 5.0]]]), torch.tensor([[[0.0, 4.0], [100.0, 100.0]]])
-    assert float(distillation_loss(prediction, target, torch.tensor([[True, False]]))) == 1.5
+    assert float(prediction_loss(prediction, target, torch.tensor([[True, False]]))) == 1.5
 
 
+def test_the_cosine_loss_is_minus_log_sigmoid_of_the_angle():
+    prediction, target = torch.tensor([[[3.0, 0.0]]]), torch.tensor([[[0.0, 3.0]]])
+    loss = prediction_loss(prediction, target, torch.tensor([[True]]), cosine_weight=2.0)
+    assert float(loss) == pytest.approx(3.0 + 2.0 * np.log(2.0))
+
+
+def test_temporal_relation_compares_pairs_of_true_frames_whatever_the_widths():
+    student = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [9.0, 9.0]]])
+    teacher = torch.tensor([[[1.0, 0.0, 0.0], [5.0, 0.0, 0.0], [1.0, 2.0, 3.0]]])
+    frames = torch.tensor([[True, True, False]])
+    # the frames are alike to the teacher, and at a right angle to the student: two of the four pairs are off by one
+    assert float(temporal_relation_loss(student, teacher, frames)) == pytest.approx(0.5)
+    assert float(temporal_relation_loss(3 * teacher, teacher, frames)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_layers_match_those_of_the_teacher_at_the_same_height():
+    assert matching_layers(range(12), 12, 12) == list(range(12))
+    assert matching_layers((0, 1, 2), 3, 12) == [3, 7, 11]
+    assert matching_layers((0, 2), 4, 2) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"loss_frames": "all", "cosine_weight": 1.0}, {"temporal_relation_weight": 1}]
+)
+def test_every_objective_trains_every_subnet(options):
+    teacher, batch, student = tiny_teacher(**options), padded_batch(), tiny_student()
+    answer = teacher(batch["teacher_input_values"], batch["attention_mask"])
+    mask = true_frames(student, 18, batch["attention_mask"]) & (torch.arange(18) % 2 == 0)
+    for name in ("smallest", "largest"):
+        student.set_subnet(name)
+        loss = student_loss(student, batch, answer, mask, teacher.objective)
+        loss.backward()
+        assert loss > 0
+    assert torch.isfinite(student.prediction_heads[0].weight.grad).all()
+
+
+def test_the_gradient_of_a_sandwich_is_the_mean_of_its_subnets():
+    teacher, batch, student = tiny_teacher(loss_frames="all"), padded_batch(), tiny_student()
+    answer = teacher(batch["teacher_input_values"], batch["attention_mask"])
+    mask = torch.zeros(2, 18, dtype=torch.bool)
+    subnets, total = draw_subnets(TWO_DEEP, "sandwich", 0, 0), {}
+    for subnet in subnets:
+        student.set_subnet(subnet)
+        student_loss(student, batch, answer, mask, teacher.objective).backward()
+        for name, parameter in student.named_parameters():
+            if parameter.grad is not None:
+                total[name] = total.get(name, 0) + parameter.grad / 3
+                parameter.grad = None
+    accelerator = Accelerator(cpu=True)
+    arguments = DistillationArguments(output_dir="", teacher_name_or_path="", sampling="sandwich")
+    objective = ObjectiveArguments(num_target_layers=2, loss_frames="all", mask_time_prob=0.0)
+    teacher.objective = objective
+    training_step(student, teacher, batch, arguments, accelerator, step=0)
+    for name, parameter in student.named_parameters():
+        if name in total:
+            torch.testing.assert_close(parameter.grad, total[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"cosine_weight": 1.0}])
 @torch.no_grad()
-def test_a_padded_batch_gives_the_mean_over_the_same_clips_alone():
-    student, teacher, batch = tiny_model(LightHubertForPreTraining, TWO_DEEP), tiny_teacher(), padded_batch()
-    student.config.teacher_hidden_size = 48
-    student.prediction_heads = torch.nn.ModuleList([torch.nn.Linear(48, 48, bias=False)])
-    target = teacher(batch["teacher_input_values"], batch["attention_mask"])
-    frames = true_frames(student, target.shape[1], batch["attention_mask"])
-    mask = frames & (torch.arange(frames.shape[1]) % 3 == 0)
-    together = student_loss(student, batch, target, mask, frames)
+def test_a_padded_batch_gives_the_mean_over_the_same_clips_alone(options):
+    student, batch, teacher = tiny_student(), padded_batch(), tiny_teacher(loss_frames="all", **options)
+    answer = teacher(batch["teacher_input_values"], batch["attention_mask"])
+    frames = true_frames(student, 18, batch["attention_mask"])
+    mask = frames & (torch.arange(18) % 3 == 0)
+    together = student_loss(student, batch, answer, mask, teacher.objective)
     alone, count = 0.0, 0
     for row, samples in enumerate((6000, 3200)):
         single = {name: tensor[row : row + 1, :samples] for name, tensor in batch.items()}
-        single_target = teacher(single["teacher_input_values"], single["attention_mask"])
-        length = single_target.shape[1]
-        whole = torch.ones(1, length, dtype=torch.bool)
-        alone += float(student_loss(student, single, single_target, mask[row : row + 1, :length], whole)) * length
-        count += length
+        single_answer = teacher(single["teacher_input_values"], single["attention_mask"])
+        length = single_answer.targets[0].shape[1]
+        loss = student_loss(student, single, single_answer, mask[row : row + 1, :length], teacher.objective)
+        alone, count = alone + float(loss) * length, count + length
     assert float(together) == pytest.approx(alone / count, abs=1e-5)
 
 
-def test_the_draw_depends_on_seed_and_step_only():
-    drawn = [draw_subnets(SIX_DEEP, "uniform", 0, step) for step in range(20)]
-    assert drawn == [draw_subnets(SIX_DEEP, "uniform", 0, step) for step in range(20)]
-    assert len({subnets[0] for subnets in drawn}) > 15
-    assert drawn[0] != draw_subnets(SIX_DEEP, "uniform", 1, 0)
-
-
-def test_sampling_strategies_draw_what_they_are_named_for():
-    assert draw_subnets(SIX_DEEP, "largest", 0, 3) == [SIX_DEEP.largest]
-    smallest, random_one, largest = draw_subnets(SIX_DEEP, "sandwich", 0, 3)
-    assert (smallest, largest) == (SIX_DEEP.smallest, SIX_DEEP.largest)
-    assert random_one in SIX_DEEP
-    assert draw_subnets(None, "uniform", 0, 0) == [None]
-    with pytest.raises(ValueError, match="sampling='best' is not known"):
-        draw_subnets(SIX_DEEP, "best", 0, 0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_layers": [0]}, "feed_forward are counted from 1"),
+        ({"target_layers": []}, "counted from 1"),
+        ({"mask_time_prob": 1.5}, "between 0 and 1"),
+        ({"mask_time_prob": 0.0}, "no frame would count"),
+        ({"target_layers": [4]}, "the teacher has 3 layers"),
+        ({"num_target_layers": 8}, "num_target_layers=8, but the teacher has 3 layers"),
+    ],
+)
+def test_impossible_objectives_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_teacher(**options)
 
 
 def test_evaluation_repeats_itself_and_leaves_random_state_alone():
     teacher, batch = tiny_teacher(), padded_batch()
-    student = tiny_model(LightHubertForPreTraining, TWO_DEEP, teacher_hidden_size=48)
+    student = tiny_student()
     np.random.seed(5)
-    first = evaluate(student.train(), teacher, [batch], 0.5, 4)
+    first = evaluate(student.train(), teacher, [batch])
     drawn = np.random.rand()
     np.random.seed(5)
     assert drawn == np.random.rand()
-    assert first == evaluate(student, teacher, [batch], 0.5, 4)
+    assert first == evaluate(student, teacher, [batch])
     assert student.training

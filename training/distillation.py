@@ -1,11 +1,21 @@
-"""Distilling a HuBERT into a supernet: the teacher's target, the student's masks, the loss, and which subnets train.
+"""Distilling a HuBERT into a supernet: the teacher's targets, the student's masks, and the loss between them.
 
 Sources are section 2 of the LightHuBERT paper (arXiv 2203.15610) and what its authors answered in issues 4 and 6 of
-their repository; what neither says is marked as our choice.
+their repository; what neither says is marked as our choice. The options cover what related methods do as well:
+
+| method | target | layers | normalisation | loss |
+|---|---|---|---|---|
+| LightHuBERT | feed_forward | mean of the last 8 | instance (as data2vec; not published) | L1, masked frames |
+| DistilHuBERT, arXiv 2110.01900 | hidden_states | 4, 8, 12, a head each | none | L1 + cosine, all frames |
+| DPHuBERT, arXiv 2305.17651 | hidden_states | 0, 4, 8, 12, a head each | none | L1 + cosine, all frames |
+| STaRHuBERT, arXiv 2312.09040 | temporal relation of every layer | all | frames of length 1 (our choice) | squared |
 """
 
-import random
+import math
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,60 +24,171 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.hubert.modeling_hubert import _compute_mask_indices
 
-from modeling_lighthubert import LightHubertForPreTraining, LightHubertPreTrainedModel, SearchSpace, Subnet
+from modeling_lighthubert import LightHubertForPreTraining, LightHubertPreTrainedModel
+from modeling_lighthubert.search_space import kept_layers
 
 
-SAMPLING_STRATEGIES = ("largest", "uniform", "sandwich")
+@dataclass
+class ObjectiveArguments:
+    """What the student predicts, and how its error counts. Defaults are the paper's where it gives them."""
+
+    target: str = field(
+        default="feed_forward",
+        metadata={
+            "help": "Part of a teacher's layer: its feed-forward output before the residual, or its hidden states.",
+            "choices": ("feed_forward", "hidden_states"),
+        },
+    )
+    num_target_layers: int = field(
+        default=8, metadata={"help": "Teacher layers, from the top, whose mean is the target."}
+    )
+    target_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Teacher layers, the first is 1, each predicted by a head of its own, in place of the mean. Hidden"
+            " states have 0 too: what goes into the first layer."
+        },
+    )
+    target_norm: str = field(
+        default="instance",
+        metadata={
+            "help": "Normalisation of each layer before the mean: over time (instance), over features (layer), none.",
+            "choices": ("instance", "layer", "none"),
+        },
+    )
+    mask_time_prob: float = field(default=0.65, metadata={"help": "Share of frames the student does not see."})
+    mask_time_length: int = field(default=10, metadata={"help": "Length of a masked span in frames."})
+    loss_frames: str = field(
+        default="masked", metadata={"help": "Frames whose error counts.", "choices": ("masked", "all")}
+    )
+    cosine_weight: float = field(default=0.0, metadata={"help": "Weight of the cosine loss beside L1."})
+    temporal_relation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the loss between the frames' similarities, layer by layer."}
+    )
+
+    def __post_init__(self) -> None:
+        first = 0 if self.target == "hidden_states" else 1
+        if self.target_layers is not None and (not self.target_layers or min(self.target_layers) < first):
+            raise ValueError(f"target_layers={self.target_layers}: {self.target} are counted from {first}")
+        if not 0.0 <= self.mask_time_prob <= 1.0:
+            raise ValueError(f"mask_time_prob={self.mask_time_prob} has to be between 0 and 1")
+        if self.loss_frames == "masked" and self.mask_time_prob == 0.0:
+            raise ValueError("no frame would count: loss_frames='masked' needs mask_time_prob above 0")
+
+    @property
+    def num_prediction_heads(self) -> int:
+        return 1 if self.target_layers is None else len(self.target_layers)
+
+
+class TeacherAnswer(NamedTuple):
+    """What the student learns from.
+
+    Attributes:
+        targets: one for each prediction head, (batch_size, num_frames, hidden_size) in fp32; zeros on padding.
+        hidden_states: of every layer, the same shape; empty if the objective has no use for them.
+    """
+
+    targets: tuple[torch.Tensor, ...]
+    hidden_states: tuple[torch.Tensor, ...]
 
 
 class Teacher(nn.Module):
     """A frozen HuBERT-like model (HuBERT, wav2vec 2.0, WavLM, data2vec) that says what the student should predict.
 
-    The target is the mean over the last layers of the feed-forward outputs, before the residual and the final layer
-    norm (authors, issue 6). Each layer's output is normalised over the true frames of its recording first, as
-    data2vec does for audio; the paper does not say how.
+    By default the target is the mean over the last layers of the feed-forward outputs, before the residual and the
+    final layer norm (authors, issue 6). Each layer's output is normalised over the true frames of its recording
+    first, as data2vec does for audio; the paper does not say how.
 
     Args:
-        model: the base model, in evaluation mode.
-        num_target_layers: how many layers from the top, 8 in the paper.
+        model: the base model. It runs in evaluation mode and in its own dtype.
+
+    Raises:
+        ValueError: not a model of that kind, or one without the layers that the objective names.
     """
 
-    def __init__(self, model: PreTrainedModel, num_target_layers: int = 8):
+    def __init__(self, model: PreTrainedModel, objective: ObjectiveArguments | None = None):
         super().__init__()
-        depth = len(model.encoder.layers)
-        if not 1 <= num_target_layers <= depth:
-            raise ValueError(f"num_target_layers={num_target_layers}, but the teacher has {depth} layers")
+        self.objective = objective or ObjectiveArguments()
+        layers = getattr(getattr(model, "encoder", None), "layers", [])
+        if not len(layers) or not all(hasattr(layer, "feed_forward") for layer in layers):
+            raise ValueError(
+                f"a teacher is a HuBERT, wav2vec 2.0, WavLM or data2vec-audio base model, not {type(model).__name__}"
+            )
+        depth, asked = len(layers), self.objective.target_layers
+        if asked is not None and max(asked) > depth:
+            raise ValueError(f"target_layers={asked}, but the teacher has {depth} layers")
+        if asked is None and not 1 <= self.objective.num_target_layers <= depth:
+            raise ValueError(
+                f"num_target_layers={self.objective.num_target_layers}, but the teacher has {depth} layers"
+            )
         self.model = model.eval().requires_grad_(False)
-        self.num_target_layers = num_target_layers
+        last = range(depth - self.objective.num_target_layers + 1, depth + 1)
+        self.target_layers = list(last) if asked is None else list(asked)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in evaluation mode."""
+        return super().train(False)
 
     @property
     def hidden_size(self) -> int:
         return self.model.config.hidden_size
 
     @torch.no_grad()
-    def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Target of shape (batch_size, num_frames, hidden_size); padded frames hold zeros.
+    def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> TeacherAnswer:
+        """The targets of a batch.
 
         Args:
             input_values: (batch_size, num_samples), as the teacher's own feature extractor gives them.
             attention_mask: (batch_size, num_samples), 1 for samples of the recording.
         """
-        outputs: list[torch.Tensor] = []
+        layers = list(self.model.encoder.layers)
+        outputs: dict[int, torch.Tensor] = {}
+
+        def keep(number: int):
+            def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+                outputs[number] = output
+
+            return hook
+
+        objective = self.objective
+        wants_states = objective.target == "hidden_states" or objective.temporal_relation_weight > 0
         with ExitStack() as hooks:
-            for layer in list(self.model.encoder.layers)[-self.num_target_layers :]:
-                handle = layer.feed_forward.register_forward_hook(
-                    lambda module, inputs, output: outputs.append(output)
-                )
-                hooks.callback(handle.remove)
-            self.model(input_values, attention_mask=attention_mask)
-        frames = true_frames(self.model, outputs[0].shape[1], attention_mask)
-        return torch.stack([instance_norm(output, frames) for output in outputs]).mean(dim=0)
+            if objective.target == "feed_forward":
+                for number in self.target_layers:
+                    handle = layers[number - 1].feed_forward.register_forward_hook(keep(number))
+                    hooks.callback(handle.remove)
+            answer = self.model(
+                input_values.to(self.model.dtype), attention_mask=attention_mask, output_hidden_states=wants_states
+            )
+        frames = true_frames(self.model, answer.last_hidden_state.shape[1], attention_mask)
+        states = tuple(state.float() for state in answer.hidden_states) if wants_states else ()
+        if objective.target == "hidden_states":
+            outputs = {number: states[number] for number in self.target_layers}
+        targets = [normalised(outputs[number].float(), frames, objective.target_norm) for number in self.target_layers]
+        if objective.target_layers is None:
+            targets = [torch.stack(targets).mean(dim=0)]
+        return TeacherAnswer(tuple(targets), states[1:] if objective.temporal_relation_weight > 0 else ())
 
 
 def true_frames(model: PreTrainedModel, num_frames: int, attention_mask: torch.Tensor) -> torch.Tensor:
     """Which frames are not padding: bool (batch_size, num_frames)."""
     lengths = model._get_feat_extract_output_lengths(attention_mask.sum(-1))
     return torch.arange(num_frames, device=attention_mask.device) < lengths[:, None]
+
+
+def normalised(hidden_states: torch.Tensor, frames: torch.Tensor, norm: str) -> torch.Tensor:
+    """`hidden_states` after the norm of that name, and zeros on frames of padding.
+
+    Args:
+        hidden_states: (batch_size, num_frames, hidden_size).
+        frames: bool (batch_size, num_frames).
+        norm: `"instance"`, `"layer"` or `"none"`.
+    """
+    if norm == "instance":
+        return instance_norm(hidden_states, frames)
+    if norm == "layer":
+        hidden_states = F.layer_norm(hidden_states, hidden_states.shape[-1:])
+    return hidden_states * frames.unsqueeze(-1)
 
 
 def instance_norm(hidden_states: torch.Tensor, frames: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -94,52 +215,85 @@ def draw_time_mask(
     """
     num_frames = int(model._get_feat_extract_output_lengths(attention_mask.shape[1]))
     frames = true_frames(model, num_frames, attention_mask)
+    if mask_time_prob == 0.0:
+        return torch.zeros_like(frames)
     span = min(mask_time_length, int(frames.sum(-1).min()))
     mask = _compute_mask_indices(tuple(frames.shape), mask_time_prob, span, attention_mask=frames.long(), min_masks=2)
     return torch.from_numpy(np.asarray(mask)).to(frames.device) & frames
 
 
-def distillation_loss(prediction: torch.Tensor, target: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """Mean absolute error over `frames`.
+def prediction_loss(
+    prediction: torch.Tensor, target: torch.Tensor, frames: torch.Tensor, cosine_weight: float = 0.0
+) -> torch.Tensor:
+    """Mean absolute error over `frames`, plus `cosine_weight` times minus log sigmoid of the cosine (DistilHuBERT).
 
     Args:
         prediction, target: (batch_size, num_frames, hidden_size of the teacher).
         frames: bool (batch_size, num_frames), the frames that count.
     """
-    return F.l1_loss(prediction[frames], target[frames])
+    prediction, target = prediction[frames].float(), target[frames]
+    loss = F.l1_loss(prediction, target)
+    if cosine_weight > 0:
+        loss = loss - cosine_weight * F.logsigmoid(F.cosine_similarity(prediction, target, dim=-1)).mean()
+    return loss
 
 
-def draw_subnets(search_space: SearchSpace | None, sampling: str, seed: int, step: int) -> list[Subnet | None]:
-    """The subnets that one optimiser step trains, in order. Depends on `seed` and `step` only, so all processes agree.
+def temporal_relation_loss(student: torch.Tensor, teacher: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of the cosine similarities between all pairs of true frames of a recording (Gram
+    matrices over time, arXiv 2312.09040; frames of length 1 are our choice). The widths may differ.
 
     Args:
-        search_space: `None` for a student that is one model; then there is nothing to choose.
-        sampling: `"largest"` (stage 1), `"uniform"` (one at random: stage 2 of the paper), or `"sandwich"`
-            (smallest, one at random, and the largest last; from slimmable networks, not in the paper).
+        student, teacher: (batch_size, num_frames, any width).
+        frames: bool (batch_size, num_frames), the true frames.
     """
-    if search_space is None:
-        return [None]
-    rng = random.Random(f"{seed}-{step}")
-    match sampling:
-        case "largest":
-            return [search_space.largest]
-        case "uniform":
-            return [search_space.sample(rng)]
-        case "sandwich":
-            return [search_space.smallest, search_space.sample(rng), search_space.largest]
-    raise ValueError(f"sampling={sampling!r} is not known: choose from {list(SAMPLING_STRATEGIES)}")
+    similarities = [
+        unit @ unit.transpose(1, 2) for unit in (F.normalize(states.float(), dim=-1) for states in (student, teacher))
+    ]
+    pairs = frames[:, :, None] & frames[:, None, :]
+    return F.mse_loss(similarities[0][pairs], similarities[1][pairs])
+
+
+def matching_layers(student_layers: Sequence[int], student_depth: int, teacher_depth: int) -> list[int]:
+    """For each of the student's layers (0-based, of `student_depth`), the teacher's (0-based) at the same height."""
+    return [math.ceil((layer + 1) * teacher_depth / student_depth) - 1 for layer in student_layers]
 
 
 def student_loss(
     student: nn.Module,
     batch: dict[str, torch.Tensor],
-    target: torch.Tensor,
+    answer: TeacherAnswer,
     mask_time_indices: torch.Tensor,
-    frames: torch.Tensor,
+    objective: ObjectiveArguments,
 ) -> torch.Tensor:
-    """Loss of the selected subnet on one batch. `student` may be wrapped for distributed training."""
-    outputs = student(batch["input_values"], batch["attention_mask"], mask_time_indices)
-    return distillation_loss(outputs.predictions[0], target, frames)
+    """Loss of the selected subnet on one batch: the mean over its prediction heads, and the temporal relation.
+
+    Args:
+        student: a [`LightHubertForPreTraining`], which may be wrapped for distributed training.
+        batch: `input_values` and `attention_mask`, (batch_size, num_samples).
+        answer: of the teacher to this batch.
+        mask_time_indices: bool (batch_size, num_frames), frames that the student does not see.
+    """
+    model: LightHubertForPreTraining = getattr(student, "module", student)
+    wants_states = objective.temporal_relation_weight > 0
+    outputs = student(
+        batch["input_values"], batch["attention_mask"], mask_time_indices, output_hidden_states=wants_states
+    )
+    every = true_frames(model, mask_time_indices.shape[1], batch["attention_mask"])
+    frames = mask_time_indices if objective.loss_frames == "masked" else every
+    losses = [
+        prediction_loss(prediction, target, frames, objective.cosine_weight)
+        for prediction, target in zip(outputs.predictions, answer.targets, strict=True)
+    ]
+    loss = torch.stack(losses).mean()
+    if not wants_states:
+        return loss
+    depth, states = model.config.num_hidden_layers, outputs.hidden_states[1:]
+    layers = matching_layers(kept_layers(depth, len(states)), depth, len(answer.hidden_states))
+    relations = [
+        temporal_relation_loss(state, answer.hidden_states[layer], every)
+        for state, layer in zip(states, layers, strict=True)
+    ]
+    return loss + objective.temporal_relation_weight * torch.stack(relations).mean()
 
 
 @torch.no_grad()
@@ -147,18 +301,16 @@ def evaluate(
     student: LightHubertForPreTraining,
     teacher: Teacher,
     batches: list[dict[str, torch.Tensor]],
-    mask_time_prob: float,
-    mask_time_length: int,
 ) -> float:
-    """Mean loss of the selected subnet on masked frames. Masks are the same at every call."""
-    training, state = student.training, np.random.get_state()
+    """Mean loss of the selected subnet. Masks are the same at every call."""
+    objective, training, state = teacher.objective, student.training, np.random.get_state()
     student.eval()
     np.random.seed(0)
     losses = []
     for batch in batches:
-        target = teacher(batch["teacher_input_values"], batch["attention_mask"])
-        mask = draw_time_mask(student, batch["attention_mask"], mask_time_prob, mask_time_length)
-        losses.append(float(student_loss(student, batch, target, mask, mask)))
+        answer = teacher(batch["teacher_input_values"], batch["attention_mask"])
+        mask = draw_time_mask(student, batch["attention_mask"], objective.mask_time_prob, objective.mask_time_length)
+        losses.append(float(student_loss(student, batch, answer, mask, objective)))
     np.random.set_state(state)
     student.train(training)
     return sum(losses) / len(losses)

@@ -86,7 +86,7 @@ def frame_targets(teacher: Teacher, batches: Sequence[Batch]) -> np.ndarray:
     """The teacher's distillation targets of the same frames: (num_frames, hidden_size of the teacher)."""
     targets = []
     for batch in batches:
-        target = teacher(batch["input_values"], batch["attention_mask"])
+        (target,) = teacher(batch["input_values"], batch["attention_mask"]).targets
         targets.append(target[true_frames(teacher.model, target.shape[1], batch["attention_mask"])])
     return torch.cat(targets).numpy()
 

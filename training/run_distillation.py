@@ -2,12 +2,12 @@
 
 Stage 1 trains the full-size student, stage 2 its subnets:
 
-    python training/run_distillation.py --train_file speech.parquet --teacher_name_or_path facebook/hubert-base-ls960
-        \\ --search_space base --sampling largest --output_dir stage1
-    python training/run_distillation.py --train_file speech.parquet --teacher_name_or_path facebook/hubert-base-ls960
-        \\ --student_name_or_path stage1 --search_space small --sampling uniform --output_dir stage2
+    python training/run_distillation.py --config training/configs/stage1.yaml --output_dir stage1
+    python training/run_distillation.py --config training/configs/stage2_small.yaml --output_dir supernet \\
+        --student_name_or_path stage1
 
-Two CPU processes: `python -m torch.distributed.run --standalone --nproc_per_node 2 training/run_distillation.py ...`.
+A recipe holds any of the options below; those on the command line have the last word. Two CPU processes:
+`python -m torch.distributed.run --standalone --nproc_per_node 2 training/run_distillation.py ...`.
 """
 
 import itertools
@@ -29,16 +29,10 @@ from transformers import AutoFeatureExtractor, AutoModel, HfArgumentParser, Wav2
 from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining, SearchSpace
 from modeling_lighthubert.search_space import search_space_from
 
-from distillation import (
-    SAMPLING_STRATEGIES,
-    Teacher,
-    draw_subnets,
-    draw_time_mask,
-    evaluate,
-    student_loss,
-    true_frames,
-)
+from distillation import ObjectiveArguments, Teacher, draw_time_mask, evaluate, student_loss
+from recipes import parse_recipe, save_recipe
 from speech_data import DataArguments, DistillationCollator, SpeechDataset, load_speech
+from subnet_sampling import SAMPLING_STRATEGIES, draw_subnets
 
 
 @dataclass
@@ -64,17 +58,22 @@ class DistillationArguments:
     sampling: str = field(
         default="uniform",
         metadata={
-            "help": "Subnets of each step: largest (stage 1), uniform (stage 2), or sandwich.",
+            "help": "Subnets of each step: largest (stage 1), uniform (stage 2), uniform_size (sizes as likely as each"
+            " other), or sandwich (smallest, random ones, largest).",
             "choices": SAMPLING_STRATEGIES,
         },
     )
-    num_target_layers: int = field(
-        default=8, metadata={"help": "Teacher layers, from the top, whose mean is the target."}
+    num_random_subnets: int = field(default=1, metadata={"help": "Random subnets of each step."})
+    subnet_per_process: bool = field(
+        default=False, metadata={"help": "Each process draws subnets of its own. Default: all train the same."}
     )
-    mask_time_prob: float = field(default=0.65, metadata={"help": "Share of frames the student does not see."})
-    mask_time_length: int = field(default=10, metadata={"help": "Length of a masked span in frames."})
-    loss_frames: str = field(
-        default="masked", metadata={"help": "Frames whose error counts.", "choices": ("masked", "all")}
+    feat_extract_norm: str | None = field(
+        default=None,
+        metadata={
+            "help": "Norm of the student's convolutions: layer (as published: answers do not depend on padding) or"
+            " group. Default: as where it starts. What does not carry over starts anew, and is reported.",
+            "choices": ("layer", "group"),
+        },
     )
     freeze_feature_encoder: bool = field(default=False, metadata={"help": "Keep the convolutions as they start."})
     max_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
@@ -91,11 +90,13 @@ class DistillationArguments:
     cpu: bool = field(default=False, metadata={"help": "Train on the CPU even if there is a GPU."})
 
 
-def build_teacher(arguments: DistillationArguments) -> tuple[Teacher, Wav2Vec2FeatureExtractor]:
+def build_teacher(
+    arguments: DistillationArguments, objective: ObjectiveArguments
+) -> tuple[Teacher, Wav2Vec2FeatureExtractor]:
     """The teacher with its own feature extractor."""
     model = AutoModel.from_pretrained(arguments.teacher_name_or_path)
     return (
-        Teacher(model, arguments.num_target_layers),
+        Teacher(model, objective),
         AutoFeatureExtractor.from_pretrained(arguments.teacher_name_or_path),
     )
 
@@ -107,9 +108,10 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
         space = SearchSpace.from_json_file(space) if space.endswith(".json") else search_space_from(space)
     options = {
         "teacher_hidden_size": teacher.hidden_size,
-        "num_prediction_heads": 1,
+        "num_prediction_heads": teacher.objective.num_prediction_heads,
         "layerdrop": 0.0,
         **({} if space is None else {"search_space": space}),
+        **({} if arguments.feat_extract_norm is None else {"feat_extract_norm": arguments.feat_extract_norm}),
     }
     if arguments.student_name_or_path == "random":
         config = LightHubertConfig.from_pretrained(arguments.teacher_name_or_path, **options)
@@ -157,15 +159,22 @@ def training_step(
 ) -> float:
     """Adds up the gradients of the step's subnets, and returns their mean loss."""
     model = accelerator.unwrap_model(student)
-    target = teacher(batch["teacher_input_values"], batch["attention_mask"])
-    mask = draw_time_mask(model, batch["attention_mask"], arguments.mask_time_prob, arguments.mask_time_length)
-    frames = mask if arguments.loss_frames == "masked" else true_frames(model, mask.shape[1], batch["attention_mask"])
-    subnets = draw_subnets(model.search_space, arguments.sampling, arguments.seed, step)
+    objective = teacher.objective
+    answer = teacher(batch["teacher_input_values"], batch["attention_mask"])
+    mask = draw_time_mask(model, batch["attention_mask"], objective.mask_time_prob, objective.mask_time_length)
+    subnets = draw_subnets(
+        model.search_space,
+        arguments.sampling,
+        arguments.seed,
+        step,
+        arguments.num_random_subnets,
+        accelerator.process_index if arguments.subnet_per_process else None,
+    )
     losses = []
     for subnet in subnets:
         if subnet is not None:
             model.set_subnet(subnet)
-        loss = student_loss(student, batch, target, mask, frames)
+        loss = student_loss(student, batch, answer, mask, objective)
         # processes exchange gradients once a step, in the last pass: with unused parameters more would go wrong
         with nullcontext() if subnet is subnets[-1] else accelerator.no_sync(student):
             accelerator.backward(loss / len(subnets))
@@ -203,18 +212,16 @@ def evaluate_subnets(
     student: LightHubertForPreTraining,
     teacher: Teacher,
     loader: DataLoader,
-    arguments: DistillationArguments,
     device: torch.device,
 ) -> dict[str, float]:
-    """Loss on masked frames of held-out speech, of every named subnet."""
+    """Loss on held-out speech, of every named subnet."""
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in loader]
-    recipe = (batches, arguments.mask_time_prob, arguments.mask_time_length)
     if student.search_space is None:
-        return {"eval_loss": evaluate(student, teacher, *recipe)}
+        return {"eval_loss": evaluate(student, teacher, batches)}
     losses = {}
     for name in student.search_space.named:
         with student.using_subnet(name):
-            losses[f"eval_loss_{name}"] = evaluate(student, teacher, *recipe)
+            losses[f"eval_loss_{name}"] = evaluate(student, teacher, batches)
     return losses
 
 
@@ -237,14 +244,16 @@ def build_loader(
 
 
 def main() -> None:
-    parser = HfArgumentParser((DistillationArguments, DataArguments), description=__doc__.splitlines()[0])
-    arguments, data_arguments = parser.parse_args_into_dataclasses()
+    parser = HfArgumentParser(
+        (DistillationArguments, ObjectiveArguments, DataArguments), description=__doc__.splitlines()[0]
+    )
+    arguments, objective, data_arguments = recipe = parse_recipe(parser)
     # a subnet leaves weights without gradient: all of a dropped layer, for one
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=arguments.cpu, kwargs_handlers=[unused])
     set_seed(arguments.seed, device_specific=True)
 
-    teacher, teacher_feature_extractor = build_teacher(arguments)
+    teacher, teacher_feature_extractor = build_teacher(arguments, objective)
     student = build_student(arguments, teacher)
     check_frame_rates(student, teacher)
     feature_extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
@@ -268,12 +277,13 @@ def main() -> None:
     train(model, teacher, loader, optimizer, scheduler, arguments, accelerator)
 
     if accelerator.is_main_process:
+        save_recipe(recipe, arguments.output_dir)
         if student.search_space is not None:
             student.set_subnet("largest")
         student.save_pretrained(arguments.output_dir)
         feature_extractor.save_pretrained(arguments.output_dir)
         if eval_loader is not None:
-            results = evaluate_subnets(student, teacher, eval_loader, arguments, accelerator.device)
+            results = evaluate_subnets(student, teacher, eval_loader, accelerator.device)
             (Path(arguments.output_dir) / "eval_results.json").write_text(json.dumps(results, indent=2) + "\n")
             print(" ".join(f"{name}={loss:.4f}" for name, loss in results.items()))
     accelerator.end_training()

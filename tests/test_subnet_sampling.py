@@ -1,0 +1,55 @@
+"""The draw of subnets is reproducible, and each strategy draws what it is named for."""
+
+import random
+
+import pytest
+from conftest import SIX_DEEP, TWO_DEEP
+
+from modeling_lighthubert import SearchSpace
+
+from subnet_sampling import draw_subnets, num_matrix_weights, sample_by_size
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "uniform_size", "sandwich"])
+def test_the_draw_depends_on_seed_and_step_only(sampling):
+    drawn = [draw_subnets(SIX_DEEP, sampling, 0, step) for step in range(20)]
+    assert drawn == [draw_subnets(SIX_DEEP, sampling, 0, step) for step in range(20)]
+    assert len({tuple(subnets) for subnets in drawn}) > 15
+    assert drawn != [draw_subnets(SIX_DEEP, sampling, 1, step) for step in range(20)]
+
+
+def test_processes_draw_alike_unless_told_otherwise():
+    first, second = (
+        [draw_subnets(SIX_DEEP, "uniform", 0, step, 1, process) for step in range(5)] for process in (0, 1)
+    )
+    assert first != second
+    assert first == [draw_subnets(SIX_DEEP, "uniform", 0, step, process_index=0) for step in range(5)]
+
+
+def test_sampling_strategies_draw_what_they_are_named_for():
+    assert draw_subnets(SIX_DEEP, "largest", 0, 3) == [SIX_DEEP.largest]
+    smallest, *drawn, largest = draw_subnets(SIX_DEEP, "sandwich", 0, 3, num_random=2)
+    assert (smallest, largest) == (SIX_DEEP.smallest, SIX_DEEP.largest)
+    assert len(drawn) == 2
+    assert all(subnet in SIX_DEEP for subnet in drawn)
+    assert draw_subnets(None, "uniform", 0, 0) == [None]
+    with pytest.raises(ValueError, match="sampling='best' is not known"):
+        draw_subnets(SIX_DEEP, "best", 0, 0)
+
+
+@pytest.mark.parametrize("space", [SearchSpace.small(), SearchSpace.base(), SIX_DEEP, TWO_DEEP], ids=str)
+def test_sizes_are_uniform_between_the_ends(space):
+    """Each fifth of the range gets its share of 1000 draws; the choices of one after another leave the ends empty."""
+    rng = random.Random(0)
+    least, most = num_matrix_weights(space.smallest), num_matrix_weights(space.largest)
+    fifths = [0] * 5
+    for _ in range(1000):
+        subnet = sample_by_size(space, rng)
+        assert subnet in space
+        fifths[min(4, int(5 * (num_matrix_weights(subnet) - least) / (most - least)))] += 1
+    assert all(100 < count < 300 for count in fifths), fifths
+
+
+def test_a_size_counts_the_matrices_of_the_layers():
+    subnet = SearchSpace.small().named["a_small"]
+    assert num_matrix_weights(subnet) == 12 * (4 * 384 * 384 + 2 * 384 * 1536)
