@@ -33,8 +33,9 @@ from transformers import (  # noqa: E402
     set_seed,
 )
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function  # noqa: E402
+from transformers.models.hubert.modeling_hubert import _compute_mask_indices  # noqa: E402
 
-from distillation import draw_time_mask  # noqa: E402
+from distillation import true_frames  # noqa: E402
 from probing import make_batches, pooled_features, probe_accuracy  # noqa: E402
 from speech_data import load_waveform  # noqa: E402
 
@@ -144,8 +145,12 @@ def train(
     for _, indices in zip(bar, batches):
         (batch,) = make_batches([waveforms[index] for index in indices], extractor, len(indices))
         targets = nn.utils.rnn.pad_sequence([units[index] for index in indices], batch_first=True)
-        mask = draw_time_mask(model, batch["attention_mask"], arguments.mask_time_prob, arguments.mask_time_length)
-        assert mask.shape == targets.shape, "MFCC frames and HuBERT's frames have come apart"
+        frames = true_frames(model, targets.shape[1], batch["attention_mask"])
+        span = min(arguments.mask_time_length, int(frames.sum(-1).min()))
+        mask = _compute_mask_indices(
+            tuple(frames.shape), arguments.mask_time_prob, span, attention_mask=frames.long(), min_masks=2
+        )
+        mask = torch.from_numpy(np.asarray(mask)) & frames
         logits = head(model(batch["input_values"], batch["attention_mask"], mask).last_hidden_state[mask])
         loss = nn.functional.cross_entropy(logits, targets[mask])
         loss.backward()

@@ -1,6 +1,6 @@
 """Recipes give options, the command line has the last word, and mistakes end with their reason."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,7 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
 
 def test_a_saved_recipe_gives_the_same_options(tmp_path):
     options = Options("a", layers=[3], rate=1e-5)
-    save_recipe([options], str(tmp_path / "run"))
+    save_recipe(asdict(options), str(tmp_path / "run"))
     (again,) = parse_recipe(HfArgumentParser(Options), ["--config", str(tmp_path / "run" / "recipe.yaml")])
     assert again == options
 

@@ -1,6 +1,8 @@
 """Every form that recordings come in becomes the same waveform, and nothing unreadable passes."""
 
 import io
+import itertools
+import random
 
 import numpy as np
 import pytest
@@ -8,7 +10,15 @@ import soundfile
 from datasets import Audio, Dataset
 from transformers import Wav2Vec2FeatureExtractor
 
-from speech_data import DataArguments, DistillationCollator, SpeechDataset, load_speech, load_waveform
+from speech_data import (
+    BatchSampler,
+    DataArguments,
+    DistillationCollator,
+    SpeechDataset,
+    Visits,
+    load_speech,
+    load_waveform,
+)
 
 
 RATE = 16_000
@@ -101,15 +111,68 @@ def test_no_data_at_all_is_refused():
         load_speech(DataArguments(), training=True)
 
 
-def test_long_recordings_are_cropped(parquet):
-    speech = SpeechDataset(load_speech(DataArguments(train_file=parquet), training=True), "audio", RATE, 0.1)
-    assert [len(speech[index]) for index in range(len(speech))] == [1600] * 3
+def test_long_recordings_are_cropped_alike_at_every_visit_of_an_epoch(parquet):
+    data = SpeechDataset(load_speech(DataArguments(train_file=parquet), training=True), "audio", RATE)
+    visits = Visits(data, max_seconds=0.1, seed=0)
+    visit, waveform = visits[3, 1]
+    assert visit == (3, 1)
+    assert len(waveform) == 1600
+    np.testing.assert_array_equal(waveform, visits[3, 1][1])
+    assert not np.array_equal(waveform, visits[4, 1][1])
+
+
+def test_lengths_are_read_from_headers(parquet):
+    data = SpeechDataset(load_speech(DataArguments(train_file=parquet), training=True), "audio", 8000)
+    assert data.lengths() == [4000] * 3
+
+
+LENGTHS = [random.Random(0).randint(16_000, 560_000) for _ in range(2000)]  # 1 to 35 s
+
+
+def steps(count: int, lengths=LENGTHS, **settings) -> list:
+    sampler = BatchSampler(lengths, **({"batch_size": 8, "max_batch_samples": None, "seed": 0} | settings))
+    return list(itertools.islice(sampler, count))
+
+
+def test_an_epoch_visits_nearly_every_recording_once():
+    visits = [visit for batch in steps(250) for visit in batch]
+    assert len(set(visits)) == 2000
+    assert [epoch for epoch, _ in steps(260)[255]] == [1] * 8
+
+
+def test_batches_put_similar_lengths_together_and_keep_below_their_seconds():
+    batches = steps(200, batch_size=64, max_batch_samples=100 * RATE)
+    padded = [len(batch) * max(LENGTHS[index] for _, index in batch) for batch in batches]
+    assert max(padded) <= 100 * RATE
+    spoken = sum(LENGTHS[index] for batch in batches for _, index in batch)
+    assert spoken > 0.9 * sum(padded)
+
+
+def test_a_resumed_sampler_goes_on_where_it_stopped():
+    assert steps(20, start=280) == steps(300)[280:]
+
+
+def test_processes_and_accumulated_batches_share_the_recordings_of_a_step():
+    together = steps(10, batch_size=8)
+    shares = [steps(10, batch_size=2, shares=[share], num_shares=4) for share in range(4)]
+    accumulated = steps(40, batch_size=2, shares=range(4), num_shares=4)
+    for step, batch in enumerate(together):
+        assert sorted(batch) == sorted(visit for share in shares for visit in share[step])
+        assert sorted(batch) == sorted(visit for part in accumulated[4 * step : 4 * step + 4] for visit in part)
+
+
+def test_unreadable_recordings_are_left_out_and_too_few_are_refused():
+    assert {index for batch in steps(4, [0, 5, 0, 7, 6], batch_size=1) for _, index in batch} == {1, 3, 4}
+    with pytest.raises(ValueError, match="2 recordings are too few for 4 batches a step"):
+        steps(1, [1, 2], num_shares=4)
 
 
 def test_student_and_teacher_get_what_their_feature_extractors_say():
     normalised = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     raw = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
-    batch = DistillationCollator(normalised, raw, 400)([TONE, TONE[:4000] + 0.25, TONE[:100]])
+    batch = DistillationCollator(normalised, raw, 400)(
+        [((0, 0), TONE), ((0, 1), TONE[:4000] + 0.25), ((0, 2), TONE[:100])]
+    )
     np.testing.assert_array_equal(batch["teacher_input_values"][0], TONE)
     assert batch["attention_mask"].sum(-1).tolist() == [8000, 4000, 400]
     for row, length in enumerate((8000, 4000, 400)):

@@ -12,19 +12,18 @@ their repository; what neither says is marked as our choice. The options cover w
 """
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.hubert.modeling_hubert import _compute_mask_indices
 
-from modeling_lighthubert import LightHubertForPreTraining, LightHubertPreTrainedModel
+from modeling_lighthubert import LightHubertForPreTraining
 from modeling_lighthubert.search_space import kept_layers
 
 
@@ -206,20 +205,33 @@ def instance_norm(hidden_states: torch.Tensor, frames: torch.Tensor, eps: float 
 
 
 def draw_time_mask(
-    model: LightHubertPreTrainedModel, attention_mask: torch.Tensor, mask_time_prob: float, mask_time_length: int
+    num_frames: Sequence[int], mask_time_prob: float, mask_time_length: int, seeds: Sequence[int | str]
 ) -> torch.Tensor:
-    """Frames the student does not see: bool (batch_size, num_frames), from numpy's global random state.
+    """Frames the student does not see: bool (batch_size, most frames).
 
-    Spans of `mask_time_length` frames (shorter in shorter batches), static, overlapping, at least 2, to cover up to
-    `mask_time_prob` of the true frames.
+    Spans of `mask_time_length` frames (shorter in shorter recordings), static, overlapping, at least 2 where there is
+    room, to cover up to `mask_time_prob` of the frames: fairseq's, with the released code's settings by default. A
+    recording's mask depends on its seed and its length, not on the batch.
+
+    Args:
+        num_frames: of each recording, without padding.
+        seeds: of each recording.
     """
-    num_frames = int(model._get_feat_extract_output_lengths(attention_mask.shape[1]))
-    frames = true_frames(model, num_frames, attention_mask)
+    mask = torch.zeros(len(num_frames), max(num_frames), dtype=torch.bool)
     if mask_time_prob == 0.0:
-        return torch.zeros_like(frames)
-    span = min(mask_time_length, int(frames.sum(-1).min()))
-    mask = _compute_mask_indices(tuple(frames.shape), mask_time_prob, span, attention_mask=frames.long(), min_masks=2)
-    return torch.from_numpy(np.asarray(mask)).to(frames.device) & frames
+        return mask
+    for row, (count, seed) in enumerate(zip(num_frames, seeds, strict=True)):
+        rng = random.Random(seed)
+        span = min(mask_time_length, count)
+        num_spans = max(2, int(mask_time_prob * count / span + rng.random()))
+        for start in rng.sample(range(count - span + 1), min(num_spans, count // span)):
+            mask[row, start : start + span] = True
+    return mask
+
+
+def num_true_frames(model: PreTrainedModel, attention_mask: torch.Tensor) -> list[int]:
+    """Frames of each recording without its padding."""
+    return model._get_feat_extract_output_lengths(attention_mask.sum(-1)).tolist()
 
 
 def prediction_loss(
@@ -300,17 +312,24 @@ def student_loss(
 def evaluate(
     student: LightHubertForPreTraining,
     teacher: Teacher,
-    batches: list[dict[str, torch.Tensor]],
+    batches: Iterable[dict[str, torch.Tensor]],
 ) -> float:
-    """Mean loss of the selected subnet. Masks are the same at every call."""
-    objective, training, state = teacher.objective, student.training, np.random.get_state()
+    """Mean loss of the selected subnet over the frames that count. Masks are the same at every call."""
+    objective, training = teacher.objective, student.training
     student.eval()
-    np.random.seed(0)
-    losses = []
+    total, count, seen = 0.0, 0, 0
     for batch in batches:
         answer = teacher(batch["teacher_input_values"], batch["attention_mask"])
-        mask = draw_time_mask(student, batch["attention_mask"], objective.mask_time_prob, objective.mask_time_length)
-        losses.append(float(student_loss(student, batch, answer, mask, objective)))
-    np.random.set_state(state)
+        num_frames = num_true_frames(student, batch["attention_mask"])
+        seeds = range(seen, seen + len(num_frames))
+        mask = draw_time_mask(num_frames, objective.mask_time_prob, objective.mask_time_length, seeds)
+        loss = student_loss(student, batch, answer, mask.to(batch["attention_mask"].device), objective)
+        weight = count_frames(objective, mask, num_frames)
+        total, count, seen = total + float(loss) * weight, count + weight, seen + len(num_frames)
     student.train(training)
-    return sum(losses) / len(losses)
+    return total / count
+
+
+def count_frames(objective: ObjectiveArguments, mask: torch.Tensor, num_frames: Sequence[int]) -> int:
+    """How many frames of a batch the loss is a mean over."""
+    return int(mask.sum()) if objective.loss_frames == "masked" else sum(num_frames)

@@ -12,7 +12,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
-from distillation import Teacher, draw_time_mask, true_frames
+from distillation import Teacher, draw_time_mask, num_true_frames, true_frames
 
 
 Batch = dict[str, torch.Tensor]
@@ -69,16 +69,15 @@ def frame_features(
 ) -> np.ndarray:
     """Last hidden states of all true frames while part of the input is masked: (num_frames, hidden_size).
 
-    The masks depend on the batches only, so that models are compared on the same input.
+    The masks depend on the order of the recordings only, so that models are compared on the same input.
     """
-    state = np.random.get_state()
-    np.random.seed(0)
-    features = []
+    features, seed = [], 0
     for batch in batches:
-        mask = draw_time_mask(model, batch["attention_mask"], mask_time_prob, mask_time_length)
+        num_frames = num_true_frames(model, batch["attention_mask"])
+        mask = draw_time_mask(num_frames, mask_time_prob, mask_time_length, range(seed, seed + len(num_frames)))
+        seed += len(num_frames)
         output = model(batch["input_values"], attention_mask=batch["attention_mask"], mask_time_indices=mask)
         features.append(output.last_hidden_state[true_frames(model, mask.shape[1], batch["attention_mask"])])
-    np.random.set_state(state)
     return torch.cat(features).numpy()
 
 

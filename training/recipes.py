@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,8 @@ def read_recipe(path: str, parser: argparse.ArgumentParser) -> list[str]:
     return words
 
 
-def save_recipe(dataclasses: Sequence[Any], output_dir: str) -> None:
+def save_recipe(recipe: dict[str, Any], output_dir: str) -> None:
     """Writes all options, given or default, to `recipe.yaml`: `--config` of the same run once more."""
-    values = {name: value for part in dataclasses for name, value in asdict(part).items()}
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")

@@ -4,8 +4,10 @@ Audio columns stay encoded (`Audio(decode=False)`) until a recording is needed, 
 """
 
 import io
+import itertools
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import soundfile
 import soxr
 import torch
 from datasets import Audio, Dataset, load_dataset
+from tqdm.auto import tqdm
 from transformers import SequenceFeatureExtractor
 
 
@@ -90,23 +93,127 @@ def load_speech(arguments: DataArguments, training: bool) -> Dataset | None:
 
 
 class SpeechDataset(torch.utils.data.Dataset):
-    """Decoded recordings: item i is a waveform, shape (num_samples), cropped at random to at most `max_seconds`."""
+    """Decoded recordings: item i is a waveform, shape (num_samples)."""
 
-    def __init__(self, dataset: Dataset, audio_column_name: str, sampling_rate: int, max_seconds: float | None = None):
+    def __init__(self, dataset: Dataset, audio_column_name: str, sampling_rate: int):
         self.audio = dataset.select_columns([audio_column_name])
         self.audio_column_name = audio_column_name
         self.sampling_rate = sampling_rate
-        self.max_samples = None if max_seconds is None else int(max_seconds * sampling_rate)
 
     def __len__(self) -> int:
         return len(self.audio)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        waveform = load_waveform(self.audio[index][self.audio_column_name], self.sampling_rate)
-        if self.max_samples is None or len(waveform) <= self.max_samples:
-            return waveform
-        start = random.randrange(len(waveform) - self.max_samples + 1)
-        return waveform[start : start + self.max_samples]
+        return load_waveform(self.audio[index][self.audio_column_name], self.sampling_rate)
+
+    def name(self, index: int) -> str:
+        """What a message calls recording `index`: its path, where it has one."""
+        audio = self.audio[index][self.audio_column_name]
+        path = audio.get("path") if isinstance(audio, Mapping) else audio
+        return str(path or f"recording {index}")
+
+    def lengths(self) -> list[int]:
+        """Samples of each recording, of which only the header is read."""
+        lengths = []
+        for row in tqdm(self.audio, desc="lengths", disable=len(self) < 10_000):
+            audio = row[self.audio_column_name]
+            try:
+                info = soundfile.info(io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio["path"])
+                lengths.append(int(info.frames * self.sampling_rate / info.samplerate))
+            except soundfile.LibsndfileError:
+                lengths.append(0)  # it is left out, and counted, when it cannot be read
+        return lengths
+
+
+Visit = tuple[int, int]
+"""A recording as it is met in training: the epoch, and its index in the data. Crop and mask depend on it alone."""
+
+
+class Visits(torch.utils.data.Dataset):
+    """Recordings cropped at random to at most `max_seconds`: item (epoch, index) is the visit and its waveform."""
+
+    def __init__(self, speech: SpeechDataset, max_seconds: float, seed: int):
+        self.speech = speech
+        self.max_samples = int(max_seconds * speech.sampling_rate)
+        self.seed = seed
+
+    def __getitem__(self, visit: Visit) -> tuple[Visit, np.ndarray]:
+        waveform = self.speech[visit[1]]
+        if len(waveform) > self.max_samples:
+            rng = random.Random(visit_seed(self.seed, visit))
+            start = rng.randrange(len(waveform) - self.max_samples + 1)
+            waveform = waveform[start : start + self.max_samples]
+        return visit, waveform
+
+
+def visit_seed(seed: int, visit: Sequence[int]) -> str:
+    """Seed of everything random about a visit: the same on any number of processes, and after a resumption."""
+    return f"{seed}-{visit[0]}-{visit[1]}"
+
+
+class BatchSampler(torch.utils.data.Sampler[list[Visit]]):
+    """Batches of recordings of similar length, epoch after epoch without end.
+
+    The batches of a step are one list of recordings, dealt in turn to `num_shares` processes and accumulated
+    batches: how many there are changes nothing in what a step sees. The order depends on the seed only.
+
+    Args:
+        lengths: of the recordings in samples, after cropping. Those of no length are left out.
+        batch_size: recordings in a batch.
+        max_batch_samples: no more padded samples in a batch than this, but at least one recording.
+        shares: which of `num_shares` this process takes.
+        start: steps to skip.
+    """
+
+    NUM_BATCHES_SORTED = 50
+    """Among the recordings of so many batches, in random order, those of similar length are put together."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        max_batch_samples: int | None,
+        seed: int,
+        shares: Sequence[int] = (0,),
+        num_shares: int = 1,
+        start: int = 0,
+    ):
+        self.lengths, self.seed, self.start = lengths, seed, start
+        self.batch_size, self.max_batch_samples = batch_size, max_batch_samples
+        self.shares, self.num_shares = shares, num_shares
+
+    def __iter__(self) -> Iterator[list[Visit]]:
+        steps = (step for epoch in itertools.count() for step in self._steps(epoch))
+        for visits in itertools.islice(steps, self.start, None):
+            for share in self.shares:
+                yield visits[share :: self.num_shares]
+
+    def _steps(self, epoch: int) -> list[list[Visit]]:
+        """The recordings of each step of an epoch. What is left over at its end waits for another epoch."""
+        rng = random.Random(f"{self.seed}-{epoch}")
+        order = [index for index, length in enumerate(self.lengths) if length > 0]
+        rng.shuffle(order)
+        pool = self.NUM_BATCHES_SORTED * self.batch_size * self.num_shares
+        steps = []
+        for at in range(0, len(order), pool):
+            step: list[Visit] = []
+            for index in sorted(order[at : at + pool], key=lambda index: self.lengths[index]):
+                # sorted upwards: the newest recording is the longest, and so the length of the padded batch
+                per_share = math.ceil((len(step) + 1) / self.num_shares)
+                too_long = self.max_batch_samples and per_share * self.lengths[index] > self.max_batch_samples
+                if len(step) >= self.num_shares and (per_share > self.batch_size or too_long):
+                    steps.append(step)
+                    step = []
+                step.append((epoch, index))
+            if len(step) >= self.num_shares:
+                steps.append(step)
+        rng.shuffle(steps)
+        if not steps:
+            raise ValueError(
+                f"{len(order)} recordings are too few for {self.num_shares} batches a step: give more speech, or fewer"
+                " processes and accumulated batches"
+            )
+        return steps
 
 
 @dataclass
@@ -120,15 +227,18 @@ class DistillationCollator:
     teacher_feature_extractor: SequenceFeatureExtractor
     min_samples: int
 
-    def __call__(self, waveforms: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-        """Tensors `input_values`, `teacher_input_values` and `attention_mask`, each (batch_size, num_samples)."""
-        waveforms = [np.resize(waveform, max(len(waveform), self.min_samples)) for waveform in waveforms]
+    def __call__(self, items: Sequence[tuple[Visit, np.ndarray]]) -> dict[str, torch.Tensor]:
+        """Tensors `input_values`, `teacher_input_values` and `attention_mask`, each (batch_size, num_samples), and
+        `visits`, (batch_size, 2)."""
+        visits = [visit for visit, _ in items]
+        waveforms = [np.resize(waveform, max(len(waveform), self.min_samples)) for _, waveform in items]
         student = _padded(self.student_feature_extractor, waveforms)
         teacher = _padded(self.teacher_feature_extractor, waveforms)
         return {
             "input_values": student["input_values"],
             "teacher_input_values": teacher["input_values"],
             "attention_mask": student["attention_mask"],
+            "visits": torch.tensor(visits),
         }
 
 

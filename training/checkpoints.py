@@ -1,0 +1,168 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is written beside its place and renamed when it is whole; a manifest of checksums tells a damaged one.
+What happens in a step follows from the seed and the step, so model, optimiser, schedule, scaler and the number of
+steps are all there is to keep.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+
+
+logger = get_logger("checkpoints")
+PREFIX, STATE, MANIFEST = "checkpoint-", "run_state.json", "manifest.json"
+
+
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, step: int, state: dict[str, Any], limit: int, best: Path | None = None
+) -> Path | None:
+    """Writes `output_dir/checkpoint-{step}`, called by all processes, and prunes older ones.
+
+    Args:
+        state: what else is to be known when the run goes on, as JSON.
+        limit: how many checkpoints stay, the newest, and `best` besides.
+
+    Returns:
+        The checkpoint; `None` if it could not be written (a full disk). Then earlier ones are as they were, and the
+        run may go on.
+    """
+    folder = output_dir / f"{PREFIX}{step}"
+    unfinished = output_dir / f"unfinished-{PREFIX}{step}"
+    error: OSError | RuntimeError | None = None
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(unfinished))
+    except (OSError, RuntimeError) as failure:  # torch and safetensors raise RuntimeErrors of their own
+        error = failure
+    if any_process(accelerator, error is not None):
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        logger.warning(f"{folder} could not be written ({error or 'by another process'}): going on without it")
+        return None
+    if accelerator.is_main_process:
+        try:
+            (unfinished / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+            _seal(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.replace(folder)
+            _prune(output_dir, limit, best)
+        except OSError as failure:
+            error = failure
+            shutil.rmtree(unfinished, ignore_errors=True)
+            logger.warning(f"{folder} could not be written ({failure}): going on without it")
+    return None if any_process(accelerator, error is not None) else folder
+
+
+def load_checkpoint(accelerator: Accelerator, which: str, output_dir: Path) -> dict[str, Any] | None:
+    """Restores the prepared objects of `accelerator`, called by all processes.
+
+    Args:
+        which: `"latest"`, the newest whole checkpoint in `output_dir`, or a folder.
+
+    Returns:
+        What `save_checkpoint` was given as `state`, with `step`; `None` if there is nothing to go on from.
+
+    Raises:
+        ValueError: the folder that was named is no whole checkpoint, or all checkpoints are damaged.
+    """
+    chosen: list[Path | str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            chosen = [_newest_whole(output_dir) if which == "latest" else _whole(Path(which))]
+        except ValueError as error:
+            chosen = [str(error)]
+    broadcast_object_list(chosen)
+    folder = chosen[0]
+    if isinstance(folder, str):
+        raise ValueError(folder)
+    if folder is None:
+        return None
+    accelerator.load_state(str(folder))
+    return json.loads((folder / STATE).read_text())
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Folders of checkpoints, oldest first."""
+    found = [path for path in output_dir.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or `None` if every file is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, digest in manifest.items():
+            if _digest(folder / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError) as error:
+        return f"it is not whole ({error})"
+    return None
+
+
+def _whole(folder: Path) -> Path:
+    if reason := damage(folder):
+        raise ValueError(f"cannot go on from {folder}: {reason}")
+    return folder
+
+
+def _newest_whole(output_dir: Path) -> Path | None:
+    reasons = []
+    for folder in reversed(checkpoints(output_dir)):
+        reason = damage(folder)
+        if reason is None:
+            return folder
+        logger.warning(f"{folder} is damaged, {reason}: trying the one before")
+        reasons.append(folder.name)
+    if reasons:
+        raise ValueError(
+            f"every checkpoint in {output_dir} is damaged ({', '.join(reasons)}): delete them to start anew"
+        )
+    return None
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(folder: Path) -> None:
+    """Writes the manifest, after everything it names is on the disk."""
+    for path in _files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    manifest = {str(path.relative_to(folder)): _digest(path) for path in _files(folder)}
+    with (folder / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _prune(output_dir: Path, limit: int, best: Path | None) -> None:
+    for folder in checkpoints(output_dir)[:-limit]:
+        if best is None or folder.name != best.name:
+            # renamed first: a kill in the middle must not leave what looks like a checkpoint
+            doomed = folder.replace(folder.with_name(f"unfinished-{folder.name}"))
+            shutil.rmtree(doomed, ignore_errors=True)
+    for left in output_dir.glob(f"unfinished-{PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is set on any process."""
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
