@@ -17,11 +17,10 @@ from run_demo import CTC_COLUMNS, markdown_table  # noqa: E402
 
 
 def summary(values: list[float], percent: bool) -> str:
-    """Mean and range, as `88.1% (87.5-88.6)` or `0.33 (0.32-0.34)`."""
-    mean, low, high = statistics.mean(values), min(values), max(values)
-    if percent:
-        return f"{mean:.1%} ({100 * low:.1f}-{100 * high:.1f})"
-    return f"{mean:.3f} ({low:.3f}-{high:.3f})"
+    """Mean and, where values differ, range: `88.1% (87.5-88.6)` or `0.324 (0.318-0.331)`."""
+    scale, digits, unit = (100, 1, "%") if percent else (1, 3, "")
+    mean, low, high = (f"{scale * value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean}{unit}" + (f" ({low}-{high})" if low != high else "")
 
 
 def main() -> None:

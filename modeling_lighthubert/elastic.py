@@ -52,58 +52,76 @@ class ElasticLayer(ABC):
 
 
 class ElasticLinear(ElasticLayer, nn.Linear):
-    """A linear layer whose leading rows and columns are smaller linear layers (`SLinear` in the released code).
+    """A linear layer whose leading rows and columns are smaller linear layers (`SLinear` in the released code)."""
 
-    Args:
-        in_block, out_block: size of the blocks that inputs or outputs are cut in, see `leading`. One block by default.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        in_block: int | None = None,
-        out_block: int | None = None,
-    ):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias=bias)
-        self.in_block, self.out_block = in_block or in_features, out_block or out_features
         self.select(in_features, out_features)
 
-    def select(
-        self, in_features: int, out_features: int, in_width: int | None = None, out_width: int | None = None
-    ) -> None:
-        """Uses `in_features` inputs and `out_features` outputs, of which `..._width` come from each block."""
-        self.columns = (in_features, self.in_block, in_width or in_features)
-        self.rows = (out_features, self.out_block, out_width or out_features)
+    def select(self, in_features: int, out_features: int) -> None:
+        """Uses the first `in_features` inputs and `out_features` outputs."""
+        self.num_inputs, self.num_outputs = in_features, out_features
 
     def selected(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight (selected out, selected in) and bias (selected out)."""
-        rows = [torch.cat(leading(part, 1, *self.columns), dim=1) for part in leading(self.weight, 0, *self.rows)]
-        return torch.cat(rows), None if self.bias is None else torch.cat(leading(self.bias, 0, *self.rows))
+        bias = None if self.bias is None else self.bias[: self.num_outputs]
+        return self.weight[: self.num_outputs, : self.num_inputs], bias
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (..., selected in) -> (..., selected out)
-        weights = leading(self.weight, 0, *self.rows)
-        biases = [None] * len(weights) if self.bias is None else leading(self.bias, 0, *self.rows)
-        outputs = [self._project(hidden_states, *part) for part in zip(weights, biases, strict=True)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-
-    def _project(self, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The outputs of one block: the sum over the blocks of inputs."""
-        weights = leading(weight, 1, *self.columns)
-        if len(weights) == 1:
-            return F.linear(hidden_states, weights[0], bias)
-        inputs = hidden_states.split([part.shape[1] for part in weights], dim=-1)
-        output = F.linear(inputs[0], weights[0], bias)
-        for part, block in zip(inputs[1:], weights[1:], strict=True):
-            output = output + F.linear(part, block)
-        return output
+        return F.linear(hidden_states, *self.selected())
 
     def num_selected_parameters(self) -> int:
-        return self.rows[0] * (self.columns[0] + (self.bias is not None))
+        return self.num_outputs * (self.num_inputs + (self.bias is not None))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, selected={self.columns[0]}->{self.rows[0]}"
+        return f"{super().extra_repr()}, selected={self.num_inputs}->{self.num_outputs}"
+
+
+class ElasticLinearToBlocks(ElasticLinear):
+    """An elastic linear layer whose outputs are taken from blocks as large as its inputs, see `leading`: into an FFN.
+
+    Of each block, as many outputs are used as there are inputs.
+    """
+
+    def selected(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        part = (0, self.num_outputs, self.in_features, self.num_inputs)
+        weight = torch.cat(leading(self.weight, *part))[:, : self.num_inputs]
+        return weight, torch.cat(leading(self.bias, *part))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.num_outputs <= self.num_inputs or self.num_inputs == self.in_features:
+            return F.linear(hidden_states, *ElasticLinear.selected(self))  # no blocks, or whole ones
+        # one batched product for all whole blocks: a product for each, and a copy to join them, costs a tenth more
+        width, inputs = self.num_inputs, hidden_states.flatten(0, -2)
+        num_blocks, rest = divmod(self.num_outputs, width)
+        weight, bias = (full.unflatten(0, (-1, self.in_features)) for full in (self.weight, self.bias))
+        blocks = weight[:num_blocks, :width, :width].transpose(1, 2)
+        outputs = torch.baddbmm(bias[:num_blocks, None, :width], inputs.expand(num_blocks, -1, -1), blocks)
+        outputs = outputs.transpose(0, 1).flatten(1)
+        if rest:
+            last = F.linear(inputs, weight[num_blocks, :rest, :width], bias[num_blocks, :rest])
+            outputs = torch.cat([outputs, last], dim=-1)
+        return outputs.unflatten(0, hidden_states.shape[:-1])
+
+
+class ElasticLinearFromBlocks(ElasticLinear):
+    """An elastic linear layer whose inputs come from blocks as large as its outputs, see `leading`: out of an FFN.
+
+    Of each block, as many inputs are used as there are outputs.
+    """
+
+    def selected(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows, bias = self.weight[: self.num_outputs], self.bias[: self.num_outputs]
+        return torch.cat(leading(rows, 1, self.num_inputs, self.out_features, self.num_outputs), dim=1), bias
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        blocks = leading(self.weight[: self.num_outputs], 1, self.num_inputs, self.out_features, self.num_outputs)
+        inputs = hidden_states.flatten(0, -2).split([block.shape[1] for block in blocks], dim=-1)
+        outputs = F.linear(inputs[0], blocks[0], self.bias[: self.num_outputs])
+        for part, block in zip(inputs[1:], blocks[1:], strict=True):
+            # in place, which autocast leaves to us: a sum of four results would cost a tenth more
+            outputs.addmm_(part.to(outputs.dtype), block.t().to(outputs.dtype))
+        return outputs.unflatten(0, hidden_states.shape[:-1])
 
 
 class ElasticLayerNorm(ElasticLayer, nn.LayerNorm):

@@ -45,6 +45,8 @@ from .elastic import (
     ElasticLayerList,
     ElasticLayerNorm,
     ElasticLinear,
+    ElasticLinearFromBlocks,
+    ElasticLinearToBlocks,
     ElasticPositionalConv1d,
     cut_state,
     num_selected_parameters,
@@ -53,12 +55,15 @@ from .search_space import SearchSpace, Subnet, kept_layers, search_space_from, s
 
 
 def linear(
-    config: LightHubertConfig, in_features: int, out_features: int, bias: bool = True, **blocks: int
+    config: LightHubertConfig,
+    in_features: int,
+    out_features: int,
+    bias: bool = True,
+    elastic: type[ElasticLinear] = ElasticLinear,
 ) -> nn.Linear:
     """A linear layer: elastic in a supernet, plain in a cut model."""
-    if config.search_space is None:
-        return nn.Linear(in_features, out_features, bias=bias)
-    return ElasticLinear(in_features, out_features, bias=bias, **blocks)
+    kind = nn.Linear if config.search_space is None else elastic
+    return kind(in_features, out_features, bias=bias)
 
 
 def layer_norm(config: LightHubertConfig) -> nn.LayerNorm:
@@ -136,12 +141,12 @@ class LightHubertFeedForward(HubertFeedForward):
     def __init__(self, config: LightHubertConfig, intermediate_size: int):
         super().__init__(config)
         width = config.hidden_size
-        self.intermediate_dense = linear(config, width, intermediate_size, out_block=width)
-        self.output_dense = linear(config, intermediate_size, width, in_block=width)
+        self.intermediate_dense = linear(config, width, intermediate_size, elastic=ElasticLinearToBlocks)
+        self.output_dense = linear(config, intermediate_size, width, elastic=ElasticLinearFromBlocks)
 
     def select(self, hidden_size: int, intermediate_size: int) -> None:
-        self.intermediate_dense.select(hidden_size, intermediate_size, out_width=hidden_size)
-        self.output_dense.select(intermediate_size, hidden_size, in_width=hidden_size)
+        self.intermediate_dense.select(hidden_size, intermediate_size)
+        self.output_dense.select(intermediate_size, hidden_size)
 
 
 class LightHubertEncoderLayer(HubertEncoderLayer):

@@ -12,6 +12,8 @@ from modeling_lighthubert.elastic import (
     ElasticLayerList,
     ElasticLayerNorm,
     ElasticLinear,
+    ElasticLinearFromBlocks,
+    ElasticLinearToBlocks,
     ElasticPositionalConv1d,
     cut_state,
     leading,
@@ -26,9 +28,13 @@ def elastic_linear():
     return ElasticLinear(12, 10)
 
 
-def elastic_ffn():
+def into_ffn():
     """8 wide, 4 blocks of 8 units."""
-    return ElasticLinear(8, 32, out_block=8)
+    return ElasticLinearToBlocks(8, 32)
+
+
+def out_of_ffn():
+    return ElasticLinearFromBlocks(32, 8)
 
 
 def elastic_conv(weight_norm: bool):
@@ -45,7 +51,14 @@ def plain_conv(channels: int, weight_norm: bool):
 LAYERS = {
     "linear": (elastic_linear, (5, 7), lambda: nn.Linear(5, 7), (2, 3, 5)),
     "linear without bias": (lambda: ElasticLinear(12, 10, bias=False), (5, 7), lambda: nn.Linear(5, 7, False), (3, 5)),
-    "block-wise linear": (elastic_ffn, (6, 20, None, 6), lambda: nn.Linear(6, 20), (2, 3, 6)),
+    "into an FFN": (into_ffn, (6, 18), lambda: nn.Linear(6, 18), (2, 3, 6)),
+    "into an FFN, part of a block": (into_ffn, (6, 20), lambda: nn.Linear(6, 20), (2, 3, 6)),
+    "into an FFN, less than a block": (into_ffn, (6, 4), lambda: nn.Linear(6, 4), (2, 3, 6)),
+    "into an FFN, full width": (into_ffn, (8, 20), lambda: nn.Linear(8, 20), (2, 3, 8)),
+    "out of an FFN": (out_of_ffn, (18, 6), lambda: nn.Linear(18, 6), (2, 3, 18)),
+    "out of an FFN, part of a block": (out_of_ffn, (20, 6), lambda: nn.Linear(20, 6), (2, 3, 20)),
+    "out of an FFN, less than a block": (out_of_ffn, (4, 6), lambda: nn.Linear(4, 6), (2, 3, 4)),
+    "out of an FFN, full width": (out_of_ffn, (20, 8), lambda: nn.Linear(20, 8), (2, 3, 20)),
     "layer norm": (lambda: ElasticLayerNorm(12), (5,), lambda: nn.LayerNorm(5), (2, 3, 5)),
     "batch norm": (lambda: ElasticBatchNorm1d(12), (5,), lambda: nn.BatchNorm1d(5), (2, 5, 3)),
     "convolution": (lambda: elastic_conv(False), (8,), lambda: plain_conv(8, False), (2, 8, 9)),
@@ -67,6 +80,13 @@ def test_a_selected_layer_answers_like_its_cut_form(layer, training):
     elastic, plain, inputs = layer
     plain.load_state_dict(cut_state(elastic))
     torch.testing.assert_close(elastic.train(training)(inputs), plain.train(training)(inputs), rtol=0, atol=1e-6)
+
+
+def test_a_selected_layer_answers_like_its_cut_form_under_autocast(layer):
+    elastic, plain, inputs = layer
+    plain.load_state_dict(cut_state(elastic))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(elastic(inputs), plain(inputs), rtol=0, atol=0.05)
 
 
 def test_the_parameters_of_the_cut_form_are_counted_without_it(layer):
@@ -138,9 +158,9 @@ def test_units_are_taken_along_the_named_dimension():
 
 
 def test_an_ffn_reads_the_units_that_it_wrote():
-    up, down = randomise(elastic_ffn()), randomise(ElasticLinear(32, 8, in_block=8))
-    up.select(6, 20, out_width=6)
-    down.select(20, 6, in_width=6)
+    up, down = randomise(into_ffn()), randomise(out_of_ffn())
+    up.select(6, 20)
+    down.select(20, 6)
     units = [unit for unit in range(32) if unit % 8 < 6][:20]
     expected = noise(3, 6) @ up.weight[units, :6].T + up.bias[units]
     expected = expected @ down.weight[:6][:, units].T + down.bias[:6]
