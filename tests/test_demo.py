@@ -12,6 +12,7 @@ from test_training_scripts import run
 from transformers import AutoModelForCTC
 
 
+pytestmark = pytest.mark.xdist_group("demo")  # one worker makes what they share
 ROOT = Path(__file__).parent.parent
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCTC, HubertConfig, HubertModel, Wav2Vec2FeatureExtractor, pipeline
 
 
+pytestmark = pytest.mark.xdist_group("scripts")  # one worker makes what they share
 TRAINING = Path(__file__).parent.parent / "training"
 SPACE = {
     "hidden_size": [16, 48],
