@@ -24,13 +24,13 @@ PREFIX, STATE, MANIFEST = "checkpoint-", "run_state.json", "manifest.json"
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, step: int, state: dict[str, Any], limit: int, best: Path | None = None
+    accelerator: Accelerator, output_dir: Path, step: int, state: dict[str, Any], limit: int
 ) -> Path | None:
     """Writes `output_dir/checkpoint-{step}`, called by all processes, and prunes older ones.
 
     Args:
         state: what else is to be known when the run goes on, as JSON.
-        limit: how many checkpoints stay, the newest, and `best` besides.
+        limit: how many checkpoints stay, the newest.
 
     Returns:
         The checkpoint; `None` if it could not be written (a full disk). Then earlier ones are as they were, and the
@@ -57,7 +57,7 @@ def save_checkpoint(
             _seal(unfinished)
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.replace(folder)
-            _prune(output_dir, limit, best)
+            _prune(output_dir, limit)
         except OSError as failure:
             error = failure
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -153,12 +153,11 @@ def _seal(folder: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _prune(output_dir: Path, limit: int, best: Path | None) -> None:
+def _prune(output_dir: Path, limit: int) -> None:
     for folder in checkpoints(output_dir)[:-limit]:
-        if best is None or folder.name != best.name:
-            # renamed first: a kill in the middle must not leave what looks like a checkpoint
-            doomed = folder.replace(folder.with_name(f"unfinished-{folder.name}"))
-            shutil.rmtree(doomed, ignore_errors=True)
+        # renamed first: a kill in the middle must not leave what looks like a checkpoint
+        doomed = folder.replace(folder.with_name(f"unfinished-{folder.name}"))
+        shutil.rmtree(doomed, ignore_errors=True)
     for left in output_dir.glob(f"unfinished-{PREFIX}*"):
         shutil.rmtree(left, ignore_errors=True)
 
