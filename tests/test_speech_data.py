@@ -15,6 +15,7 @@ from speech_data import (
     DataArguments,
     DistillationCollator,
     SpeechDataset,
+    Unreadable,
     Visits,
     load_speech,
     load_waveform,
@@ -165,6 +166,36 @@ def test_unreadable_recordings_are_left_out_and_too_few_are_refused():
     assert {index for batch in steps(4, [0, 5, 0, 7, 6], batch_size=1) for _, index in batch} == {1, 3, 4}
     with pytest.raises(ValueError, match="2 recordings are too few for 4 batches a step"):
         steps(1, [1, 2], num_shares=4)
+
+
+def broken_speech() -> SpeechDataset:
+    """Ten recordings; number 3 is cut after its header, number 7 has no header."""
+    whole = encoded(TONE, format="FLAC")
+    rows = [{"audio": {"bytes": whole, "path": f"tone-{index}.flac"}} for index in range(10)]
+    rows[3]["audio"]["bytes"], rows[7]["audio"]["bytes"] = whole[: len(whole) // 2], b"no audio"
+    dataset = Dataset.from_list(rows).cast_column("audio", Audio(decode=False))
+    return SpeechDataset(dataset, "audio", RATE)
+
+
+def test_recordings_that_cannot_be_read_are_left_out_and_named():
+    speech = broken_speech()
+    assert [index for index, length in enumerate(speech.lengths()) if length == 0] == [7]
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    visits, collator = Visits(speech, 1.0, seed=0), DistillationCollator(extractor, extractor, 400)
+    batch = collator([visits[0, index] for index in (2, 7, 5)])
+    assert batch["visits"].tolist() == [[0, 2], [0, 5]]
+    assert [index for index, _ in batch["unreadable"]] == [7]
+    with pytest.raises(ValueError, match="no recording of a batch of 1 can be read"):
+        collator([visits[0, 7]])
+
+
+def test_a_few_unreadable_recordings_are_logged_and_too_many_stop_the_run(caplog):
+    unreadable = Unreadable(broken_speech(), max_share=0.1)
+    unreadable.add(7, "no header")
+    unreadable.add(7, "no header")
+    assert caplog.text.count("tone-7.flac (no header)") == 1
+    with pytest.raises(ValueError, match=r"2 of 10 recordings cannot be read.*tone-3.flac \(cut off\)"):
+        unreadable.add(3, "cut off")
 
 
 def test_student_and_teacher_get_what_their_feature_extractors_say():

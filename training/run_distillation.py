@@ -35,7 +35,15 @@ from checkpoints import any_process, load_checkpoint, save_checkpoint
 from distillation import ObjectiveArguments, Teacher, evaluate
 from distillation_step import training_step
 from recipes import parse_recipe, save_recipe
-from speech_data import BatchSampler, DataArguments, DistillationCollator, SpeechDataset, Visits, load_speech
+from speech_data import (
+    BatchSampler,
+    DataArguments,
+    DistillationCollator,
+    SpeechDataset,
+    Unreadable,
+    Visits,
+    load_speech,
+)
 from subnet_sampling import SAMPLING_STRATEGIES, draw_subnets
 
 
@@ -86,6 +94,10 @@ class DistillationArguments:
         default=None, metadata={"help": "No more audio in a batch than this, with its padding, in seconds."}
     )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches of each step, on each process."})
+    max_unreadable_share: float = field(
+        default=0.01,
+        metadata={"help": "Recordings that cannot be read are left out; more than this share stop the run."},
+    )
     max_seconds: float = field(default=20.0, metadata={"help": "Longer recordings are cropped at random, in seconds."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak of the schedule."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
@@ -176,7 +188,7 @@ def stop_on_sigterm() -> threading.Event:
 
 FREE_TO_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "dataloader_num_workers", "cpu"),
-    *("validation_file", "eval_split_name", "max_eval_samples"),
+    *("validation_file", "eval_split_name", "max_eval_samples", "max_unreadable_share"),
 }
 """Options that do not change what a run computes."""
 
@@ -204,14 +216,18 @@ def build_train_loader(
     speech: SpeechDataset,
     collator: DistillationCollator,
     accelerator: Accelerator,
+    unreadable: Unreadable,
     start: int,
 ) -> DataLoader:
     """This process's batches from step `start` on, without end: `gradient_accumulation_steps` for each step."""
     rate, seconds = speech.sampling_rate, arguments.per_device_train_batch_seconds
+    lengths = speech.lengths()
+    for index in (index for index, length in enumerate(lengths) if length == 0):
+        unreadable.add(index, "no header of audio, or no samples")
     accumulated = arguments.gradient_accumulation_steps
     first = accelerator.process_index * accumulated
     sampler = BatchSampler(
-        [min(length, int(arguments.max_seconds * rate)) for length in speech.lengths()],
+        [min(length, int(arguments.max_seconds * rate)) for length in lengths],
         arguments.per_device_train_batch_size,
         None if seconds is None else int(seconds * rate),
         arguments.seed,
@@ -248,6 +264,7 @@ def train(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     arguments: DistillationArguments,
     accelerator: Accelerator,
+    unreadable: Unreadable,
     recipe: dict[str, Any],
     start: int,
 ) -> bool:
@@ -270,6 +287,8 @@ def train(
     for step in bar:
         of_step = itertools.islice(batches, arguments.gradient_accumulation_steps)
         accumulated = [send_to_device(batch, accelerator.device) for batch in of_step]
+        for index, reason in (broken for batch in accumulated for broken in batch.pop("unreadable")):
+            unreadable.add(index, reason)
         process = accelerator.process_index if arguments.subnet_per_process else None
         subnets = draw_subnets(
             student.search_space, arguments.sampling, arguments.seed, step, arguments.num_random_subnets, process
@@ -368,10 +387,12 @@ def main() -> None:
         if state is not None:
             check_same_recipe(recipe, state["recipe"])
             start = state["step"]
-    loader = build_train_loader(arguments, SpeechDataset(train_data, *columns), collator, accelerator, start)
+    speech = SpeechDataset(train_data, *columns)
+    unreadable = Unreadable(speech, arguments.max_unreadable_share)
+    loader = build_train_loader(arguments, speech, collator, accelerator, unreadable, start)
     if accelerator.is_main_process:
         save_recipe(recipe, arguments.output_dir)
-    finished = train(student, teacher, loader, optimizer, scheduler, arguments, accelerator, recipe, start)
+    finished = train(student, teacher, loader, optimizer, scheduler, arguments, accelerator, unreadable, recipe, start)
 
     if finished and accelerator.is_main_process:
         save_student(student, feature_extractor, arguments.output_dir)

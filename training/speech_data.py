@@ -5,6 +5,7 @@ Audio columns stay encoded (`Audio(decode=False)`) until a recording is needed, 
 
 import io
 import itertools
+import logging
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,11 @@ import torch
 from datasets import Audio, Dataset, load_dataset
 from tqdm.auto import tqdm
 from transformers import SequenceFeatureExtractor
+
+
+logger = logging.getLogger("speech_data")
+UNREADABLE = (soundfile.LibsndfileError, OSError, ValueError)
+"""What reading a broken recording raises."""
 
 
 @dataclass
@@ -120,9 +126,36 @@ class SpeechDataset(torch.utils.data.Dataset):
             try:
                 info = soundfile.info(io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio["path"])
                 lengths.append(int(info.frames * self.sampling_rate / info.samplerate))
-            except soundfile.LibsndfileError:
-                lengths.append(0)  # it is left out, and counted, when it cannot be read
+            except UNREADABLE:
+                lengths.append(0)
         return lengths
+
+
+class Unreadable:
+    """Recordings that were left out because they cannot be read; a few are logged, too many stop the run.
+
+    Args:
+        max_share: of all recordings.
+    """
+
+    def __init__(self, speech: SpeechDataset, max_share: float):
+        self.speech, self.max_share = speech, max_share
+        self.indices: set[int] = set()
+
+    def add(self, index: int, reason: str) -> None:
+        """
+        Raises:
+            ValueError: with this one they are more than `max_share`.
+        """
+        if index in self.indices:
+            return
+        self.indices.add(index)
+        logger.warning(f"left out, because it cannot be read: {self.speech.name(index)} ({reason})")
+        if len(self.indices) > self.max_share * len(self.speech):
+            raise ValueError(
+                f"{len(self.indices)} of {len(self.speech)} recordings cannot be read, more than a share of"
+                f" {self.max_share}; the last was {self.speech.name(index)} ({reason})"
+            )
 
 
 Visit = tuple[int, int]
@@ -130,15 +163,19 @@ Visit = tuple[int, int]
 
 
 class Visits(torch.utils.data.Dataset):
-    """Recordings cropped at random to at most `max_seconds`: item (epoch, index) is the visit and its waveform."""
+    """Recordings cropped at random to at most `max_seconds`: item (epoch, index) is the visit and its waveform, or the
+    reason why there is none."""
 
     def __init__(self, speech: SpeechDataset, max_seconds: float, seed: int):
         self.speech = speech
         self.max_samples = int(max_seconds * speech.sampling_rate)
         self.seed = seed
 
-    def __getitem__(self, visit: Visit) -> tuple[Visit, np.ndarray]:
-        waveform = self.speech[visit[1]]
+    def __getitem__(self, visit: Visit) -> tuple[Visit, np.ndarray | str]:
+        try:
+            waveform = self.speech[visit[1]]
+        except UNREADABLE as error:
+            return visit, str(error)
         if len(waveform) > self.max_samples:
             rng = random.Random(visit_seed(self.seed, visit))
             start = rng.randrange(len(waveform) - self.max_samples + 1)
@@ -227,11 +264,15 @@ class DistillationCollator:
     teacher_feature_extractor: SequenceFeatureExtractor
     min_samples: int
 
-    def __call__(self, items: Sequence[tuple[Visit, np.ndarray]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[tuple[Visit, np.ndarray | str]]) -> dict[str, Any]:
         """Tensors `input_values`, `teacher_input_values` and `attention_mask`, each (batch_size, num_samples), and
-        `visits`, (batch_size, 2)."""
-        visits = [visit for visit, _ in items]
-        waveforms = [np.resize(waveform, max(len(waveform), self.min_samples)) for _, waveform in items]
+        `visits`, (batch_size, 2); and `unreadable`, index and reason of each recording that is left out."""
+        unreadable = [(index, waveform) for (_, index), waveform in items if isinstance(waveform, str)]
+        if len(unreadable) == len(items):
+            raise ValueError(f"no recording of a batch of {len(items)} can be read: {unreadable[0][1]}")
+        readable = [(visit, waveform) for visit, waveform in items if not isinstance(waveform, str)]
+        visits = [visit for visit, _ in readable]
+        waveforms = [np.resize(waveform, max(len(waveform), self.min_samples)) for _, waveform in readable]
         student = _padded(self.student_feature_extractor, waveforms)
         teacher = _padded(self.teacher_feature_extractor, waveforms)
         return {
@@ -239,6 +280,7 @@ class DistillationCollator:
             "teacher_input_values": teacher["input_values"],
             "attention_mask": student["attention_mask"],
             "visits": torch.tensor(visits),
+            "unreadable": unreadable,
         }
 
 
