@@ -156,6 +156,11 @@ def test_processes_with_subnets_of_their_own_end_with_one_supernet(workshop):
     assert all(torch.isfinite(weight).all() for weight in trained.values())
 
 
+def test_mixed_precision_trains_weights_in_full_precision(workshop):
+    trained = weights(distil(workshop, "bf16", "--max_steps", 2, "--mixed_precision", "bf16"))
+    assert all(weight.dtype == torch.float32 and torch.isfinite(weight).all() for weight in trained.values())
+
+
 STEPS = ("--sampling", "sandwich", "--max_steps", 30, "--save_steps", 2, "--per_device_train_batch_size", 2)
 
 
