@@ -4,8 +4,8 @@ names.
 Each is a plain torch layer with three more methods: `select` says which part is used from now on, `selected` gives
 that part as one tensor, and `cut_state` gives the state dict of the plain layer that would answer alike. `forward`
 reads the part where it lies, through views of the full weights: none is gathered first, and gradients reach what was
-used and nothing else. Sizes are full until the first `select`. What "the part" means is fixed by the released checkpoints:
-rows and columns from the front, except in the FFN (see `leading`).
+used and nothing else. Sizes are full until the first `select`. What "the part" means is fixed by the released
+checkpoints: rows and columns from the front, except in the FFN (see `leading`).
 """
 
 from abc import ABC, abstractmethod
