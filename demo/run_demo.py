@@ -336,7 +336,7 @@ def distil(arguments: DemoArguments, train_file: Path, output_dir: Path, *option
         ROOT / "training/run_distillation.py",
         "--train_file", train_file, "--teacher_name_or_path", arguments.teacher,
         "--search_space", arguments.search_space, "--num_target_layers", str(NUM_TARGET_LAYERS),
-        "--mask_time_prob", str(MASK_TIME_PROB), "--loss_frames", "all", "--freeze_feature_encoder",
+        "--mask_time_prob", str(MASK_TIME_PROB), "--loss_frames", "all", "--share_feature_encoder",
         "--per_device_train_batch_size", "16", "--seed", str(arguments.seed), "--cpu",
         "--output_dir", output_dir, *options,
     )  # fmt: skip

@@ -130,6 +130,16 @@ def waveform() -> torch.Tensor:
     return noise(1, 4000)
 
 
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Path:
+    """A folder with a tiny teacher, a search space and speech; see `make_workshop`."""
+    from scripts import make_workshop
+
+    folder = tmp_path_factory.mktemp("workshop")
+    make_workshop(folder)
+    return folder
+
+
 BLOCKED = """
 import sys
 

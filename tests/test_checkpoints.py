@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from checkpoints import checkpoints, damage, load_checkpoint, save_checkpoint
+from checkpoints import best_checkpoint, checkpoints, damage, find_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def test_a_checkpoint_brings_back_weights_step_and_state(accelerator, tmp_path):
     assert folder == tmp_path / "checkpoint-7"
     assert damage(folder) is None
     weight(accelerator).zero_()
-    assert load_checkpoint(accelerator, "latest", tmp_path) == {"step": 7, "recipe": {"seed": 1}}
+    assert find_checkpoint(accelerator, "latest", tmp_path) == (folder, {"step": 7, "recipe": {"seed": 1}})
+    accelerator.load_state(str(folder))
     assert torch.equal(weight(accelerator), before)
 
 
@@ -39,6 +40,13 @@ def test_the_newest_stay(accelerator, tmp_path):
         save_checkpoint(accelerator, tmp_path, step, {}, limit=2)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-12"]
     assert not list(tmp_path.glob("unfinished-*"))
+
+
+def test_the_best_stays_however_old(accelerator, tmp_path):
+    for step, loss in enumerate([0.5, 0.3, None, 0.4, None], start=1):
+        save_checkpoint(accelerator, tmp_path, step, {"eval_loss": loss}, limit=1)
+    assert best_checkpoint(tmp_path).name == "checkpoint-2"
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-5"]
 
 
 def test_a_save_that_fails_leaves_the_last_good_one(accelerator, tmp_path, monkeypatch):
@@ -70,13 +78,13 @@ def test_the_newest_whole_checkpoint_is_taken_and_named_damage_is_refused(accele
     for step in (1, 2):
         save_checkpoint(accelerator, tmp_path, step, {}, limit=2)
     (tmp_path / "checkpoint-2" / "run_state.json").write_text(json.dumps({"step": 3}))
-    assert load_checkpoint(accelerator, "latest", tmp_path)["step"] == 1
+    assert find_checkpoint(accelerator, "latest", tmp_path)[0].name == "checkpoint-1"
     with pytest.raises(ValueError, match=r"cannot go on from .*checkpoint-2: run_state.json is not what was written"):
-        load_checkpoint(accelerator, str(tmp_path / "checkpoint-2"), tmp_path)
+        find_checkpoint(accelerator, str(tmp_path / "checkpoint-2"), tmp_path)
     (tmp_path / "checkpoint-1" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
-        load_checkpoint(accelerator, "latest", tmp_path)
+        find_checkpoint(accelerator, "latest", tmp_path)
 
 
 def test_nothing_to_go_on_from_is_a_fresh_start(accelerator, tmp_path):
-    assert load_checkpoint(accelerator, "latest", tmp_path) is None
+    assert find_checkpoint(accelerator, "latest", tmp_path) is None

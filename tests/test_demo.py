@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import soxr
 from datasets import Audio, Dataset, load_dataset
-from test_training_scripts import run
+from scripts import run
 from transformers import AutoModelForCTC
 
 

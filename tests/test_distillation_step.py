@@ -7,7 +7,7 @@ from conftest import TWO_DEEP
 from test_distillation import padded_batch, tiny_student, tiny_teacher
 
 from distillation import student_loss
-from distillation_step import prepare_lesson, training_step
+from distillation_step import evaluate, prepare_lesson, training_step
 from subnet_sampling import draw_subnets
 
 
@@ -26,23 +26,31 @@ def gradients(student: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight.grad.clone() for name, weight in student.named_parameters() if weight.grad is not None}
 
 
-def test_the_gradient_of_a_sandwich_is_the_mean_over_its_subnets():
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def test_the_gradient_of_a_sandwich_is_the_mean_over_its_subnets(accelerator):
     student, teacher, batch = tiny_student(), tiny_teacher(), batch_with_visits()
-    lesson = prepare_lesson(student, teacher, batch, seed=0)
+    lesson = prepare_lesson(student, teacher, batch, 0, accelerator)
     subnets = draw_subnets(TWO_DEEP, "sandwich", 0, 0)
+    expected_losses = []
     for subnet in subnets:
         student.set_subnet(subnet)
-        (student_loss(student, batch, lesson.answer, lesson.mask, teacher.objective) / 3).backward()
+        loss = student_loss(student, batch, lesson.answer, lesson.mask, teacher.objective)
+        (loss / 3).backward()
+        expected_losses.append(float(loss.detach()))
     expected = gradients(student)
     student.zero_grad()
-    training_step(student, teacher, [batch], subnets, Accelerator(cpu=True), seed=0)
+    losses = training_step(student, teacher, [batch], subnets, accelerator, seed=0)
+    assert losses == pytest.approx(expected_losses)
     torch.testing.assert_close(gradients(student), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss_frames", ["masked", "all"])
-def test_accumulated_batches_give_the_gradient_of_one(loss_frames):
+def test_accumulated_batches_give_the_gradient_of_one(accelerator, loss_frames):
     student, teacher, batch = tiny_student(), tiny_teacher(loss_frames=loss_frames), batch_with_visits()
-    accelerator = Accelerator(cpu=True)
     together = training_step(student, teacher, [batch], [TWO_DEEP.smallest], accelerator, seed=0)
     expected = gradients(student)
     student.zero_grad()
@@ -51,9 +59,55 @@ def test_accumulated_batches_give_the_gradient_of_one(loss_frames):
     torch.testing.assert_close(gradients(student), expected, rtol=0, atol=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_the_step():
+@pytest.mark.parametrize("share", [False, True], ids=["frozen", "shared"])
+def test_a_frozen_feature_encoder_runs_once_a_step_and_changes_no_gradient(accelerator, share):
+    """Shared, it runs in the teacher alone."""
+    student, teacher, batch = tiny_student(), tiny_teacher(), batch_with_visits()
+    batch["teacher_input_values"] = batch["input_values"]
+    student.hubert.feature_extractor.load_state_dict(teacher.model.feature_extractor.state_dict())
+    subnets = draw_subnets(TWO_DEEP, "sandwich", 0, 0)
+    expected = training_step(student, teacher, [batch], subnets, accelerator, seed=0)
+    names = {name for name in gradients(student) if "feature_extractor" not in name}
+    expected_gradients = {name: gradient for name, gradient in gradients(student).items() if name in names}
+    student.zero_grad()
+    student.freeze_feature_encoder()
+    runs = []
+    student.hubert.feature_extractor.conv_layers[0].register_forward_hook(lambda *call: runs.append(call))
+    losses = training_step(student, teacher, [batch], subnets, accelerator, 0, share_feature_encoder=share)
+    assert len(runs) == (0 if share else 1)
+    assert losses == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(gradients(student), expected_gradients, rtol=0, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_step(accelerator):
     student, teacher = tiny_student(), tiny_teacher()
     with torch.no_grad():
         student.prediction_heads[0].weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="the loss is nan"):
-        training_step(student, teacher, [batch_with_visits()], [TWO_DEEP.largest], Accelerator(cpu=True), seed=0)
+        training_step(student, teacher, [batch_with_visits()], [TWO_DEEP.largest], accelerator, seed=0)
+
+
+def test_a_step_without_recordings_leaves_no_gradient(accelerator):
+    student = tiny_student()
+    assert training_step(student, tiny_teacher(), [], [TWO_DEEP.largest], accelerator, seed=0) == []
+    assert not gradients(student)
+
+
+def test_evaluation_measures_each_subnet_and_leaves_everything_as_it_was(accelerator):
+    teacher, batch, student = tiny_teacher(), batch_with_visits(), tiny_student().train()
+    subnets = {"smallest": TWO_DEEP.smallest, "largest": TWO_DEEP.largest}
+    student.set_subnet(TWO_DEEP.sample(0))
+    before = student.subnet
+    torch.manual_seed(5)
+    losses = evaluate(student, teacher, [batch], subnets, accelerator)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert drawn == torch.rand(1)
+    assert student.training and student.subnet == before
+    parts = [rows(batch, 0, 6000), rows(batch, 1, 3200)]
+    assert evaluate(student, teacher, parts, subnets, accelerator) == pytest.approx(losses)
+    student.set_subnet("smallest")
+    lesson = prepare_lesson(student.eval(), teacher, batch, 0, accelerator)
+    assert float(lesson.loss(student, teacher).detach()) == pytest.approx(losses["smallest"])
+    with pytest.raises(ValueError, match="none of the recordings"):
+        evaluate(student, teacher, [], subnets, accelerator)

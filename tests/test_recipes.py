@@ -7,8 +7,8 @@ import pytest
 from transformers import HfArgumentParser
 
 from distillation import ObjectiveArguments
+from distillation_arguments import DistillationArguments
 from recipes import parse_recipe, save_recipe
-from run_distillation import DistillationArguments
 from speech_data import DataArguments
 
 

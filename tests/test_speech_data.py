@@ -1,25 +1,15 @@
 """Every form that recordings come in becomes the same waveform, and nothing unreadable passes."""
 
 import io
-import itertools
-import random
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from datasets import Audio, Dataset
-from transformers import Wav2Vec2FeatureExtractor
+from datasets import Audio, Dataset, IterableDataset
 
-from speech_data import (
-    BatchSampler,
-    DataArguments,
-    DistillationCollator,
-    SpeechDataset,
-    Unreadable,
-    Visits,
-    load_speech,
-    load_waveform,
-)
+from speech_data import DataArguments, SpeechDataset, duration, level, load_speech, load_waveform
 
 
 RATE = 16_000
@@ -88,23 +78,136 @@ def test_what_is_no_audio_is_refused():
             load_waveform(nothing, RATE)
 
 
-@pytest.fixture
-def parquet(tmp_path) -> str:
-    rows = [{"audio": {"bytes": encoded(TONE, format="WAV"), "path": None}, "text": "tone"}] * 3
-    path = tmp_path / "speech.parquet"
+def test_durations_come_from_headers():
+    assert duration(encoded(TONE, format="FLAC")) == 0.5
+    assert duration({"bytes": encoded(TONE, rate=8000, format="WAV"), "path": None}) == 1.0
+    assert duration(b"no audio") == 0.0
+
+
+def test_a_sine_of_half_of_full_scale_has_minus_nine_decibels():
+    assert level(TONE) == pytest.approx(-9.03, abs=0.01)
+
+
+def write_parquet(path: Path, rows: list[dict]) -> str:
     Dataset.from_list(rows).cast_column("audio", Audio(decode=False)).to_parquet(path)
     return str(path)
 
 
+@pytest.fixture
+def parquet(tmp_path) -> str:
+    row = {"audio": {"bytes": encoded(TONE, format="WAV"), "path": None}, "text": "tone"}
+    return write_parquet(tmp_path / "speech.parquet", [row] * 3)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three recordings in files: a tone, one of twice its length in a folder below, silence. And what is none."""
+    folder = tmp_path / "recordings"
+    (folder / "below").mkdir(parents=True)
+    soundfile.write(folder / "a.wav", TONE, RATE)
+    soundfile.write(folder / "below" / "b.flac", np.tile(TONE, 2), RATE)
+    soundfile.write(folder / "silence.ogg", 1e-4 * TONE, RATE)
+    (folder / "notes.txt").write_text("no audio")
+    return folder
+
+
+def lengths(dataset: Dataset | IterableDataset) -> list[int]:
+    return [len(load_waveform(row["audio"], RATE)) for row in dataset]
+
+
 def test_parquet_is_loaded_and_limited(parquet):
-    dataset = load_speech(DataArguments(train_file=parquet, max_train_samples=2), training=True)
-    assert len(dataset) == 2
-    assert load_speech(DataArguments(train_file=parquet), training=False) is None
+    assert len(load_speech(DataArguments(train_file=[parquet], max_train_samples=2), training=True)) == 2
+    assert load_speech(DataArguments(train_file=[parquet]), training=False) is None
 
 
-def test_a_missing_column_is_named_with_those_there_are(parquet):
-    with pytest.raises(ValueError, match=r"no column 'speech': .*\['audio', 'text'\]"):
-        load_speech(DataArguments(train_file=parquet, audio_column_name="speech"), training=True)
+def manifests(folder: Path) -> dict[str, Path]:
+    """The same recordings named by each kind of source."""
+    names = ["a.wav", "below/b.flac", "silence.ogg"]
+    (folder / "m.jsonl").write_text("".join(json.dumps({"audio": name}) + "\n" for name in names))
+    (folder / "m.csv").write_text("audio,text\n" + "".join(f"{name},words\n" for name in names))
+    (folder.parent / "m.tsv").write_text(f"{folder}\n" + "".join(f"{name}\t8000\n" for name in names))
+    rows = [{"audio": {"bytes": (folder / name).read_bytes(), "path": name}} for name in names]
+    write_parquet(folder.parent / "m.parquet", rows)
+    return {
+        "folder": folder,
+        "json": folder / "m.jsonl",
+        "csv": folder / "m.csv",
+        "fairseq": folder.parent / "m.tsv",
+    } | {"parquet": folder.parent / "m.parquet"}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["at-hand", "streamed"])
+@pytest.mark.parametrize("kind", ["folder", "json", "csv", "fairseq", "parquet"])
+def test_every_kind_of_source_gives_the_same_recordings(folder, kind, streaming):
+    source = str(manifests(folder)[kind])
+    speech = load_speech(DataArguments(train_file=[source], streaming=streaming), training=True)
+    assert isinstance(speech, IterableDataset if streaming else Dataset)
+    assert lengths(speech) == [8000, 16000, 8000]
+
+
+def test_sources_are_put_together(folder, parquet):
+    both = load_speech(DataArguments(train_file=[parquet, str(folder)], validation_file=[parquet]), training=True)
+    assert lengths(both) == [8000] * 4 + [16000, 8000]
+    assert len(load_speech(DataArguments(train_file=[str(folder)], validation_file=[parquet]), training=False)) == 3
+
+
+def test_datasets_are_put_together_and_have_a_split_each(tmp_path, parquet):
+    rows = [{"audio": {"bytes": encoded(TONE, format="WAV"), "path": None}}]
+    for name, split in (("one", "train"), ("two", "clean")):
+        (tmp_path / name / "data").mkdir(parents=True)
+        write_parquet(tmp_path / name / "data" / f"{split}-0.parquet", rows)
+    names = [str(tmp_path / "one"), str(tmp_path / "two")]
+    arguments = DataArguments(dataset_name=names, train_split_name=["train", "train"], eval_split_name=["train"])
+    assert len(load_speech(arguments, training=True)) == 2
+    assert len(load_speech(arguments, training=False)) == 2
+    with pytest.raises(ValueError, match="--train_split_name has 3 values for 2 datasets"):
+        load_speech(DataArguments(dataset_name=names, train_split_name=["a", "b", "c"]), training=True)
+
+
+def test_files_to_train_on_take_the_place_of_the_dataset_of_a_recipe(parquet):
+    arguments = DataArguments(dataset_name=["no/such"], eval_split_name=["test"], train_file=[parquet])
+    assert len(load_speech(arguments, training=True)) == 3
+    assert load_speech(arguments, training=False) is None
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["at-hand", "streamed"])
+@pytest.mark.parametrize(
+    ("filters", "left"),
+    [
+        ({"min_duration_in_seconds": 0.6}, [16000]),
+        ({"max_duration_in_seconds": 0.6}, [8000, 8000]),
+        ({"min_level_in_db": -60.0}, [8000, 16000]),
+    ],
+    ids=["short", "long", "silent"],
+)
+def test_filters_leave_out_what_is_too_short_too_long_or_silent(folder, filters, left, streaming):
+    arguments = DataArguments(train_file=[str(folder)], streaming=streaming, **filters)
+    assert lengths(load_speech(arguments, training=True)) == left
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["at-hand", "streamed"])
+def test_a_missing_column_is_named_with_those_there_are(parquet, streaming):
+    arguments = DataArguments(train_file=[parquet], audio_column_name="speech", streaming=streaming)
+    with pytest.raises(ValueError, match=r"no column 'speech': choose --audio_column_name from \['audio', 'text'\]"):
+        load_speech(arguments, training=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("nowhere.parquet", "nowhere.parquet does not exist"),
+        ("notes.txt", "of no known kind: .*\\.parquet, \\.json"),
+        ("empty", "empty has no audio"),
+        ("empty.parquet", "empty.parquet cannot be loaded: .* no data"),
+    ],
+)
+def test_bad_sources_are_refused(tmp_path, file, message):
+    (tmp_path / "notes.txt").write_text("no audio")
+    (tmp_path / "empty").mkdir()
+    empty = Dataset.from_dict({"audio": []}).cast_column("audio", Audio(decode=False))
+    empty.to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(ValueError, match=message):
+        load_speech(DataArguments(train_file=[str(tmp_path / file)]), training=True)
 
 
 def test_no_data_at_all_is_refused():
@@ -112,101 +215,6 @@ def test_no_data_at_all_is_refused():
         load_speech(DataArguments(), training=True)
 
 
-def test_long_recordings_are_cropped_alike_at_every_visit_of_an_epoch(parquet):
-    data = SpeechDataset(load_speech(DataArguments(train_file=parquet), training=True), "audio", RATE)
-    visits = Visits(data, max_seconds=0.1, seed=0)
-    visit, waveform = visits[3, 1]
-    assert visit == (3, 1)
-    assert len(waveform) == 1600
-    np.testing.assert_array_equal(waveform, visits[3, 1][1])
-    assert not np.array_equal(waveform, visits[4, 1][1])
-
-
-def test_lengths_are_read_from_headers(parquet):
-    data = SpeechDataset(load_speech(DataArguments(train_file=parquet), training=True), "audio", 8000)
-    assert data.lengths() == [4000] * 3
-
-
-LENGTHS = [random.Random(0).randint(16_000, 560_000) for _ in range(2000)]  # 1 to 35 s
-
-
-def steps(count: int, lengths=LENGTHS, **settings) -> list:
-    sampler = BatchSampler(lengths, **({"batch_size": 8, "max_batch_samples": None, "seed": 0} | settings))
-    return list(itertools.islice(sampler, count))
-
-
-def test_an_epoch_visits_nearly_every_recording_once():
-    visits = [visit for batch in steps(250) for visit in batch]
-    assert len(set(visits)) == 2000
-    assert [epoch for epoch, _ in steps(260)[255]] == [1] * 8
-
-
-def test_batches_put_similar_lengths_together_and_keep_below_their_seconds():
-    batches = steps(200, batch_size=64, max_batch_samples=100 * RATE)
-    padded = [len(batch) * max(LENGTHS[index] for _, index in batch) for batch in batches]
-    assert max(padded) <= 100 * RATE
-    spoken = sum(LENGTHS[index] for batch in batches for _, index in batch)
-    assert spoken > 0.9 * sum(padded)
-
-
-def test_a_resumed_sampler_goes_on_where_it_stopped():
-    assert steps(20, start=280) == steps(300)[280:]
-
-
-def test_processes_and_accumulated_batches_share_the_recordings_of_a_step():
-    together = steps(10, batch_size=8)
-    shares = [steps(10, batch_size=2, shares=[share], num_shares=4) for share in range(4)]
-    accumulated = steps(40, batch_size=2, shares=range(4), num_shares=4)
-    for step, batch in enumerate(together):
-        assert sorted(batch) == sorted(visit for share in shares for visit in share[step])
-        assert sorted(batch) == sorted(visit for part in accumulated[4 * step : 4 * step + 4] for visit in part)
-
-
-def test_unreadable_recordings_are_left_out_and_too_few_are_refused():
-    assert {index for batch in steps(4, [0, 5, 0, 7, 6], batch_size=1) for _, index in batch} == {1, 3, 4}
-    with pytest.raises(ValueError, match="2 recordings are too few for 4 batches a step"):
-        steps(1, [1, 2], num_shares=4)
-
-
-def broken_speech() -> SpeechDataset:
-    """Ten recordings; number 3 is cut after its header, number 7 has no header."""
-    whole = encoded(TONE, format="FLAC")
-    rows = [{"audio": {"bytes": whole, "path": f"tone-{index}.flac"}} for index in range(10)]
-    rows[3]["audio"]["bytes"], rows[7]["audio"]["bytes"] = whole[: len(whole) // 2], b"no audio"
-    dataset = Dataset.from_list(rows).cast_column("audio", Audio(decode=False))
-    return SpeechDataset(dataset, "audio", RATE)
-
-
-def test_recordings_that_cannot_be_read_are_left_out_and_named():
-    speech = broken_speech()
-    assert [index for index, length in enumerate(speech.lengths()) if length == 0] == [7]
-    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-    visits, collator = Visits(speech, 1.0, seed=0), DistillationCollator(extractor, extractor, 400)
-    batch = collator([visits[0, index] for index in (2, 7, 5)])
-    assert batch["visits"].tolist() == [[0, 2], [0, 5]]
-    assert [index for index, _ in batch["unreadable"]] == [7]
-    with pytest.raises(ValueError, match="no recording of a batch of 1 can be read"):
-        collator([visits[0, 7]])
-
-
-def test_a_few_unreadable_recordings_are_logged_and_too_many_stop_the_run(caplog):
-    unreadable = Unreadable(broken_speech(), max_share=0.1)
-    unreadable.add(7, "no header")
-    unreadable.add(7, "no header")
-    assert caplog.text.count("tone-7.flac (no header)") == 1
-    with pytest.raises(ValueError, match=r"2 of 10 recordings cannot be read.*tone-3.flac \(cut off\)"):
-        unreadable.add(3, "cut off")
-
-
-def test_student_and_teacher_get_what_their_feature_extractors_say():
-    normalised = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-    raw = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
-    batch = DistillationCollator(normalised, raw, 400)(
-        [((0, 0), TONE), ((0, 1), TONE[:4000] + 0.25), ((0, 2), TONE[:100])]
-    )
-    np.testing.assert_array_equal(batch["teacher_input_values"][0], TONE)
-    assert batch["attention_mask"].sum(-1).tolist() == [8000, 4000, 400]
-    for row, length in enumerate((8000, 4000, 400)):
-        values = batch["input_values"][row, :length]
-        assert abs(float(values.mean())) < 1e-3
-        assert float(values.std()) == pytest.approx(1, abs=1e-2)
+def test_items_of_a_dataset_are_resampled(parquet):
+    speech = SpeechDataset(load_speech(DataArguments(train_file=[parquet]), training=True), "audio", 8000)
+    assert [len(waveform) for waveform in speech] == [4000] * 3

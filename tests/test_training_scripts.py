@@ -1,100 +1,28 @@
 """The scripts, run as a user runs them: real processes and files, a few steps of a tiny teacher on generated tones."""
 
-import io
 import json
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from conftest import stock_settings
-from datasets import Audio, Dataset
+from hub_server import loopback_hub
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCTC, HubertConfig, HubertModel, Wav2Vec2FeatureExtractor, pipeline
+from scripts import TRAINING, distil, distillation, fails, run, weights
+from transformers import (
+    AutoModel,
+    AutoModelForCTC,
+    HubertConfig,
+    HubertModel,
+    Wav2Vec2FeatureExtractor,
+    WhisperConfig,
+    WhisperModel,
+    pipeline,
+)
 
 
 pytestmark = pytest.mark.xdist_group("scripts")  # one worker makes what they share
-TRAINING = Path(__file__).parent.parent / "training"
-SPACE = {
-    "hidden_size": [16, 48],
-    "num_attention_heads": [4, 12],
-    "ffn_ratio": [2, 4],
-    "num_hidden_layers": [1, 2],
-    "head_dim": 4,
-}
-
-
-def run(*command: object, processes: int = 1) -> str:
-    """Output of a Python script, on one process or several."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    words = [sys.executable, *(launcher if processes > 1 else []), *map(str, command)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    finished = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, (finished.stdout + finished.stderr)[-4000:]
-    return finished.stdout + finished.stderr
-
-
-def start(*command: object, processes: int = 1) -> subprocess.Popen:
-    """The same in the background, with a process group of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    words = [sys.executable, *(launcher if processes > 1 else []), *map(str, command)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(words, env=environment, start_new_session=True, **silent)
-
-
-def newest(output: Path) -> int:
-    """Step of the newest checkpoint, 0 if there is none."""
-    return max((int(path.name.partition("-")[2]) for path in output.glob("checkpoint-*")), default=0)
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Path:
-    """A folder with a tiny teacher, a search space, and eight recordings: a high or a low tone, named so."""
-    folder = tmp_path_factory.mktemp("workshop")
-    torch.manual_seed(0)
-    teacher = HubertModel(HubertConfig(**stock_settings(num_hidden_layers=2, feat_extract_norm="layer")))
-    teacher.save_pretrained(folder / "teacher")
-    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(folder / "teacher")
-    (folder / "space.json").write_text(json.dumps(SPACE))
-    rows, rng = [], np.random.default_rng(0)
-    for index in range(8):
-        time = np.arange(6000 + 400 * index) / 16_000
-        tone = np.sin(2 * np.pi * (200 if index % 2 else 1200) * time) + 0.05 * rng.standard_normal(len(time))
-        file = io.BytesIO()
-        soundfile.write(file, tone.astype(np.float32) * 0.5, 16_000, format="FLAC")
-        text = "low" if index % 2 else "high"
-        rows.append({"audio": {"bytes": file.getvalue(), "path": None}, "text": text})
-    Dataset.from_list(rows).cast_column("audio", Audio(decode=False)).to_parquet(folder / "speech.parquet")
-    return folder
-
-
-def distillation(workshop: Path, output: str, *options: object) -> list[object]:
-    """The command, for `run`."""
-    return [
-        TRAINING / "run_distillation.py",
-        *("--train_file", workshop / "speech.parquet", "--validation_file", workshop / "speech.parquet"),
-        *("--teacher_name_or_path", workshop / "teacher", "--search_space", workshop / "space.json"),
-        *("--num_target_layers", 2, "--output_dir", workshop / output, "--dataloader_num_workers", 0, "--cpu"),
-        *options,
-    ]
-
-
-def distil(workshop: Path, output: str, *options: object, processes: int = 1) -> Path:
-    run(*distillation(workshop, output, *options), processes=processes)
-    return workshop / output
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -161,61 +89,37 @@ def test_mixed_precision_trains_weights_in_full_precision(workshop):
     assert all(weight.dtype == torch.float32 and torch.isfinite(weight).all() for weight in trained.values())
 
 
-STEPS = ("--sampling", "sandwich", "--max_steps", 30, "--save_steps", 2, "--per_device_train_batch_size", 2)
+def test_a_shared_feature_encoder_trains_what_a_frozen_one_does(workshop):
+    frozen, shared = (
+        weights(distil(workshop, name, "--max_steps", 3, "--sampling", "sandwich", f"--{name}_feature_encoder"))
+        for name in ("freeze", "share")
+    )
+    start = load_file(workshop / "teacher" / "model.safetensors")
+    for name, weight in frozen.items():
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(shared[name], weight, rtol=0, atol=1e-5)
+        if "feature_extractor" in name:
+            assert torch.equal(shared[name], start[name.removeprefix("hubert.")])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_killed_again_and_again_ends_with_the_same_weights(workshop, processes):
-    uninterrupted = distil(workshop, f"uninterrupted-{processes}", *STEPS, processes=processes)
-    output, rng, resumed = workshop / f"killed-{processes}", random.Random(processes), False
-    command = distillation(workshop, output.name, *STEPS, "--resume_from_checkpoint", "latest")
-    for kill in range(4):
-        process = start(*command, processes=processes)
-        before = newest(output)
-        while process.poll() is None and newest(output) == before:
-            if kill % 2 and any(output.glob("unfinished-*")):  # in the middle of a save
-                break
-            time.sleep(0.002)
-        time.sleep(0 if kill % 2 else rng.uniform(0, 0.3))
-        resumed = resumed or before > 0
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (output / "model.safetensors").exists(), "it was over before it was killed: more steps are needed"
-    run(*command, processes=processes)
-    assert resumed
-    for name, weight in weights(output).items():
-        assert torch.equal(weight, weights(uninterrupted)[name]), name
-    assert sorted(path.name for path in output.glob("*checkpoint*")) == ["checkpoint-28", "checkpoint-30"]
-
-
-def test_sigterm_leaves_a_checkpoint_and_ends_well(workshop):
-    output = workshop / "terminated"
-    options = ("--max_steps", 500, "--save_steps", 5)
-    process = start(*distillation(workshop, "terminated", *options))
-    while process.poll() is None and not newest(output):
-        time.sleep(0.01)
-    process.terminate()
-    assert process.wait(timeout=60) == 0
-    assert newest(output) >= 5
-    assert not (output / "model.safetensors").exists()
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(workshop):
-    whole = distil(workshop, "whole", *STEPS)
-    damaged = workshop / "damaged"
-    shutil.copytree(whole, damaged)
-    model = damaged / "checkpoint-30" / "model.safetensors"
-    model.write_bytes(model.read_bytes()[:-100])
-    output = run(*distillation(workshop, "damaged", *STEPS, "--resume_from_checkpoint", "latest"))
-    assert "checkpoint-30 is damaged" in output
-    assert all(torch.equal(weight, weights(whole)[name]) for name, weight in weights(damaged).items())
-
-
-def test_a_changed_recipe_is_not_resumed(workshop):
-    distil(workshop, "recipe", "--max_steps", 2, "--save_steps", 1)
-    options = ("--max_steps", 2, "--learning_rate", 0.1, "--resume_from_checkpoint", "latest")
-    with pytest.raises(AssertionError, match="learning_rate was 0.0005 and is 0.1"):
-        distil(workshop, "recipe", *options)
+def test_a_run_shows_how_it_went(workshop):
+    """Losses by class of subnet and on held-out speech in the history, on the plot, in TensorBoard, on the card."""
+    options = ("--max_steps", 6, "--sampling", "sandwich", "--logging_steps", 2, "--eval_steps", 4)
+    output = distil(workshop, "shown", *options)
+    history = json.loads((output / "history.json").read_text())
+    training, evaluation = ([entry for entry in history if (name in entry)] for name in ("loss", "eval_loss"))
+    assert [entry["step"] for entry in training] == [2, 4, 6]
+    assert [entry["step"] for entry in evaluation] == [4, 6]
+    measured = {"loss_largest", "loss_random", "loss_smallest", "grad_norm", "learning_rate", "memory_gib"}
+    assert set(training[0]) == {"step", "loss", "audio_seconds_per_second", *measured}
+    assert set(evaluation[0]) == {"step", "eval_loss"} | {
+        f"eval_loss_{name}" for name in ("largest", "smallest", "random_0", "random_1")
+    }
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list(output.glob("tensorboard/events.*"))
+    card = (output / "README.md").read_text()
+    assert "40 smaller HuBERTs" in card.replace("\n", " ")
+    assert f"| smallest | {evaluation[-1]['eval_loss_smallest']:.4f} |" in card
 
 
 def test_ctc_cuts_fine_tunes_and_transcribes(workshop, supernet):
@@ -238,15 +142,72 @@ def test_ctc_cuts_fine_tunes_and_transcribes(workshop, supernet):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--text_column_name", "words"), "no column 'words'"),
+        (("--text_column_name", "words"), "no column 'words': choose --text_column_name from ['audio', 'text']"),
         (("--subnet", "huge"), "subnet 'huge' is not known"),
+        (("--streaming", True), "all transcripts have to be at hand"),
     ],
 )
-def test_bad_input_ends_with_its_reason(workshop, supernet, options, message):
+def test_bad_input_to_ctc_ends_with_its_reason(workshop, supernet, options, message):
     command = [
-        *(sys.executable, TRAINING / "run_speech_recognition_ctc.py", "--model_name_or_path", supernet),
+        *(TRAINING / "run_speech_recognition_ctc.py", "--model_name_or_path", supernet),
         *("--train_file", workshop / "speech.parquet", "--output_dir", workshop / "bad", "--use_cpu", *options),
     ]
-    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert finished.returncode != 0
-    assert message in finished.stderr
+    assert message in fails(*command)
+
+
+@pytest.fixture(scope="module")
+def odd_teachers(workshop) -> Path:
+    """Models that cannot teach the student of the other tests, in a folder each."""
+    torch.manual_seed(1)
+    settings = stock_settings(num_hidden_layers=2, feat_extract_norm="layer")
+    slow = HubertModel(HubertConfig(**settings | {"conv_stride": (5, 2, 2, 2, 2, 2, 4)}))
+    whisper = WhisperConfig(d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
+    for name, model in {
+        "slow": slow,
+        "whisper": WhisperModel(whisper),
+        "other": HubertModel(HubertConfig(**settings)),
+    }.items():
+        model.save_pretrained(workshop / name)
+        Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(workshop / name)
+    return workshop
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--audio_column_name", "speech"), "no column 'speech': choose --audio_column_name from ['audio', 'text']"),
+        (("--train_file", "{}/nothing.parquet"), "nothing.parquet does not exist"),
+        (("--max_duration_in_seconds", 0.1), "no recordings in"),
+        (("--teacher_name_or_path", "{}/whisper"), "a teacher is a HuBERT, wav2vec 2.0, WavLM or data2vec-audio"),
+        (("--teacher_name_or_path", "{}/slow", "--student_name_or_path", "{}/teacher"), "frames of [16000"),
+        (("--student_name_or_path", "{}/other", "--share_feature_encoder", True), "differ in weights"),
+        (("--learning_rate", 1e30, "--max_steps", 9), "the loss is nan at step"),
+        (("--output_dir", "{}/speech.parquet/output"), "cannot be written"),
+        (("--num_target_layers", 9), "num_target_layers=9, but the teacher has 2 layers"),
+        (("--per_device_train_batch_size", 0), "per_device_train_batch_size=0 has to be at least 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_to_distillation_ends_with_its_reason(workshop, odd_teachers, options, message):
+    options = [str(option).format(workshop) for option in options]
+    assert message in fails(*distillation(workshop, "bad-input", "--max_steps", 2, *options))
+
+
+def test_the_student_is_pushed_to_the_hub_without_its_checkpoints(workshop, monkeypatch):
+    with loopback_hub() as hub:
+        for name, value in (hub.environment | {"HF_HUB_OFFLINE": "0"}).items():
+            monkeypatch.setenv(name, value)
+        options = ("--max_steps", 2, "--save_steps", 1, "--push_to_hub", "--hub_model_id", "me/student")
+        distil(workshop, "pushed", *options)
+    files = set(hub.repositories["me/student"])
+    assert {"model.safetensors", "config.json", "README.md", "loss.png", "modeling_lighthubert.py"} <= files
+    assert not [name for name in files if "checkpoint" in name]
+
+
+def test_a_hub_that_cannot_be_reached_loses_nothing(workshop, monkeypatch):
+    for name, value in {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    output = run(*distillation(workshop, "unpushed", "--max_steps", 1, "--push_to_hub"))
+    assert "unpushed could not be pushed" in output
+    assert "hf_secret" not in output
+    assert (workshop / "unpushed" / "model.safetensors").exists()

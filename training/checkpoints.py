@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill at any moment.
 
 A checkpoint is written beside its place and renamed when it is whole; a manifest of checksums tells a damaged one.
-What happens in a step follows from the seed and the step, so model, optimiser, schedule, scaler and the number of
-steps are all there is to keep.
+What happens in a step follows from the seed and the step, so model, optimiser, schedule, scaler, the number of steps
+and the position in streamed data are all there is to keep.
 """
 
 import hashlib
@@ -29,8 +29,9 @@ def save_checkpoint(
     """Writes `output_dir/checkpoint-{step}`, called by all processes, and prunes older ones.
 
     Args:
-        state: what else is to be known when the run goes on, as JSON.
-        limit: how many checkpoints stay, the newest.
+        state: what else is to be known when the run goes on, as JSON. Its `eval_loss`, where there is one, says which
+            checkpoint is the best.
+        limit: how many checkpoints stay, the newest, besides the best.
 
     Returns:
         The checkpoint; `None` if it could not be written (a full disk). Then earlier ones are as they were, and the
@@ -65,14 +66,14 @@ def save_checkpoint(
     return None if any_process(accelerator, error is not None) else folder
 
 
-def load_checkpoint(accelerator: Accelerator, which: str, output_dir: Path) -> dict[str, Any] | None:
-    """Restores the prepared objects of `accelerator`, called by all processes.
+def find_checkpoint(accelerator: Accelerator, which: str, output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, and its state. Called by all processes; `Accelerator.load_state` restores it.
 
     Args:
         which: `"latest"`, the newest whole checkpoint in `output_dir`, or a folder.
 
     Returns:
-        What `save_checkpoint` was given as `state`, with `step`; `None` if there is nothing to go on from.
+        The folder, and what `save_checkpoint` was given as `state`, with `step`; `None` if there is none yet.
 
     Raises:
         ValueError: the folder that was named is no whole checkpoint, or all checkpoints are damaged.
@@ -87,9 +88,10 @@ def load_checkpoint(accelerator: Accelerator, which: str, output_dir: Path) -> d
     folder = chosen[0]
     if isinstance(folder, str):
         raise ValueError(folder)
-    if folder is None:
-        return None
-    accelerator.load_state(str(folder))
+    return None if folder is None else (folder, _state(folder))
+
+
+def _state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text())
 
 
@@ -153,8 +155,18 @@ def _seal(folder: Path) -> None:
         os.fsync(file.fileno())
 
 
+def best_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint with the lowest `eval_loss`, if any has one."""
+    losses = {folder: _state(folder).get("eval_loss") for folder in checkpoints(output_dir)}
+    measured = {folder: loss for folder, loss in losses.items() if loss is not None}
+    return min(measured, key=measured.__getitem__, default=None)
+
+
 def _prune(output_dir: Path, limit: int) -> None:
+    best = best_checkpoint(output_dir)
     for folder in checkpoints(output_dir)[:-limit]:
+        if folder == best:
+            continue
         # renamed first: a kill in the middle must not leave what looks like a checkpoint
         doomed = folder.replace(folder.with_name(f"unfinished-{folder.name}"))
         shutil.rmtree(doomed, ignore_errors=True)

@@ -13,8 +13,8 @@ their repository; what neither says is marked as our choice. The options cover w
 
 import math
 import random
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -85,10 +85,12 @@ class TeacherAnswer(NamedTuple):
     Attributes:
         targets: one for each prediction head, (batch_size, num_frames, hidden_size) in fp32; zeros on padding.
         hidden_states: of every layer, the same shape; empty if the objective has no use for them.
+        conv_features: output of the feature encoder, (batch_size, conv_dim, num_frames).
     """
 
     targets: tuple[torch.Tensor, ...]
     hidden_states: tuple[torch.Tensor, ...]
+    conv_features: torch.Tensor
 
 
 class Teacher(nn.Module):
@@ -141,17 +143,19 @@ class Teacher(nn.Module):
             attention_mask: (batch_size, num_samples), 1 for samples of the recording.
         """
         layers = list(self.model.encoder.layers)
-        outputs: dict[int, torch.Tensor] = {}
+        outputs: dict[int | str, torch.Tensor] = {}
 
-        def keep(number: int):
+        def keep(name: int | str):
             def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-                outputs[number] = output
+                outputs[name] = output
 
             return hook
 
         objective = self.objective
         wants_states = objective.target == "hidden_states" or objective.temporal_relation_weight > 0
         with ExitStack() as hooks:
+            handle = self.model.feature_extractor.register_forward_hook(keep("conv_features"))
+            hooks.callback(handle.remove)
             if objective.target == "feed_forward":
                 for number in self.target_layers:
                     handle = layers[number - 1].feed_forward.register_forward_hook(keep(number))
@@ -162,11 +166,12 @@ class Teacher(nn.Module):
         frames = true_frames(self.model, answer.last_hidden_state.shape[1], attention_mask)
         states = tuple(state.float() for state in answer.hidden_states) if wants_states else ()
         if objective.target == "hidden_states":
-            outputs = {number: states[number] for number in self.target_layers}
+            outputs |= {number: states[number] for number in self.target_layers}
         targets = [normalised(outputs[number].float(), frames, objective.target_norm) for number in self.target_layers]
         if objective.target_layers is None:
             targets = [torch.stack(targets).mean(dim=0)]
-        return TeacherAnswer(tuple(targets), states[1:] if objective.temporal_relation_weight > 0 else ())
+        states = states[1:] if objective.temporal_relation_weight > 0 else ()
+        return TeacherAnswer(tuple(targets), states, outputs["conv_features"])
 
 
 def true_frames(model: PreTrainedModel, num_frames: int, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -270,27 +275,39 @@ def matching_layers(student_layers: Sequence[int], student_depth: int, teacher_d
     return [math.ceil((layer + 1) * teacher_depth / student_depth) - 1 for layer in student_layers]
 
 
+@contextmanager
+def answering(module: nn.Module, output: torch.Tensor) -> Iterator[None]:
+    """Inside the block `module` gives `output`, and computes nothing."""
+    module.forward = lambda *inputs: output
+    try:
+        yield
+    finally:
+        del module.forward
+
+
 def student_loss(
-    student: nn.Module,
+    student: LightHubertForPreTraining,
     batch: dict[str, torch.Tensor],
     answer: TeacherAnswer,
     mask_time_indices: torch.Tensor,
     objective: ObjectiveArguments,
+    conv_features: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Loss of the selected subnet on one batch: the mean over its prediction heads, and the temporal relation.
 
     Args:
-        student: a [`LightHubertForPreTraining`], which may be wrapped for distributed training.
         batch: `input_values` and `attention_mask`, (batch_size, num_samples).
         answer: of the teacher to this batch.
         mask_time_indices: bool (batch_size, num_frames), frames that the student does not see.
+        conv_features: of this batch, where the student's frozen feature encoder need not compute them once more.
     """
-    model: LightHubertForPreTraining = getattr(student, "module", student)
     wants_states = objective.temporal_relation_weight > 0
-    outputs = student(
-        batch["input_values"], batch["attention_mask"], mask_time_indices, output_hidden_states=wants_states
-    )
-    every = true_frames(model, mask_time_indices.shape[1], batch["attention_mask"])
+    encoder = student.hubert.feature_extractor
+    with nullcontext() if conv_features is None else answering(encoder, conv_features):
+        outputs = student(
+            batch["input_values"], batch["attention_mask"], mask_time_indices, output_hidden_states=wants_states
+        )
+    every = true_frames(student, mask_time_indices.shape[1], batch["attention_mask"])
     frames = mask_time_indices if objective.loss_frames == "masked" else every
     losses = [
         prediction_loss(prediction, target, frames, objective.cosine_weight)
@@ -299,35 +316,13 @@ def student_loss(
     loss = torch.stack(losses).mean()
     if not wants_states:
         return loss
-    depth, states = model.config.num_hidden_layers, outputs.hidden_states[1:]
+    depth, states = student.config.num_hidden_layers, outputs.hidden_states[1:]
     layers = matching_layers(kept_layers(depth, len(states)), depth, len(answer.hidden_states))
     relations = [
         temporal_relation_loss(state, answer.hidden_states[layer], every)
         for state, layer in zip(states, layers, strict=True)
     ]
     return loss + objective.temporal_relation_weight * torch.stack(relations).mean()
-
-
-@torch.no_grad()
-def evaluate(
-    student: LightHubertForPreTraining,
-    teacher: Teacher,
-    batches: Iterable[dict[str, torch.Tensor]],
-) -> float:
-    """Mean loss of the selected subnet over the frames that count. Masks are the same at every call."""
-    objective, training = teacher.objective, student.training
-    student.eval()
-    total, count, seen = 0.0, 0, 0
-    for batch in batches:
-        answer = teacher(batch["teacher_input_values"], batch["attention_mask"])
-        num_frames = num_true_frames(student, batch["attention_mask"])
-        seeds = range(seen, seen + len(num_frames))
-        mask = draw_time_mask(num_frames, objective.mask_time_prob, objective.mask_time_length, seeds)
-        loss = student_loss(student, batch, answer, mask.to(batch["attention_mask"].device), objective)
-        weight = count_frames(objective, mask, num_frames)
-        total, count, seen = total + float(loss) * weight, count + weight, seen + len(num_frames)
-    student.train(training)
-    return total / count
 
 
 def count_frames(objective: ObjectiveArguments, mask: torch.Tensor, num_frames: Sequence[int]) -> int:

@@ -10,133 +10,49 @@ A recipe holds any of the options below; those on the command line have the last
 `python -m torch.distributed.run --standalone --nproc_per_node 2 training/run_distillation.py ...`.
 """
 
-import itertools
 import json
-import random
-import signal
-import sys
-import threading
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import DistributedType, set_seed
+from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoModel, HfArgumentParser, Wav2Vec2FeatureExtractor, get_scheduler
 
 from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining, SearchSpace
 from modeling_lighthubert.search_space import search_space_from
 
-from checkpoints import any_process, load_checkpoint, save_checkpoint
-from distillation import ObjectiveArguments, Teacher, evaluate
-from distillation_step import training_step
-from recipes import parse_recipe, save_recipe
-from speech_data import (
+from batches import (
     BatchSampler,
-    DataArguments,
     DistillationCollator,
-    SpeechDataset,
+    RandomAccessSampler,
+    StreamSampler,
     Unreadable,
+    Visit,
     Visits,
-    load_speech,
+    durations,
+    recording_name,
 )
-from subnet_sampling import SAMPLING_STRATEGIES, draw_subnets
-
-
-@dataclass
-class DistillationArguments:
-    """Teacher, student and recipe. Defaults are the paper's where it gives them."""
-
-    output_dir: str = field(metadata={"help": "Folder for the trained student."})
-    teacher_name_or_path: str = field(metadata={"help": "HuBERT-like model to learn from."})
-    student_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where the student starts: a checkpoint (a teacher, or the result of stage 1), or 'random'."
-            " Default: the teacher's weights."
-        },
-    )
-    search_space: str | None = field(
-        default=None,
-        metadata={
-            "help": "small, base, or a JSON file with the choices. Default: that of the student, or none: a student"
-            " that is one model."
-        },
-    )
-    sampling: str = field(
-        default="uniform",
-        metadata={
-            "help": "Subnets of each step: largest (stage 1), uniform (stage 2), uniform_size (sizes as likely as each"
-            " other), or sandwich (smallest, random ones, largest).",
-            "choices": SAMPLING_STRATEGIES,
-        },
-    )
-    num_random_subnets: int = field(default=1, metadata={"help": "Random subnets of each step."})
-    subnet_per_process: bool = field(
-        default=False, metadata={"help": "Each process draws subnets of its own. Default: all train the same."}
-    )
-    feat_extract_norm: str | None = field(
-        default=None,
-        metadata={
-            "help": "Norm of the student's convolutions: layer (as published: answers do not depend on padding) or"
-            " group. Default: as where it starts. What does not carry over starts anew, and is reported.",
-            "choices": ("layer", "group"),
-        },
-    )
-    freeze_feature_encoder: bool = field(default=False, metadata={"help": "Keep the convolutions as they start."})
-    max_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Recordings in a batch, on each process."})
-    per_device_train_batch_seconds: float | None = field(
-        default=None, metadata={"help": "No more audio in a batch than this, with its padding, in seconds."}
-    )
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches of each step, on each process."})
-    max_unreadable_share: float = field(
-        default=0.01,
-        metadata={"help": "Recordings that cannot be read are left out; more than this share stop the run."},
-    )
-    max_seconds: float = field(default=20.0, metadata={"help": "Longer recordings are cropped at random, in seconds."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak of the schedule."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
-    warmup_ratio: float = field(
-        default=0.08, metadata={"help": "Share of the steps that the rate rises; then it falls."}
-    )
-    lr_scheduler_type: str = field(
-        default="linear", metadata={"help": "How the rate falls.", "choices": ("linear", "cosine")}
-    )
-    max_grad_norm: float = field(default=10.0, metadata={"help": "Gradients are clipped to this norm."})
-    dataloader_num_workers: int = field(default=1, metadata={"help": "Processes that decode audio."})
-    mixed_precision: str = field(
-        default="no", metadata={"help": "Precision of the student's passes.", "choices": ("no", "bf16", "fp16")}
-    )
-    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints that stay, the newest."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'latest', the newest whole checkpoint in output_dir, if any; or a folder."}
-    )
-    seed: int = field(default=0, metadata={"help": "Of everything random."})
-    cpu: bool = field(default=False, metadata={"help": "Train on the CPU even if there is a GPU."})
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} has to be at least 1")
-        if self.save_total_limit < 1:
-            raise ValueError(f"save_total_limit={self.save_total_limit}: at least the newest checkpoint has to stay")
+from checkpoints import checkpoints, find_checkpoint
+from distillation import ObjectiveArguments, Teacher
+from distillation_arguments import FREE_TO_CHANGE, DistillationArguments
+from distiller import Distiller
+from recipes import parse_recipe, save_recipe
+from run_log import RunLog, plot_losses, write_card
+from speech_data import DataArguments, SpeechDataset, load_speech
 
 
 def build_teacher(
     arguments: DistillationArguments, objective: ObjectiveArguments
 ) -> tuple[Teacher, Wav2Vec2FeatureExtractor]:
     """The teacher with its own feature extractor."""
-    model = AutoModel.from_pretrained(arguments.teacher_name_or_path)
-    return (
-        Teacher(model, objective),
-        AutoFeatureExtractor.from_pretrained(arguments.teacher_name_or_path),
-    )
+    model = AutoModel.from_pretrained(arguments.teacher_name_or_path, dtype=arguments.teacher_dtype)
+    extractor = AutoFeatureExtractor.from_pretrained(arguments.teacher_name_or_path)
+    return Teacher(model, objective), extractor
 
 
 def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHubertForPreTraining:
@@ -156,41 +72,57 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
         student = LightHubertForPreTraining(config)
     else:
         start = arguments.student_name_or_path or arguments.teacher_name_or_path
-        student = LightHubertForPreTraining.from_pretrained(start, **options)
+        student = LightHubertForPreTraining.from_pretrained(start, dtype=torch.float32, **options)
     if student.search_space is not None:
         student.set_subnet("largest")
-    if arguments.freeze_feature_encoder:
+    if arguments.freeze_feature_encoder or arguments.share_feature_encoder:
         student.freeze_feature_encoder()
     return student
 
 
-def check_frame_rates(student: LightHubertForPreTraining, teacher: Teacher) -> None:
-    """Student and teacher have to make the same number of frames of a recording.
+def check_frame_rates(
+    student: LightHubertForPreTraining, teacher: Teacher, extractors: tuple[Wav2Vec2FeatureExtractor, ...]
+) -> None:
+    """Student and teacher have to hear the same audio and make the same number of frames of it.
 
     Raises:
         ValueError: they do not.
     """
-    seconds = [16_000, 80_000, 123_456]
-    ours = [int(student._get_feat_extract_output_lengths(length)) for length in seconds]
-    theirs = [int(teacher.model._get_feat_extract_output_lengths(length)) for length in seconds]
+    rates = [extractor.sampling_rate for extractor in extractors]
+    if len(set(rates)) > 1:
+        raise ValueError(f"student and teacher take audio at {rates} Hz: they cannot be compared")
+    samples = [16_000, 80_000, 123_456]
+    ours = [int(student._get_feat_extract_output_lengths(length)) for length in samples]
+    theirs = [int(teacher.model._get_feat_extract_output_lengths(length)) for length in samples]
     if ours != theirs:
         raise ValueError(
-            f"student and teacher make {ours} and {theirs} frames of {seconds} samples: they cannot be compared"
+            f"student and teacher make {ours} and {theirs} frames of {samples} samples: they cannot be compared. Start"
+            " the student from a model with the convolutions (conv_kernel, conv_stride) of the teacher"
         )
 
 
-def stop_on_sigterm() -> threading.Event:
-    """An event that is set when the process is asked to end, as by a scheduler that takes the machine away."""
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    return stop
+def check_same_feature_encoder(student: LightHubertForPreTraining, teacher: Teacher) -> None:
+    """To be computed once for both, the convolutions have to be the same.
 
-
-FREE_TO_CHANGE = {
-    *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "dataloader_num_workers", "cpu"),
-    *("validation_file", "eval_split_name", "max_eval_samples", "max_unreadable_share"),
-}
-"""Options that do not change what a run computes."""
+    Raises:
+        ValueError: they are not.
+    """
+    ours, theirs = (model.feature_extractor.state_dict() for model in (student.hubert, teacher.model))
+    options = ("feat_extract_norm", "feat_extract_activation", "conv_stride")
+    differing = [
+        option
+        for option in options
+        if getattr(student.config, option) != getattr(teacher.model.config, option, getattr(student.config, option))
+    ]
+    if ours.keys() != theirs.keys():
+        differing.append("layers")
+    elif not all(torch.equal(ours[name], theirs[name].to(ours[name].dtype)) for name in ours):
+        differing.append("weights")
+    if differing:
+        raise ValueError(
+            f"share_feature_encoder: the feature encoders of student and teacher differ in {', '.join(differing)}."
+            " Start the student from the teacher, or use freeze_feature_encoder"
+        )
 
 
 def check_same_recipe(recipe: dict[str, Any], earlier: dict[str, Any]) -> None:
@@ -211,141 +143,129 @@ def check_same_recipe(recipe: dict[str, Any], earlier: dict[str, Any]) -> None:
         )
 
 
+def prepare_output(
+    arguments: DistillationArguments, recipe: dict[str, Any], accelerator: Accelerator
+) -> tuple[Path, dict[str, Any]] | None:
+    """Writes the recipe to the output folder, before anything takes long.
+
+    Returns:
+        The checkpoint to go on from and its state, if any.
+
+    Raises:
+        ValueError: the folder cannot be written, holds the checkpoints of another run, or there is nothing whole to go
+            on from.
+    """
+    output_dir, resumed = Path(arguments.output_dir), None
+    if arguments.resume_from_checkpoint is not None:
+        resumed = find_checkpoint(accelerator, arguments.resume_from_checkpoint, output_dir)
+        if resumed is not None:
+            check_same_recipe(recipe, resumed[1]["recipe"])
+    elif found := checkpoints(output_dir):
+        raise ValueError(
+            f"{output_dir} has checkpoints of an earlier run, {found[-1].name} the newest: go on from it with"
+            " --resume_from_checkpoint latest, delete them, or choose another --output_dir"
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        try:
+            save_recipe(recipe, arguments.output_dir)
+        except OSError as error:
+            raise ValueError(f"--output_dir {output_dir} cannot be written: {error}") from error
+    return resumed
+
+
 def build_train_loader(
     arguments: DistillationArguments,
-    speech: SpeechDataset,
+    data: Dataset | IterableDataset,
+    audio_column_name: str,
     collator: DistillationCollator,
     accelerator: Accelerator,
     unreadable: Unreadable,
     start: int,
+    sampler_state: dict[str, Any] | None,
 ) -> DataLoader:
     """This process's batches from step `start` on, without end: `gradient_accumulation_steps` for each step."""
-    rate, seconds = speech.sampling_rate, arguments.per_device_train_batch_seconds
-    lengths = speech.lengths()
-    for index in (index for index, length in enumerate(lengths) if length == 0):
-        unreadable.add(index, "no header of audio, or no samples")
     accumulated = arguments.gradient_accumulation_steps
     first = accelerator.process_index * accumulated
-    sampler = BatchSampler(
-        [min(length, int(arguments.max_seconds * rate)) for length in lengths],
-        arguments.per_device_train_batch_size,
-        None if seconds is None else int(seconds * rate),
-        arguments.seed,
-        shares=range(first, first + accumulated),
-        num_shares=accelerator.num_processes * accumulated,
-        start=start,
-    )
+    options = {
+        "batch_size": arguments.per_device_train_batch_size,
+        "max_batch_seconds": arguments.per_device_train_batch_seconds,
+        "crop_seconds": arguments.crop_seconds,
+        "seed": arguments.seed,
+        "shares": range(first, first + accumulated),
+        "num_shares": accelerator.num_processes * accumulated,
+        "start": start,
+    }
+    rate, speech = collator.student_feature_extractor.sampling_rate, None
+    if isinstance(data, IterableDataset):
+        sampler: BatchSampler = StreamSampler(data, audio_column_name, unreadable, sampler_state or None, **options)
+    else:
+        speech = SpeechDataset(data, audio_column_name, rate)
+        seconds, unreadable.num_recordings = durations(speech), len(speech)
+        for index in (index for index, length in enumerate(seconds) if length == 0):
+            name = recording_name(speech.encoded(index), index)
+            unreadable.add(name, "no header of audio, or no samples")
+        sampler = RandomAccessSampler(seconds, **options)
     return DataLoader(
-        Visits(speech, arguments.max_seconds, arguments.seed),
+        Visits(speech, rate, arguments.crop_seconds, arguments.seed),
         batch_sampler=sampler,
+        collate_fn=collator,
+        num_workers=arguments.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def build_eval_loader(
+    arguments: DistillationArguments,
+    data: Dataset,
+    audio_column_name: str,
+    collator: DistillationCollator,
+    accelerator: Accelerator,
+) -> DataLoader:
+    """This process's batches of held-out speech, every time the same."""
+    speech = SpeechDataset(data, audio_column_name, collator.student_feature_extractor.sampling_rate)
+    visits, size = [Visit(0, index) for index in range(len(speech))], arguments.per_device_train_batch_size
+    batches = [visits[at : at + size] for at in range(0, len(visits), size)]
+    return DataLoader(
+        Visits(speech, speech.sampling_rate, arguments.crop_seconds, seed=0),
+        batch_sampler=batches[accelerator.process_index :: accelerator.num_processes],
         collate_fn=collator,
         num_workers=arguments.dataloader_num_workers,
     )
 
 
-def build_eval_batches(
-    arguments: DistillationArguments, speech: SpeechDataset, collator: DistillationCollator
-) -> DataLoader:
-    """Batches of held-out speech, in its order."""
-    visits = [(0, index) for index in range(len(speech))]
-    size = arguments.per_device_train_batch_size
-    return DataLoader(
-        Visits(speech, arguments.max_seconds, arguments.seed),
-        batch_sampler=[visits[at : at + size] for at in range(0, len(visits), size)],
-        collate_fn=collator,
-    )
+def compile_layers(student: LightHubertForPreTraining, teacher: Teacher) -> None:
+    """Compiles the encoder layers, each on its own: subnets differ in which they run, and in their sizes."""
+    for layer in [*student.hubert.encoder.layers, *teacher.model.encoder.layers]:
+        layer.compile(dynamic=True)
 
 
-def train(
-    student: LightHubertForPreTraining,
-    teacher: Teacher,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    arguments: DistillationArguments,
-    accelerator: Accelerator,
-    unreadable: Unreadable,
-    recipe: dict[str, Any],
-    start: int,
-) -> bool:
-    """The steps from `start` to `max_steps`, with a progress bar, and checkpoints.
-
-    Returns:
-        Whether all were made. If not, SIGTERM came, and a checkpoint of the last step is there.
-    """
-    student.train()
-    batches, stop, output_dir = iter(loader), stop_on_sigterm(), Path(arguments.output_dir)
-    bar = tqdm(
-        range(start, arguments.max_steps),
-        desc="distilling",
-        initial=start,
-        total=arguments.max_steps,
-        disable=not accelerator.is_main_process,
-        file=sys.stdout,
-    )
-    samples, begin = 0, time.perf_counter()
-    for step in bar:
-        of_step = itertools.islice(batches, arguments.gradient_accumulation_steps)
-        accumulated = [send_to_device(batch, accelerator.device) for batch in of_step]
-        for index, reason in (broken for batch in accumulated for broken in batch.pop("unreadable")):
-            unreadable.add(index, reason)
-        process = accelerator.process_index if arguments.subnet_per_process else None
-        subnets = draw_subnets(
-            student.search_space, arguments.sampling, arguments.seed, step, arguments.num_random_subnets, process
-        )
-        # dropout, too, follows from the step
-        torch.manual_seed(random.Random(f"{arguments.seed}-{step}-{accelerator.process_index}").getrandbits(63))
-        try:
-            loss = training_step(student, teacher, accumulated, subnets, accelerator, arguments.seed)
-        except FloatingPointError as error:
-            visits = torch.cat([batch["visits"] for batch in accumulated]).tolist()
-            names = [loader.dataset.speech.name(index) for _, index in visits]
-            raise FloatingPointError(
-                f"{error} at step {step}, on {', '.join(names)}. The last checkpoint is as it was: lower the learning"
-                " rate, or leave these recordings out"
-            ) from error
-        accelerator.clip_grad_norm_(student.parameters(), arguments.max_grad_norm)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        samples += accelerator.num_processes * sum(int(batch["attention_mask"].sum()) for batch in accumulated)
-        rate = samples / loader.dataset.speech.sampling_rate / (time.perf_counter() - begin)
-        bar.set_postfix(loss=f"{loss:.4f}", audio_per_second=f"{rate:.0f}", refresh=False)
-        stopping = any_process(accelerator, stop.is_set())
-        if (step + 1) % arguments.save_steps == 0 or stopping:
-            save_checkpoint(accelerator, output_dir, step + 1, {"recipe": recipe}, arguments.save_total_limit)
-        if stopping and step + 1 < arguments.max_steps:
-            bar.close()
-            accelerator.print(f"stopped after step {step + 1}: go on with --resume_from_checkpoint latest")
-            return False
-    return True
-
-
-def evaluate_subnets(
-    student: LightHubertForPreTraining,
-    teacher: Teacher,
-    loader: DataLoader,
-    device: torch.device,
-) -> dict[str, float]:
-    """Loss on held-out speech, of every named subnet."""
-    batches = [send_to_device(batch, device) for batch in loader]
-    if student.search_space is None:
-        return {"eval_loss": evaluate(student, teacher, batches)}
-    losses = {}
-    for name in student.search_space.named:
-        with student.using_subnet(name):
-            losses[f"eval_loss_{name}"] = evaluate(student, teacher, batches)
-    return losses
-
-
-def save_student(
-    student: LightHubertForPreTraining, feature_extractor: Wav2Vec2FeatureExtractor, output_dir: str
-) -> None:
-    """The trained model, with its largest subnet selected."""
+def save_student(distiller: Distiller, feature_extractor: Wav2Vec2FeatureExtractor) -> None:
+    """The trained model with its largest subnet selected, its card, and how training went."""
+    folder, student = Path(distiller.arguments.output_dir), distiller.student
     if student.search_space is not None:
         student.set_subnet("largest")
-    student.save_pretrained(output_dir)
-    feature_extractor.save_pretrained(output_dir)
+    student.save_pretrained(folder)
+    feature_extractor.save_pretrained(folder)
+    results = {f"eval_loss_{name}": loss for name, loss in distiller.eval_losses.items()}
+    if results:
+        (folder / "eval_results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "history.json").write_text(json.dumps(distiller.log.history, indent=2) + "\n")
+    plot_losses(distiller.log.history, folder / "loss.png")
+    write_card(student, distiller.recipe, distiller.eval_losses, folder)
+
+
+def push_to_hub(arguments: DistillationArguments) -> None:
+    """Uploads the output folder without its checkpoints. A Hub that cannot be reached loses nothing."""
+    folder = Path(arguments.output_dir).resolve()
+    name = arguments.hub_model_id or folder.name
+    try:
+        repo_id = HfApi().create_repo(name, exist_ok=True).repo_id
+        HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, ignore_patterns=["checkpoint-*", "unfinished-*", "tensorboard"]
+        )
+    except Exception as error:  # which, depends on the client's HTTP library; the model is saved whatever it is
+        print(f"{name} could not be pushed ({error}). The model is in {folder}: `hf upload {name} {folder}` sends it")
 
 
 def main() -> None:
@@ -354,18 +274,30 @@ def main() -> None:
     )
     arguments, objective, data_arguments = parsed = parse_recipe(parser)
     recipe = {name: value for part in parsed for name, value in asdict(part).items()}
-    accelerator = Accelerator(cpu=arguments.cpu, mixed_precision=arguments.mixed_precision)
+    accelerator = Accelerator(
+        cpu=arguments.cpu,
+        mixed_precision=arguments.mixed_precision,
+        log_with=None if arguments.report_to == "none" else arguments.report_to,
+        project_dir=arguments.output_dir,
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            "weights have to be whole on every process: use plain data parallelism, not FSDP or DeepSpeed"
+        )
+    resumed = prepare_output(arguments, recipe, accelerator)
+    folder, state = resumed or (None, {"step": 0, "log": None, "sampler": None})
     set_seed(arguments.seed)
 
-    teacher, teacher_feature_extractor = build_teacher(arguments, objective)
+    teacher, teacher_extractor = build_teacher(arguments, objective)
     student = build_student(arguments, teacher)
-    check_frame_rates(student, teacher)
-    feature_extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-    collator = DistillationCollator(
-        feature_extractor, teacher_feature_extractor, student.base_model.samples_per_first_frame
-    )
-    columns = (data_arguments.audio_column_name, feature_extractor.sampling_rate)
-    train_data, eval_data = (load_speech(data_arguments, training) for training in (True, False))
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    if arguments.share_feature_encoder:
+        check_same_feature_encoder(student, teacher)
+        extractor = teacher_extractor
+    check_frame_rates(student, teacher, (extractor, teacher_extractor))
+    collator = DistillationCollator(extractor, teacher_extractor, student.base_model.samples_per_first_frame)
+    with accelerator.main_process_first():
+        train_data, eval_data = (load_speech(data_arguments, training) for training in (True, False))
 
     optimizer = torch.optim.AdamW(
         [parameter for parameter in student.parameters() if parameter.requires_grad],
@@ -376,31 +308,39 @@ def main() -> None:
         arguments.lr_scheduler_type, optimizer, int(arguments.warmup_ratio * arguments.max_steps), arguments.max_steps
     )
     teacher.to(accelerator.device)
+    if arguments.torch_compile:
+        compile_layers(student, teacher)
     # "evaluation": not wrapped in DistributedDataParallel, see distillation_step
     student = accelerator.prepare_model(student, evaluation_mode=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
     accelerator.register_for_checkpointing(scheduler)  # not prepared: it would advance once for every process
+    accelerator.init_trackers("tensorboard")
+    if folder is not None:
+        accelerator.load_state(str(folder))
 
-    start = 0
-    if arguments.resume_from_checkpoint is not None:
-        state = load_checkpoint(accelerator, arguments.resume_from_checkpoint, Path(arguments.output_dir))
-        if state is not None:
-            check_same_recipe(recipe, state["recipe"])
-            start = state["step"]
-    speech = SpeechDataset(train_data, *columns)
-    unreadable = Unreadable(speech, arguments.max_unreadable_share)
-    loader = build_train_loader(arguments, speech, collator, accelerator, unreadable, start)
-    if accelerator.is_main_process:
-        save_recipe(recipe, arguments.output_dir)
-    finished = train(student, teacher, loader, optimizer, scheduler, arguments, accelerator, unreadable, recipe, start)
-
-    if finished and accelerator.is_main_process:
-        save_student(student, feature_extractor, arguments.output_dir)
-        if eval_data is not None:
-            eval_batches = build_eval_batches(arguments, SpeechDataset(eval_data, *columns), collator)
-            results = evaluate_subnets(student, teacher, eval_batches, accelerator.device)
-            (Path(arguments.output_dir) / "eval_results.json").write_text(json.dumps(results, indent=2) + "\n")
-            print(" ".join(f"{name}={loss:.4f}" for name, loss in results.items()))
+    column, unreadable = data_arguments.audio_column_name, Unreadable(arguments.max_unreadable_share)
+    loader = build_train_loader(
+        arguments, train_data, column, collator, accelerator, unreadable, state["step"], state["sampler"]
+    )
+    distiller = Distiller(
+        arguments=arguments,
+        student=student,
+        teacher=teacher,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        accelerator=accelerator,
+        loader=loader,
+        eval_loader=eval_data and build_eval_loader(arguments, eval_data, column, collator, accelerator),
+        sampling_rate=extractor.sampling_rate,
+        unreadable=unreadable,
+        log=RunLog(accelerator, arguments.logging_steps, state["log"]),
+        recipe=recipe,
+    )
+    if distiller.train(state["step"]) and accelerator.is_main_process:
+        save_student(distiller, extractor)
+        print(" ".join(f"eval_loss_{name}={loss:.4f}" for name, loss in distiller.eval_losses.items()))
+        if arguments.push_to_hub:
+            push_to_hub(arguments)
     accelerator.end_training()
 
 

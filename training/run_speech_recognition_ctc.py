@@ -161,14 +161,10 @@ def main() -> None:
     training_arguments.remove_unused_columns = False  # the columns are made when a recording is read
     set_seed(training_arguments.seed)
 
-    train_data = load_speech(data_arguments, training=True)
-    eval_data = load_speech(data_arguments, training=False)
+    if data_arguments.streaming:
+        raise ValueError("--streaming: all transcripts have to be at hand, for the vocabulary")
     columns = (data_arguments.audio_column_name, arguments.text_column_name)
-    if arguments.text_column_name not in train_data.column_names:
-        raise ValueError(
-            f"the data has no column {arguments.text_column_name!r}: choose --text_column_name from"
-            f" {train_data.column_names}"
-        )
+    train_data, eval_data = (load_speech(data_arguments, training, columns[1:]) for training in (True, False))
     processor = build_processor(train_data[arguments.text_column_name], Path(training_arguments.output_dir))
     trainer = CTCTrainer(
         model=build_model(arguments, processor),

@@ -1,14 +1,12 @@
-"""Speech for training: from a Hub dataset or parquet files to padded batches.
+"""Speech for training: from datasets on the Hub, files or folders to recordings, encoded until they are needed.
 
-Audio columns stay encoded (`Audio(decode=False)`) until a recording is needed, so nothing here requires torchcodec.
+Audio columns are never decoded by datasets (`Audio(decode=False)`), so nothing here requires torchcodec: soundfile
+reads, and soxr resamples. What makes batches of them is in `batches.py`.
 """
 
 import io
-import itertools
-import logging
-import math
-import random
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,31 +15,55 @@ import numpy as np
 import soundfile
 import soxr
 import torch
-from datasets import Audio, Dataset, load_dataset
-from tqdm.auto import tqdm
-from transformers import SequenceFeatureExtractor
+from datasets import Audio, Dataset, IterableDataset, Value, concatenate_datasets, load_dataset
 
 
-logger = logging.getLogger("speech_data")
 UNREADABLE = (soundfile.LibsndfileError, OSError, ValueError)
 """What reading a broken recording raises."""
+
+AUDIO_SUFFIXES = (".flac", ".mp3", ".ogg", ".opus", ".wav")
+MANIFESTS = {".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
 @dataclass
 class DataArguments:
-    """Where the speech comes from: a dataset on the Hub, or parquet files."""
+    """Where the speech comes from, one or several sources together, and which recordings of it count."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub, or a folder of one."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split_name: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
-    train_file: str | None = field(default=None, metadata={"help": "Parquet file to train on, in place of a dataset."})
-    validation_file: str | None = field(default=None, metadata={"help": "Parquet file to evaluate on."})
+    dataset_name: list[str] | None = field(default=None, metadata={"help": "Datasets on the Hub, or folders of them."})
+    dataset_config_name: list[str] | None = field(
+        default=None, metadata={"help": "Configuration of each dataset, or one for all."}
+    )
+    train_split_name: list[str] = field(
+        default_factory=lambda: ["train"], metadata={"help": "Split of each dataset to train on, or one for all."}
+    )
+    eval_split_name: list[str] | None = field(
+        default=None, metadata={"help": "Split of each dataset to evaluate on, or one for all."}
+    )
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What to train on in place of datasets: parquet files, JSON (lines) or CSV files with a column of"
+            " paths, manifests of fairseq (.tsv), or folders of audio."
+        },
+    )
+    validation_file: list[str] | None = field(default=None, metadata={"help": "What to evaluate on, likewise."})
+    streaming: bool = field(default=False, metadata={"help": "Read the training data while it is trained on."})
     audio_column_name: str = field(default="audio", metadata={"help": "Column with the audio."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on no more than this many recordings."}
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on no more recordings than this."})
+    min_duration_in_seconds: float = field(default=0.0, metadata={"help": "Leave out shorter recordings."})
+    max_duration_in_seconds: float | None = field(
+        default=None, metadata={"help": "Leave out longer recordings, as a whole."}
+    )
+    min_level_in_db: float | None = field(
+        default=None,
+        metadata={"help": "Leave out recordings as silent that are softer than this: RMS, relative to full scale."},
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that measure recordings for the three options above."}
+    )
 
 
 def load_waveform(audio: Any, sampling_rate: int) -> np.ndarray:
@@ -60,10 +82,7 @@ def load_waveform(audio: Any, sampling_rate: int) -> np.ndarray:
     elif isinstance(audio, Mapping) and audio.get("array") is not None:
         waveform, rate = np.asarray(audio["array"]), audio["sampling_rate"]
     else:
-        source = (audio.get("bytes") or audio.get("path")) if isinstance(audio, Mapping) else audio
-        if not isinstance(source, bytes | str | Path):
-            raise ValueError(f"audio has to be a path, bytes, or a row of an Audio column, not {audio!r:.80}")
-        waveform, rate = soundfile.read(io.BytesIO(source) if isinstance(source, bytes) else source, dtype="float32")
+        waveform, rate = soundfile.read(_encoded(audio), dtype="float32")
     if np.issubdtype(waveform.dtype, np.integer):
         waveform = waveform / np.iinfo(waveform.dtype).max
     waveform = waveform.mean(axis=1) if waveform.ndim == 2 else waveform
@@ -72,30 +91,156 @@ def load_waveform(audio: Any, sampling_rate: int) -> np.ndarray:
     return soxr.resample(waveform.astype(np.float32), rate, sampling_rate)
 
 
-def load_speech(arguments: DataArguments, training: bool) -> Dataset | None:
+def duration(audio: Any) -> float:
+    """Seconds of an encoded recording, of which only the header is read; 0 if there is none.
+
+    Args:
+        audio: a path, bytes, or a row of an undecoded `Audio` column.
+    """
+    try:
+        return soundfile.info(_encoded(audio)).duration
+    except UNREADABLE:
+        return 0.0
+
+
+def _encoded(audio: Any) -> io.BytesIO | str | Path:
+    """What soundfile opens."""
+    source = (audio.get("bytes") or audio.get("path")) if isinstance(audio, Mapping) else audio
+    if not isinstance(source, bytes | str | Path):
+        raise ValueError(f"audio has to be a path, bytes, or a row of an Audio column, not {audio!r:.80}")
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def level(waveform: np.ndarray) -> float:
+    """Root mean square in decibels relative to full scale."""
+    return float(10 * np.log10(np.mean(np.square(waveform, dtype=np.float64)) + 1e-20))
+
+
+def load_speech(
+    arguments: DataArguments, training: bool, other_columns: Sequence[str] = ()
+) -> Dataset | IterableDataset | None:
     """The training or the evaluation part of what `arguments` name, audio still encoded; `None` if nothing is named.
 
+    The columns are that of the audio and `other_columns`. Only training data are streamed.
+
     Raises:
-        ValueError: no data to train on, no audio column, or no recordings.
+        ValueError: no data to train on, a source without such a column or of an unknown kind, or no recordings.
     """
-    file = arguments.train_file if training else arguments.validation_file
-    split = arguments.train_split_name if training else arguments.eval_split_name
-    if file is not None:
-        dataset = load_dataset("parquet", data_files=file, split="train")
-    elif arguments.dataset_name is not None and split is not None:
-        dataset = load_dataset(arguments.dataset_name, arguments.dataset_config_name, split=split)
-    elif training:
-        raise ValueError("nothing to train on: give --train_file or --dataset_name")
-    else:
-        return None
-    column = arguments.audio_column_name
-    if column not in dataset.column_names:
-        raise ValueError(f"the data has no column {column!r}: choose --audio_column_name from {dataset.column_names}")
-    if not len(dataset):
-        raise ValueError(f"{file or arguments.dataset_name} has no recordings")
+    streaming = arguments.streaming and training
     limit = arguments.max_train_samples if training else arguments.max_eval_samples
-    dataset = dataset.select(range(min(limit or len(dataset), len(dataset))))
-    return dataset.cast_column(column, Audio(decode=False))
+    sources = _load_sources(arguments, training)
+    if not sources:
+        return None
+    columns = [arguments.audio_column_name, *other_columns]
+    for name, source in sources.items():
+        there = source.column_names or list(next(iter(source), {}))
+        for column, option in zip(columns, ("audio_column_name", "text_column_name")):
+            if column not in there:
+                raise ValueError(f"{name} has no column {column!r}: choose --{option} from {there}")
+    encoded = [
+        source.select_columns(columns).cast_column(arguments.audio_column_name, Audio(decode=False))
+        for source in sources.values()
+    ]
+    speech = concatenate_datasets(encoded)
+    if limit is not None:
+        speech = speech.take(limit) if streaming else speech.select(range(min(limit, len(speech))))
+    speech = _filtered(speech, arguments)
+    if not streaming and not len(speech):
+        raise ValueError(f"no recordings in {', '.join(sources)}, or none that the filters leave")
+    return speech
+
+
+def _load_sources(arguments: DataArguments, training: bool) -> dict[str, Dataset | IterableDataset]:
+    """Every source by its name."""
+    files = arguments.train_file if training else arguments.validation_file
+    streaming = arguments.streaming and training
+    if files is not None:
+        return {file: _load_file(Path(file), arguments.audio_column_name, streaming) for file in files}
+    splits = arguments.train_split_name if training else arguments.eval_split_name
+    if arguments.dataset_name is None and training:
+        raise ValueError("nothing to train on: give --train_file or --dataset_name")
+    if arguments.dataset_name is None or arguments.train_file is not None or splits is None:
+        return {}
+    names = arguments.dataset_name
+    configs = _for_each(names, "dataset_config_name", arguments.dataset_config_name or [None])
+    splits = _for_each(names, "train_split_name" if training else "eval_split_name", splits)
+    return {
+        f"{name} ({split})": _load(f"{name} ({split})", name, config, split=split, streaming=streaming)
+        for name, config, split in zip(names, configs, splits, strict=True)
+    }
+
+
+def _load(source: str, *names: str | None, **options: Any) -> Dataset | IterableDataset:
+    """`datasets.load_dataset`, whose messages do not say which of several sources they mean."""
+    try:
+        return load_dataset(*names, **options)
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be loaded: {error}") from error
+
+
+def _for_each(names: Sequence[str], option: str, values: Sequence[str | None]) -> Sequence[str | None]:
+    if len(values) not in (1, len(names)):
+        raise ValueError(f"--{option} has {len(values)} values for {len(names)} datasets: give one for each, or one")
+    return values if len(values) == len(names) else [*values] * len(names)
+
+
+def _load_file(path: Path, column: str, streaming: bool) -> Dataset | IterableDataset:
+    """A file of recordings or of their paths, or a folder of audio. Paths are relative to the file."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if path.is_dir():
+        found = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+        if not found:
+            raise ValueError(f"{path} has no audio: {', '.join(AUDIO_SUFFIXES)}")
+        dataset = Dataset.from_dict({column: found})
+    elif path.suffix == ".parquet":
+        return _load(str(path), "parquet", data_files=str(path), split="train", streaming=streaming)
+    elif path.suffix == ".tsv":
+        # fairseq's: the folder on the first line, then a path and its number of samples on each
+        with path.open(encoding="utf-8") as manifest:
+            folder = manifest.readline().strip()
+        options = {"delimiter": "\t", "names": [column, "num_samples"], "skiprows": 1}
+        dataset = _with_folder(_load(str(path), "csv", data_files=str(path), split="train", **options), column, folder)
+    elif path.suffix in MANIFESTS:
+        dataset = _load(str(path), MANIFESTS[path.suffix], data_files=str(path), split="train")
+        dataset = _with_folder(dataset, column, str(path.parent))
+    else:
+        known = ", ".join([".parquet", *MANIFESTS, ".tsv"])
+        raise ValueError(f"{path} is of no known kind: give a folder of audio, or a file in {known}")
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def _with_folder(dataset: Dataset, column: str, folder: str) -> Dataset:
+    """Paths in `column`, relative to `folder` so far, as they can be opened."""
+    if column not in dataset.column_names:
+        return dataset
+    dataset = dataset.map(lambda path: {column: os.path.join(folder, path)}, input_columns=column)
+    return dataset.cast_column(column, Value("string"))
+
+
+def _filtered(speech: Dataset | IterableDataset, arguments: DataArguments) -> Dataset | IterableDataset:
+    """Without recordings that are too short, too long or silent. What cannot be read stays, to be counted later."""
+    least, most, loud = (
+        arguments.min_duration_in_seconds,
+        arguments.max_duration_in_seconds,
+        arguments.min_level_in_db,
+    )
+    if least <= 0 and most is None and loud is None:
+        return speech
+
+    def counts(audio: Any) -> bool:
+        seconds = duration(audio)
+        if seconds == 0:
+            return True
+        if not least <= seconds <= (most or seconds):
+            return False
+        try:
+            return loud is None or level(soundfile.read(_encoded(audio))[0]) >= loud
+        except UNREADABLE:
+            return True
+
+    workers = {} if isinstance(speech, IterableDataset) else {"num_proc": arguments.preprocessing_num_workers}
+    return speech.filter(counts, input_columns=arguments.audio_column_name, **workers)
 
 
 class SpeechDataset(torch.utils.data.Dataset):
@@ -109,186 +254,9 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.audio)
 
+    def encoded(self, index: int) -> dict[str, Any]:
+        """Recording `index` as it is stored: `bytes` or `path`."""
+        return self.audio[index][self.audio_column_name]
+
     def __getitem__(self, index: int) -> np.ndarray:
-        return load_waveform(self.audio[index][self.audio_column_name], self.sampling_rate)
-
-    def name(self, index: int) -> str:
-        """What a message calls recording `index`: its path, where it has one."""
-        audio = self.audio[index][self.audio_column_name]
-        path = audio.get("path") if isinstance(audio, Mapping) else audio
-        return str(path or f"recording {index}")
-
-    def lengths(self) -> list[int]:
-        """Samples of each recording, of which only the header is read."""
-        lengths = []
-        for row in tqdm(self.audio, desc="lengths", disable=len(self) < 10_000):
-            audio = row[self.audio_column_name]
-            try:
-                info = soundfile.info(io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio["path"])
-                lengths.append(int(info.frames * self.sampling_rate / info.samplerate))
-            except UNREADABLE:
-                lengths.append(0)
-        return lengths
-
-
-class Unreadable:
-    """Recordings that were left out because they cannot be read; a few are logged, too many stop the run.
-
-    Args:
-        max_share: of all recordings.
-    """
-
-    def __init__(self, speech: SpeechDataset, max_share: float):
-        self.speech, self.max_share = speech, max_share
-        self.indices: set[int] = set()
-
-    def add(self, index: int, reason: str) -> None:
-        """
-        Raises:
-            ValueError: with this one they are more than `max_share`.
-        """
-        if index in self.indices:
-            return
-        self.indices.add(index)
-        logger.warning(f"left out, because it cannot be read: {self.speech.name(index)} ({reason})")
-        if len(self.indices) > self.max_share * len(self.speech):
-            raise ValueError(
-                f"{len(self.indices)} of {len(self.speech)} recordings cannot be read, more than a share of"
-                f" {self.max_share}; the last was {self.speech.name(index)} ({reason})"
-            )
-
-
-Visit = tuple[int, int]
-"""A recording as it is met in training: the epoch, and its index in the data. Crop and mask depend on it alone."""
-
-
-class Visits(torch.utils.data.Dataset):
-    """Recordings cropped at random to at most `max_seconds`: item (epoch, index) is the visit and its waveform, or the
-    reason why there is none."""
-
-    def __init__(self, speech: SpeechDataset, max_seconds: float, seed: int):
-        self.speech = speech
-        self.max_samples = int(max_seconds * speech.sampling_rate)
-        self.seed = seed
-
-    def __getitem__(self, visit: Visit) -> tuple[Visit, np.ndarray | str]:
-        try:
-            waveform = self.speech[visit[1]]
-        except UNREADABLE as error:
-            return visit, str(error)
-        if len(waveform) > self.max_samples:
-            rng = random.Random(visit_seed(self.seed, visit))
-            start = rng.randrange(len(waveform) - self.max_samples + 1)
-            waveform = waveform[start : start + self.max_samples]
-        return visit, waveform
-
-
-def visit_seed(seed: int, visit: Sequence[int]) -> str:
-    """Seed of everything random about a visit: the same on any number of processes, and after a resumption."""
-    return f"{seed}-{visit[0]}-{visit[1]}"
-
-
-class BatchSampler(torch.utils.data.Sampler[list[Visit]]):
-    """Batches of recordings of similar length, epoch after epoch without end.
-
-    The batches of a step are one list of recordings, dealt in turn to `num_shares` processes and accumulated
-    batches: how many there are changes nothing in what a step sees. The order depends on the seed only.
-
-    Args:
-        lengths: of the recordings in samples, after cropping. Those of no length are left out.
-        batch_size: recordings in a batch.
-        max_batch_samples: no more padded samples in a batch than this, but at least one recording.
-        shares: which of `num_shares` this process takes.
-        start: steps to skip.
-    """
-
-    NUM_BATCHES_SORTED = 50
-    """Among the recordings of so many batches, in random order, those of similar length are put together."""
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        max_batch_samples: int | None,
-        seed: int,
-        shares: Sequence[int] = (0,),
-        num_shares: int = 1,
-        start: int = 0,
-    ):
-        self.lengths, self.seed, self.start = lengths, seed, start
-        self.batch_size, self.max_batch_samples = batch_size, max_batch_samples
-        self.shares, self.num_shares = shares, num_shares
-
-    def __iter__(self) -> Iterator[list[Visit]]:
-        steps = (step for epoch in itertools.count() for step in self._steps(epoch))
-        for visits in itertools.islice(steps, self.start, None):
-            for share in self.shares:
-                yield visits[share :: self.num_shares]
-
-    def _steps(self, epoch: int) -> list[list[Visit]]:
-        """The recordings of each step of an epoch. What is left over at its end waits for another epoch."""
-        rng = random.Random(f"{self.seed}-{epoch}")
-        order = [index for index, length in enumerate(self.lengths) if length > 0]
-        rng.shuffle(order)
-        pool = self.NUM_BATCHES_SORTED * self.batch_size * self.num_shares
-        steps = []
-        for at in range(0, len(order), pool):
-            step: list[Visit] = []
-            for index in sorted(order[at : at + pool], key=lambda index: self.lengths[index]):
-                # sorted upwards: the newest recording is the longest, and so the length of the padded batch
-                per_share = math.ceil((len(step) + 1) / self.num_shares)
-                too_long = self.max_batch_samples and per_share * self.lengths[index] > self.max_batch_samples
-                if len(step) >= self.num_shares and (per_share > self.batch_size or too_long):
-                    steps.append(step)
-                    step = []
-                step.append((epoch, index))
-            if len(step) >= self.num_shares:
-                steps.append(step)
-        rng.shuffle(steps)
-        if not steps:
-            raise ValueError(
-                f"{len(order)} recordings are too few for {self.num_shares} batches a step: give more speech, or fewer"
-                " processes and accumulated batches"
-            )
-        return steps
-
-
-@dataclass
-class DistillationCollator:
-    """Pads a batch for student and teacher, each as its own feature extractor says (normalised or raw).
-
-    Recordings shorter than `min_samples`, less than one frame, are repeated until they are long enough.
-    """
-
-    student_feature_extractor: SequenceFeatureExtractor
-    teacher_feature_extractor: SequenceFeatureExtractor
-    min_samples: int
-
-    def __call__(self, items: Sequence[tuple[Visit, np.ndarray | str]]) -> dict[str, Any]:
-        """Tensors `input_values`, `teacher_input_values` and `attention_mask`, each (batch_size, num_samples), and
-        `visits`, (batch_size, 2); and `unreadable`, index and reason of each recording that is left out."""
-        unreadable = [(index, waveform) for (_, index), waveform in items if isinstance(waveform, str)]
-        if len(unreadable) == len(items):
-            raise ValueError(f"no recording of a batch of {len(items)} can be read: {unreadable[0][1]}")
-        readable = [(visit, waveform) for visit, waveform in items if not isinstance(waveform, str)]
-        visits = [visit for visit, _ in readable]
-        waveforms = [np.resize(waveform, max(len(waveform), self.min_samples)) for _, waveform in readable]
-        student = _padded(self.student_feature_extractor, waveforms)
-        teacher = _padded(self.teacher_feature_extractor, waveforms)
-        return {
-            "input_values": student["input_values"],
-            "teacher_input_values": teacher["input_values"],
-            "attention_mask": student["attention_mask"],
-            "visits": torch.tensor(visits),
-            "unreadable": unreadable,
-        }
-
-
-def _padded(extractor: SequenceFeatureExtractor, waveforms: Sequence[np.ndarray]) -> Mapping[str, torch.Tensor]:
-    return extractor(
-        list(waveforms),
-        sampling_rate=extractor.sampling_rate,
-        padding=True,
-        return_attention_mask=True,
-        return_tensors="pt",
-    )
+        return load_waveform(self.encoded(index), self.sampling_rate)

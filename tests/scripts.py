@@ -1,0 +1,97 @@
+"""What tests of the training scripts share: a workshop of tiny parts, and running scripts as a user does."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from conftest import stock_settings
+from datasets import Audio, Dataset
+from safetensors.torch import load_file
+from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+
+TRAINING = Path(__file__).parent.parent / "training"
+SPACE = {
+    "hidden_size": [16, 48],
+    "num_attention_heads": [4, 12],
+    "ffn_ratio": [2, 4],
+    "num_hidden_layers": [1, 2],
+    "head_dim": 4,
+}
+
+
+def run(*command: object, processes: int = 1) -> str:
+    """Output of a Python script, on one process or several."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    words = [sys.executable, *(launcher if processes > 1 else []), *map(str, command)]
+    environment = {"HF_HUB_OFFLINE": "1"} | os.environ | {"OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, (finished.stdout + finished.stderr)[-4000:]
+    return finished.stdout + finished.stderr
+
+
+def start(*command: object, processes: int = 1) -> subprocess.Popen:
+    """The same in the background, with a process group of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    words = [sys.executable, *(launcher if processes > 1 else []), *map(str, command)]
+    environment = {"HF_HUB_OFFLINE": "1"} | os.environ | {"OMP_NUM_THREADS": "1"}
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(words, env=environment, start_new_session=True, **silent)
+
+
+def newest(output: Path) -> int:
+    """Step of the newest checkpoint, 0 if there is none."""
+    return max((int(path.name.partition("-")[2]) for path in output.glob("checkpoint-*")), default=0)
+
+
+def fails(*command: object) -> str:
+    """The end of what a script says that must not succeed."""
+    finished = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
+    assert finished.returncode != 0
+    return finished.stderr[-3000:]
+
+
+def make_workshop(folder: Path) -> None:
+    """A tiny teacher, a search space, and eight recordings, in parquet and in files: a high or a low tone each."""
+    torch.manual_seed(0)
+    teacher = HubertModel(HubertConfig(**stock_settings(num_hidden_layers=2, feat_extract_norm="layer")))
+    teacher.save_pretrained(folder / "teacher")
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(folder / "teacher")
+    (folder / "space.json").write_text(json.dumps(SPACE))
+    rows, rng = [], np.random.default_rng(0)
+    for index in range(8):
+        time = np.arange(6000 + 400 * index) / 16_000
+        tone = np.sin(2 * np.pi * (200 if index % 2 else 1200) * time) + 0.05 * rng.standard_normal(len(time))
+        file = io.BytesIO()
+        soundfile.write(file, tone.astype(np.float32) * 0.5, 16_000, format="FLAC")
+        (folder / "recordings").mkdir(exist_ok=True)
+        (folder / "recordings" / f"{index}.flac").write_bytes(file.getvalue())
+        text = "low" if index % 2 else "high"
+        rows.append({"audio": {"bytes": file.getvalue(), "path": None}, "text": text})
+    Dataset.from_list(rows).cast_column("audio", Audio(decode=False)).to_parquet(folder / "speech.parquet")
+
+
+def distillation(workshop: Path, output: str, *options: object) -> list[object]:
+    """The command, for `run`."""
+    return [
+        TRAINING / "run_distillation.py",
+        *("--train_file", workshop / "speech.parquet", "--validation_file", workshop / "speech.parquet"),
+        *("--teacher_name_or_path", workshop / "teacher", "--search_space", workshop / "space.json"),
+        *("--num_target_layers", 2, "--output_dir", workshop / output, "--dataloader_num_workers", 0, "--cpu"),
+        *options,
+    ]
+
+
+def distil(workshop: Path, output: str, *options: object, processes: int = 1) -> Path:
+    run(*distillation(workshop, output, *options), processes=processes)
+    return workshop / output
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
