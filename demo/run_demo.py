@@ -47,9 +47,10 @@ from distillation import ObjectiveArguments, Teacher  # noqa: E402
 from probing import (  # noqa: E402
     Batch,
     cross_validated_accuracy,
-    frame_features,
-    frame_targets,
+    draw_masks,
     make_batches,
+    masked_features,
+    masked_targets,
     pooled_features,
     probe_accuracy,
     ridge_r2,
@@ -63,7 +64,7 @@ from matplotlib import pyplot  # noqa: E402
 
 SAMPLING_RATE = 16_000
 NUM_TARGET_LAYERS = 4
-MASK_TIME_PROB = 0.3
+MASK_TIME_PROB, MASK_TIME_LENGTH = 0.3, 5  # spoken words are short: a span of 10 frames is half of one
 
 
 @dataclass
@@ -81,7 +82,7 @@ class DemoArguments:
         default=str(ROOT / "demo/search_space.json"), metadata={"help": "JSON file: the subnets to train."}
     )
     output_dir: str = field(default=str(ROOT / "demo/output"), metadata={"help": "Folder for everything it makes."})
-    stage1_steps: int = field(default=150, metadata={"help": "Steps of stage 1, the largest subnet."})
+    stage1_steps: int = field(default=100, metadata={"help": "Steps of stage 1, the largest subnet."})
     stage2_steps: int = field(default=300, metadata={"help": "Steps of stage 2, the supernet."})
     ctc_steps: int = field(default=600, metadata={"help": "Fine-tuning steps, of the subnet and of its control."})
     max_probe_recordings: int = field(
@@ -199,17 +200,21 @@ class Bench:
         self.train_batches = make_batches(waveforms(self.train_words), extractor)
         self.test_batches = make_batches(waveforms(self.test_words), extractor)
         self.train_frames, self.test_frames = frames(train.file), frames(test.file)
-        self.train_targets = frame_targets(teacher, self.train_frames)
-        self.test_targets = frame_targets(teacher, self.test_frames)
+        self.masks = [
+            draw_masks(teacher.model, frames, MASK_TIME_PROB, MASK_TIME_LENGTH)
+            for frames in (self.train_frames, self.test_frames)
+        ]
+        self.train_targets = masked_targets(teacher, self.train_frames, self.masks[0])
+        self.test_targets = masked_targets(teacher, self.test_frames, self.masks[1])
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
         """R2 and the probes' accuracies of the frozen `model`, for the labels that the data has."""
         model = model.eval()
         row = {
             "r2": ridge_r2(
-                frame_features(model, self.train_frames, MASK_TIME_PROB),
+                masked_features(model, self.train_frames, self.masks[0]),
                 self.train_targets,
-                frame_features(model, self.test_frames, MASK_TIME_PROB),
+                masked_features(model, self.test_frames, self.masks[1]),
                 self.test_targets,
             )
         }
@@ -331,14 +336,11 @@ def write_card(folder: Path, arguments: DemoArguments, name: str, results: str) 
 
 
 def distil(arguments: DemoArguments, train_file: Path, output_dir: Path, *options: str | Path) -> None:
-    """One run of the distillation script, with what both stages share."""
+    """One run of the distillation script."""
     run(
-        ROOT / "training/run_distillation.py",
+        ROOT / "training/run_distillation.py", "--config", ROOT / "training/configs/small_budget.yaml",
         "--train_file", train_file, "--teacher_name_or_path", arguments.teacher,
-        "--search_space", arguments.search_space, "--num_target_layers", str(NUM_TARGET_LAYERS),
-        "--mask_time_prob", str(MASK_TIME_PROB), "--loss_frames", "all", "--share_feature_encoder",
-        "--per_device_train_batch_size", "16", "--seed", str(arguments.seed), "--cpu",
-        "--output_dir", output_dir, *options,
+        "--search_space", arguments.search_space, "--seed", str(arguments.seed), "--output_dir", output_dir, *options,
     )  # fmt: skip
 
 
@@ -383,8 +385,8 @@ def main() -> None:
         )  # fmt: skip
     with stage("3b. Stage 2: all subnets learn"):
         distil(
-            arguments, train_speech.file, output / "supernet", "--student_name_or_path", output / "stage1",
-            "--sampling", "uniform", "--max_steps", str(arguments.stage2_steps),
+            arguments, train_speech.file, output / "supernet",
+            "--student_name_or_path", output / "stage1", "--max_steps", str(arguments.stage2_steps),
         )  # fmt: skip
     with stage("4. Subnets against the teacher, its untrained slices, and random weights"):
         supernet = LightHubertModel.from_pretrained(output / "supernet")

@@ -63,31 +63,35 @@ def cross_validated_accuracy(features: np.ndarray, labels: Sequence, num_folds: 
     return float(cross_val_score(linear_probe(), features, labels, cv=folds).mean())
 
 
-@torch.no_grad()
-def frame_features(
-    model: PreTrainedModel, batches: Sequence[Batch], mask_time_prob: float, mask_time_length: int = 10
-) -> np.ndarray:
-    """Last hidden states of all true frames while part of the input is masked: (num_frames, hidden_size).
+def draw_masks(
+    model: PreTrainedModel, batches: Sequence[Batch], mask_time_prob: float, mask_time_length: int
+) -> list[torch.Tensor]:
+    """Frames that models do not see: bool (batch_size, num_frames) for each batch.
 
-    The masks depend on the order of the recordings only, so that models are compared on the same input.
+    They depend on the order of the recordings only, so that models are compared on the same input.
     """
-    features, seed = [], 0
+    masks, seed = [], 0
     for batch in batches:
         num_frames = num_true_frames(model, batch["attention_mask"])
-        mask = draw_time_mask(num_frames, mask_time_prob, mask_time_length, range(seed, seed + len(num_frames)))
+        masks.append(draw_time_mask(num_frames, mask_time_prob, mask_time_length, range(seed, seed + len(num_frames))))
         seed += len(num_frames)
-        output = model(batch["input_values"], attention_mask=batch["attention_mask"], mask_time_indices=mask)
-        features.append(output.last_hidden_state[true_frames(model, mask.shape[1], batch["attention_mask"])])
-    return torch.cat(features).numpy()
+    return masks
 
 
-def frame_targets(teacher: Teacher, batches: Sequence[Batch]) -> np.ndarray:
+@torch.no_grad()
+def masked_features(model: PreTrainedModel, batches: Sequence[Batch], masks: Sequence[torch.Tensor]) -> np.ndarray:
+    """Last hidden states of the frames that `model` does not see: (num_frames, hidden_size)."""
+    features = [
+        model(batch["input_values"], attention_mask=batch["attention_mask"], mask_time_indices=mask.clone())
+        for batch, mask in zip(batches, masks, strict=True)
+    ]
+    return torch.cat([output.last_hidden_state[mask] for output, mask in zip(features, masks, strict=True)]).numpy()
+
+
+def masked_targets(teacher: Teacher, batches: Sequence[Batch], masks: Sequence[torch.Tensor]) -> np.ndarray:
     """The teacher's distillation targets of the same frames: (num_frames, hidden_size of the teacher)."""
-    targets = []
-    for batch in batches:
-        (target,) = teacher(batch["input_values"], batch["attention_mask"]).targets
-        targets.append(target[true_frames(teacher.model, target.shape[1], batch["attention_mask"])])
-    return torch.cat(targets).numpy()
+    answers = [teacher(batch["input_values"], batch["attention_mask"]) for batch in batches]
+    return torch.cat([answer.targets[0][mask] for answer, mask in zip(answers, masks, strict=True)]).numpy()
 
 
 def ridge_r2(

@@ -1,0 +1,243 @@
+"""What a step of distillation costs, at the size of HuBERT Base and LightHuBERT's small space.
+
+    python benchmarks/training.py
+    python benchmarks/training.py --device cuda --mixed_precision bf16 --batch_size 16 --seconds 15
+
+Weights and audio are random: neither changes the cost. What is compared takes turns within each repeat, so whatever
+else the machine does hits all of it; ratios are medians of the ratios within a repeat. Memory is the most that the
+step holds above what is held before it (weights, gradients, optimiser), counted by torch's allocators.
+"""
+
+import argparse
+import io
+import itertools
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from accelerate import Accelerator
+from datasets import Audio, Dataset
+from torch.utils.data import DataLoader
+from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
+
+from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining, SearchSpace, Subnet
+
+from batches import DistillationCollator, RandomAccessSampler, Visits, durations  # noqa: E402
+from distillation import ObjectiveArguments, Teacher  # noqa: E402
+from distillation_step import prepare_lesson, training_step  # noqa: E402
+from speech_data import SpeechDataset  # noqa: E402
+
+
+SAMPLING_RATE = 16_000
+Step = Callable[[], object]
+
+
+class Bench:
+    """A batch, a teacher of the size of HuBERT Base, and students to train on it."""
+
+    def __init__(self, options: argparse.Namespace):
+        torch.manual_seed(0)
+        self.accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=options.mixed_precision)
+        self.options, self.device = options, self.accelerator.device
+        teacher = HubertModel(HubertConfig(feat_extract_norm="layer", layerdrop=0.0))
+        self.teacher = Teacher(teacher, ObjectiveArguments()).to(self.device)
+        num_samples = int(options.seconds * SAMPLING_RATE)
+        audio = torch.randn(options.batch_size, num_samples)
+        self.batch = {
+            "input_values": audio,
+            "teacher_input_values": audio,
+            "attention_mask": torch.ones(options.batch_size, num_samples, dtype=torch.long),
+            "visits": torch.tensor([[0, index] for index in range(options.batch_size)]),
+        }
+        self.batch = {name: tensor.to(self.device) for name, tensor in self.batch.items()}
+
+    def supernet(self) -> LightHubertForPreTraining:
+        """A student as stage 2 has it: the small space in the full width of the teacher, with its convolutions."""
+        config = LightHubertConfig(search_space=SearchSpace.small(), feat_extract_norm="layer", layerdrop=0.0)
+        student = LightHubertForPreTraining(config)
+        student.hubert.feature_extractor.load_state_dict(self.teacher.model.feature_extractor.state_dict())
+        return student
+
+    def prepare(self, student: LightHubertForPreTraining, freeze: bool = False) -> tuple:
+        """A student that trains, and its optimiser."""
+        if freeze:
+            student.freeze_feature_encoder()
+        student = self.accelerator.prepare_model(student.train(), evaluation_mode=True)
+        weights = [weight for weight in student.parameters() if weight.requires_grad]
+        return student, torch.optim.AdamW(weights, lr=1e-5)
+
+    def student_step(self, student: LightHubertForPreTraining, optimizer: torch.optim.Optimizer) -> Step:
+        """Forward, backward and optimiser of what is selected; the teacher has answered before."""
+        lesson = prepare_lesson(student, self.teacher, self.batch, 0, self.accelerator)
+
+        def step() -> None:
+            lesson.loss(student, self.teacher).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def whole_step(self, student, optimizer: torch.optim.Optimizer, subnets: list[Subnet], share: bool) -> Step:
+        """What the training script does in a step, with the teacher."""
+
+        def step() -> None:
+            training_step(student, self.teacher, [self.batch], subnets, self.accelerator, 0, share)
+            self.accelerator.clip_grad_norm_(student.parameters(), 10.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def alternating(self, steps: dict[str, Step]) -> dict[str, list[float]]:
+        """Seconds of each step in each repeat, after a warm-up. The order is drawn anew in every repeat."""
+        rng, times = random.Random(0), {name: [] for name in steps}
+        for repeat in range(self.options.repeats + 1):
+            for name in rng.sample(sorted(steps), len(steps)):
+                self.synchronize()
+                start = time.perf_counter()
+                steps[name]()
+                self.synchronize()
+                if repeat:
+                    times[name].append(time.perf_counter() - start)
+        return times
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_memory(self, step: Step) -> int:
+        """Bytes that `step` holds at most above what is held before it."""
+        step()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step()
+            return torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step()
+        memory = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+        changes = (event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns()))
+        return max(itertools.accumulate(changes))
+
+
+def median_ratio(times: list[float], reference: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(times, reference, strict=True))
+
+
+def selected_against_cut(bench: Bench) -> None:
+    """A selected subnet costs what its cut model costs, and a small one less than a large one."""
+    supernet, optimizer = bench.prepare(bench.supernet())
+    print("| a step of the student | time | memory, GiB |")
+    print("|---|---|---|")
+    for name in ("a_small", "largest", "smallest"):
+        supernet.set_subnet(name)
+        cut, cut_optimizer = bench.prepare(supernet.extract_subnet())
+        selected = bench.student_step(supernet, optimizer)
+        steps = {"selected": selected, "cut": bench.student_step(cut, cut_optimizer)}
+        times = bench.alternating(steps)
+        memory = {kind: bench.peak_memory(step) / 2**30 for kind, step in steps.items()}
+        print(
+            f"| {name}, selected / cut | {median_ratio(times['selected'], times['cut']):.3f}"
+            f" | {memory['selected']:.2f} / {memory['cut']:.2f} = {memory['selected'] / memory['cut']:.3f} |",
+            flush=True,
+        )
+
+    def selecting(name: str, step: Step) -> Step:
+        def select_and_step() -> None:
+            supernet.set_subnet(name)
+            step()
+
+        return select_and_step
+
+    step = bench.student_step(supernet, optimizer)
+    times = bench.alternating({name: selecting(name, step) for name in ("smallest", "largest")})
+    print(f"| smallest / largest of the small space | {median_ratio(times['smallest'], times['largest']):.3f} | |")
+
+
+def feature_encoders(bench: Bench) -> None:
+    """What a feature encoder costs that learns, is frozen, or is shared with the teacher."""
+    space = SearchSpace.small()
+    print("\n| a whole step, with the teacher | encoder frozen / learns | shared / learns | shared / frozen |")
+    print("|---|---|---|---|")
+    for name, subnets in {
+        "a_small": [space.named["a_small"]],
+        "sandwich (smallest, a_small, largest)": [space.smallest, space.named["a_small"], space.largest],
+    }.items():
+        steps = {}
+        for kind in ("learns", "frozen", "shared"):
+            student, optimizer = bench.prepare(bench.supernet(), freeze=kind != "learns")
+            steps[kind] = bench.whole_step(student, optimizer, subnets, share=kind == "shared")
+        times = bench.alternating(steps)
+        ratios = [
+            median_ratio(times[one], times[other])
+            for one, other in (("frozen", "learns"), ("shared", "learns"), ("shared", "frozen"))
+        ]
+        print(f"| {name} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |", flush=True)
+        fastest = statistics.median(times["shared"])
+        bench.audio_per_second = bench.options.batch_size * bench.options.seconds / fastest
+
+
+def librispeech_like(num_recordings: int) -> SpeechDataset:
+    """Noise in FLAC, of lengths drawn between 1 and 35 s."""
+    rng, rows = np.random.default_rng(0), []
+    for seconds in rng.uniform(1, 35, num_recordings):
+        file = io.BytesIO()
+        waveform = 0.1 * rng.standard_normal(int(seconds * SAMPLING_RATE)).astype(np.float32)
+        soundfile.write(file, waveform, SAMPLING_RATE, format="FLAC")
+        rows.append({"audio": {"bytes": file.getvalue(), "path": None}})
+    return SpeechDataset(Dataset.from_list(rows).cast_column("audio", Audio(decode=False)), "audio", SAMPLING_RATE)
+
+
+def data_pipeline(bench: Bench, num_batches: int = 100) -> None:
+    """Decoding, normalising and padding alone, in one worker; and how much of a batch is padding."""
+    speech = librispeech_like(400)
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    sampler = RandomAccessSampler(durations(speech), batch_size=32, max_batch_seconds=160.0, crop_seconds=35.0, seed=0)
+    loader = DataLoader(
+        Visits(speech, SAMPLING_RATE, 35.0, seed=0),
+        batch_sampler=sampler,
+        collate_fn=DistillationCollator(extractor, extractor, 400),
+        num_workers=1,
+    )
+    batches = iter(loader)
+    next(batches)
+    start, true, padded = time.perf_counter(), 0, 0
+    for batch in itertools.islice(batches, num_batches):
+        true, padded = true + int(batch["attention_mask"].sum()), padded + batch["attention_mask"].numel()
+    seconds = true / SAMPLING_RATE / (time.perf_counter() - start)
+    print(
+        f"\ndata pipeline, one worker: {seconds:.0f} s of audio a second; a whole step, encoder shared:"
+        f" {bench.audio_per_second:.1f}; {seconds / bench.audio_per_second:.0f} times as much"
+    )
+    print(f"padding, lengths of 1 to 35 s: {1 - true / padded:.1%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="Where to train (default: cpu).")
+    parser.add_argument("--mixed_precision", default="no", choices=("no", "bf16"), help="Of the student's passes.")
+    parser.add_argument("--batch_size", type=int, default=4, help="Clips in a batch (default: 4).")
+    parser.add_argument("--seconds", type=float, default=5.0, help="Length of a clip (default: 5).")
+    parser.add_argument("--repeats", type=int, default=7, help="Timed rounds (default: 7).")
+    options = parser.parse_args()
+    bench = Bench(options)
+    print(
+        f"batch {options.batch_size} x {options.seconds:g} s, {options.device}, {options.mixed_precision}, torch"
+        f" {torch.__version__}, {torch.get_num_threads()} threads\n"
+    )
+    selected_against_cut(bench)
+    feature_encoders(bench)
+    data_pipeline(bench)
+
+
+if __name__ == "__main__":
+    main()
