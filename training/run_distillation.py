@@ -235,7 +235,11 @@ def build_eval_loader(
 
 
 def compile_layers(student: LightHubertForPreTraining, teacher: Teacher) -> None:
-    """Compiles the encoder layers, each on its own: subnets differ in which they run, and in their sizes."""
+    """Compiles the encoder layers, each on its own: subnets differ in which they run, and in their sizes.
+
+    Every combination of sizes is compiled when it first comes: 27 of a layer in the small space.
+    """
+    torch._dynamo.config.recompile_limit = 64
     for layer in [*student.hubert.encoder.layers, *teacher.model.encoder.layers]:
         layer.compile(dynamic=True)
 
