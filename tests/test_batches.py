@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import soundfile
-from datasets import Audio, Dataset, concatenate_datasets
+from datasets import Audio, Dataset, IterableDataset, concatenate_datasets
 from test_speech_data import RATE, TONE, encoded
+from torch.utils.data import DataLoader
 from transformers import Wav2Vec2FeatureExtractor
 
 from batches import (
@@ -129,6 +130,17 @@ def test_a_resumed_stream_goes_on_where_it_stopped(stopped_after, ahead):
     assert list(itertools.islice(resumed, 50 - stopped_after)) == expected[stopped_after:]
 
 
+def test_a_filtered_stream_goes_on_where_it_stopped():
+    def odd() -> IterableDataset:
+        return stream().filter(lambda audio: int(audio["path"].partition(".")[0]) % 2, input_columns="audio")
+
+    stopped = stream_sampler(odd(), pool=7)
+    expected = list(itertools.islice(stopped, 20))
+    state = json.loads(json.dumps(stopped.state_dict(12)))
+    resumed = stream_sampler(odd(), pool=7, state=state, start=12)
+    assert list(itertools.islice(resumed, 8)) == expected[12:]
+
+
 def test_a_stream_of_parquet_files_goes_on_where_it_stopped(tmp_path):
     for number, row in enumerate(stream()):
         file = Dataset.from_list([row]).cast_column("audio", Audio(decode=False))
@@ -203,6 +215,21 @@ def test_recordings_that_cannot_be_read_are_left_out_and_named():
     assert batch["names"] == ["tone-2.flac", "tone-5.flac"]
     assert [name for name, _ in batch["unreadable"]] == ["tone-7.flac"]
     assert set(collator([visits[Visit(0, 3)]])) == {"unreadable"}
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["at-hand", "streamed"])
+def test_workers_change_nothing_in_the_batches(streamed):
+    def drawn(num_workers: int) -> list[list[str]]:
+        rows = list(stream())
+        loader = DataLoader(
+            Visits(None if streamed else at_hand(rows), RATE, 1.0, seed=0),
+            batch_sampler=stream_sampler() if streamed else sampler(list(range(1, 41)), batch_size=4),
+            collate_fn=DistillationCollator(EXTRACTOR, EXTRACTOR, 400),
+            num_workers=num_workers,
+        )
+        return [batch["names"] for batch in itertools.islice(loader, 12)]
+
+    assert drawn(2) == drawn(0)
 
 
 def test_a_few_unreadable_recordings_are_logged_and_too_many_stop_the_run(caplog):

@@ -76,6 +76,8 @@ def test_two_processes_train_what_one_trains_with_the_doubled_batch(workshop, sa
             torch.testing.assert_close(weights(two)[name], weight, rtol=0, atol=1e-6)
     name = "encoder.layers.0.attention.q_proj.weight"
     assert not torch.equal(weights(one)[f"hubert.{name}"], start[name])
+    results = [json.loads((folder / "eval_results.json").read_text()) for folder in (one, two)]
+    assert results[0] == pytest.approx(results[1], abs=1e-5)
 
 
 def test_processes_with_subnets_of_their_own_end_with_one_supernet(workshop):
