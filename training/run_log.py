@@ -88,6 +88,7 @@ def plot_losses(history: list[dict[str, float]], path: Path) -> None:
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         style = {"marker": "o", "linestyle": "--"} if name.startswith("eval_") else {"linewidth": 1}
         axes.plot(*zip(*points), label=name, **style)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="steps", ylabel="distillation loss")
     axes.grid(alpha=0.3)
     if names:
@@ -103,6 +104,10 @@ def write_card(
     """The model card, `README.md`: what the student is, what it learnt from, and its losses on held-out speech."""
     space = student.search_space
     subnets = {"this model": student.subnet} if space is None else space.named
+
+    def public(name: str) -> str:  # a name on the Hub as it is, of the paths of this machine the end
+        return Path(name).name if Path(name).exists() else name
+
     sources = recipe["train_file"] or recipe["dataset_name"]
     card = ModelCard.from_template(
         ModelCardData(library_name="transformers", tags=["speech", "hubert", "lighthubert"]),
@@ -118,7 +123,9 @@ def write_card(
             for name, subnet in subnets.items()
         },
         recipe=recipe,
-        sources=[Path(source).name if recipe["train_file"] else source for source in sources],
+        teacher=public(recipe["teacher_name_or_path"]),
+        start=recipe["student_name_or_path"] and public(recipe["student_name_or_path"]),
+        sources=[public(source) for source in sources],
         results=results,
     )
     card.save(folder / "README.md")
