@@ -128,38 +128,34 @@ class Learning:
         return rows
 
     def run(self, variant: str, seed: int) -> dict[str, dict[str, float]]:
-        """Distils `variant` and measures its subnets. The rows have the seconds that training took."""
+        """Distils `variant` and measures its subnets."""
         folder, options = self.output / f"{variant.replace(' ', '-')}-{seed}", dict(VARIANTS[variant])
         alone, stage1 = options.pop("alone", False), options.pop("stage1", False)
-        start, seconds = options.pop("student_name_or_path", None), 0.0
+        start = options.pop("student_name_or_path", None)
         passes, recipe = self.arguments.passes, RECIPE | options
         if alone:
             start = self.output / "smallest-slice"
             recipe |= {"search_space": None, "sampling": "largest"}
         elif stage1:
             first = {"sampling": "largest", "student_name_or_path": start, "max_steps": passes // 4}
-            seconds += self.distil(recipe | first, seed, folder / "stage1")
+            self.distil(recipe | first, seed, folder / "stage1")
             start, passes = folder / "stage1", passes - passes // 4
         steps = passes // PASSES_OF_STEP[recipe["sampling"]]
         recipe |= {"student_name_or_path": start, "max_steps": steps}
-        seconds += self.distil(recipe, seed, folder / "trained")
+        self.distil(recipe, seed, folder / "trained")
         trained = LightHubertModel.from_pretrained(folder / "trained")
         with self.measuring:
             if alone:
-                return {"smallest": self.bench.measure(trained) | {"seconds": seconds}}
-            return {
-                name: self.bench.measure(trained.extract_subnet(subnet)) | {"seconds": seconds}
-                for name, subnet in self.subnets.items()
-            }
+                return {"smallest": self.bench.measure(trained)}
+            return {name: self.bench.measure(trained.extract_subnet(subnet)) for name, subnet in self.subnets.items()}
 
-    def distil(self, recipe: Mapping[str, Any], seed: int, folder: Path) -> float:
-        """One run of the distillation script; returns the seconds that its steps took."""
+    def distil(self, recipe: Mapping[str, Any], seed: int, folder: Path) -> None:
+        """One run of the distillation script."""
         shared = {
             "train_file": self.train_file,
             "validation_file": None,
             "dataloader_num_workers": 0,
             "report_to": "none",
-            "logging_steps": 1,
             "seed": seed,
             "output_dir": folder,
         }
@@ -170,9 +166,10 @@ class Learning:
         finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if finished.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-3000:]}")
-        history = json.loads((folder / "history.json").read_text())
-        audio = [entry["audio_seconds_per_second"] for entry in history if "loss" in entry]
-        return len(audio) / statistics.median(audio)  # relative: how much audio there is in a step cancels out
+
+
+Results = Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
+"""Measures by variant, seed and subnet."""
 
 
 def summary(values: list[float], percent: bool) -> str:
@@ -182,7 +179,7 @@ def summary(values: list[float], percent: bool) -> str:
     return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
-def tables(results: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> str:
+def tables(results: Results) -> str:
     """Markdown: a row for each control and variant, mean and deviation over the seeds."""
     measures = [
         measure for measure in ("digit", "speaker") if measure in next(iter(results["controls"].values()))["teacher"]
@@ -197,21 +194,18 @@ def tables(results: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]
         return found
 
     subnets = ("largest", "middle", "smallest")
-    header = ["", *(f"{measure} {name}" for measure in ("R2", *measures) for name in subnets), "cost"]
+    header = ["", *(f"{measure} {name}" for measure in ("R2", *measures) for name in subnets)]
     controls = list(results["controls"].values())
-    rows = [["teacher", *cells(controls, dict.fromkeys(subnets, "teacher")), ""]]
+    rows = [["teacher", *cells(controls, dict.fromkeys(subnets, "teacher"))]]
     for kind in ("slice of the teacher", "random weights"):
-        rows.append([kind, *cells(controls, {name: f"{name}, {kind}" for name in subnets}), ""])
-    reference = [run["smallest"]["seconds"] for run in results.get("recipe", {}).values()]
+        rows.append([kind, *cells(controls, {name: f"{name}, {kind}" for name in subnets})])
     for variant in VARIANTS:
         if runs := list(results.get(variant, {}).values()):
-            seconds = [run["smallest"]["seconds"] for run in runs]
-            cost = f"{statistics.mean(seconds) / statistics.mean(reference):.2f}" if reference else ""
-            rows.append([variant, *cells(runs, {name: name for name in subnets}), cost])
+            rows.append([variant, *cells(runs, {name: name for name in subnets})])
     return markdown_table(tuple(header), rows)
 
 
-def margins(results: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> str:
+def margins(results: Results) -> str:
     """The worst seed of what distillation is asked to add."""
     lines = []
     controls = results["controls"]
