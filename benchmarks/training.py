@@ -61,9 +61,9 @@ class Bench:
         self.batch = {name: tensor.to(self.device) for name, tensor in self.batch.items()}
 
     def supernet(self) -> LightHubertForPreTraining:
-        """A student as stage 2 has it: the small space in the full width of the teacher, with its convolutions."""
+        """A student as stage 2 of the small space has it, with the convolutions of the teacher."""
         config = LightHubertConfig(search_space=SearchSpace.small(), feat_extract_norm="layer", layerdrop=0.0)
-        student = LightHubertForPreTraining(config)
+        student = LightHubertForPreTraining(config.trimmed())
         student.hubert.feature_extractor.load_state_dict(self.teacher.model.feature_extractor.state_dict())
         return student
 
@@ -73,7 +73,7 @@ class Bench:
             student.freeze_feature_encoder()
         student = self.accelerator.prepare_model(student.train(), evaluation_mode=True)
         weights = [weight for weight in student.parameters() if weight.requires_grad]
-        return student, torch.optim.AdamW(weights, lr=1e-5)
+        return student, torch.optim.AdamW(weights, lr=1e-5, fused=True)
 
     def student_step(self, student: LightHubertForPreTraining, optimizer: torch.optim.Optimizer) -> Step:
         """Forward, backward and optimiser of what is selected; the teacher has answered before."""

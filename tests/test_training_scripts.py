@@ -9,7 +9,7 @@ import torch
 from conftest import stock_settings
 from hub_server import loopback_hub
 from safetensors.torch import load_file
-from scripts import TRAINING, distil, distillation, fails, run, weights
+from scripts import SPACE, TRAINING, distil, distillation, fails, run, weights
 from transformers import (
     AutoModel,
     AutoModelForCTC,
@@ -48,6 +48,13 @@ def test_the_supernet_is_saved_with_its_space_and_feature_extractor(supernet):
     assert model.search_space.num_subnets == 2 * (4 + 16)
     assert model.subnet == model.search_space.largest
     assert Wav2Vec2FeatureExtractor.from_pretrained(supernet).do_normalize
+
+
+def test_a_supernet_stores_no_more_width_than_its_space_needs(workshop):
+    (workshop / "narrow.json").write_text(json.dumps(SPACE | {"hidden_size": [16, 32]}))
+    output = distil(workshop, "narrow", "--search_space", workshop / "narrow.json", "--max_steps", 1)
+    model = AutoModel.from_pretrained(output)
+    assert model.config.hidden_size == model.subnet.hidden_size == 32
 
 
 def test_a_student_without_a_search_space_is_one_model(workshop):

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoFeatureExtractor, AutoModel, HfArgumentParser, Wav2Vec2FeatureExtractor, get_scheduler
 
 from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining, SearchSpace
+from modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch import trim
 from modeling_lighthubert.search_space import search_space_from
 
 from batches import (
@@ -56,7 +57,7 @@ def build_teacher(
 
 
 def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHubertForPreTraining:
-    """The student where it starts, with the search space asked for."""
+    """The student where it starts, with the search space asked for, and no more width than its largest subnet."""
     space = arguments.search_space
     if space is not None:
         space = SearchSpace.from_json_file(space) if space.endswith(".json") else search_space_from(space)
@@ -74,6 +75,7 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
         start = arguments.student_name_or_path or arguments.teacher_name_or_path
         student = LightHubertForPreTraining.from_pretrained(start, dtype=torch.float32, **options)
     if student.search_space is not None:
+        student = trim(student)  # what no subnet uses would cost memory, and time of the optimiser
         student.set_subnet("largest")
     if arguments.freeze_feature_encoder or arguments.share_feature_encoder:
         student.freeze_feature_encoder()
@@ -307,6 +309,7 @@ def main() -> None:
         [parameter for parameter in student.parameters() if parameter.requires_grad],
         lr=arguments.learning_rate,
         weight_decay=arguments.weight_decay,
+        fused=True,
     )
     scheduler = get_scheduler(
         arguments.lr_scheduler_type, optimizer, int(arguments.warmup_ratio * arguments.max_steps), arguments.max_steps
