@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,18 @@ class Learning:
         self.measuring = threading.Lock()
         self.untrained.extract_subnet("smallest").save_pretrained(self.output / "smallest-slice")
 
+    @cached_property
+    def untrained_rows(self) -> dict[str, dict[str, float]]:
+        """The teacher and its slices, which no seed changes."""
+        slices = {f"{name}, slice of the teacher": subnet for name, subnet in self.subnets.items()}
+        return {"teacher": self.bench.measure(self.teacher.model)} | {
+            name: self.bench.measure(self.untrained.extract_subnet(subnet)) for name, subnet in slices.items()
+        }
+
     def controls(self, seed: int) -> dict[str, dict[str, float]]:
         """The teacher, its untrained slices, and random weights."""
-        rows = {"teacher": self.bench.measure(self.teacher.model)}
+        rows = dict(self.untrained_rows)
         for name, subnet in self.subnets.items():
-            rows[f"{name}, slice of the teacher"] = self.bench.measure(self.untrained.extract_subnet(subnet))
             set_seed(seed)
             random_weights = LightHubertModel(self.untrained.config.cut_to(subnet))
             rows[f"{name}, random weights"] = self.bench.measure(random_weights)
