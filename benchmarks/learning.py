@@ -68,7 +68,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "smallest alone": {"alone": True},
     "random start": RANDOM,
     "random start, 65 % masked, loss on masked frames": RANDOM | PAPER,
-    "random start, after stage 1": RANDOM | {"stage1": True},
 }
 """What differs from the recipe, as options of the training script; besides, `stage1`: the largest subnet is trained
 first, and `alone`: the smallest is trained as one model."""
