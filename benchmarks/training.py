@@ -76,11 +76,15 @@ class Bench:
         weights = [weight for weight in student.parameters() if weight.requires_grad]
         return student, torch.optim.AdamW(weights, lr=1e-5, fused=True)
 
-    def student_step(self, student: LightHubertForPreTraining, optimizer: torch.optim.Optimizer) -> Step:
+    def student_step(self, student: LightHubertForPreTraining, optimizer: torch.optim.Optimizer, share=False) -> Step:
         """Forward, backward and optimiser of what is selected; the teacher has answered before."""
-        lesson = prepare_lesson(student, self.teacher, self.batch, 0, self.accelerator)
+        lesson = prepare_lesson(student, self.teacher, self.batch, 0, self.accelerator, share)
+        frozen = lesson.conv_features is not None and not share
 
         def step() -> None:
+            if frozen:
+                with torch.no_grad(), self.accelerator.autocast():
+                    lesson.conv_features = student.hubert.feature_extractor(self.batch["input_values"])
             lesson.loss(student, self.teacher).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -167,24 +171,33 @@ def selected_against_cut(bench: Bench) -> None:
 def feature_encoders(bench: Bench) -> None:
     """What a feature encoder costs that learns, is frozen, or is shared with the teacher."""
     space = SearchSpace.small()
-    print("\n| a whole step, with the teacher | encoder frozen / learns | shared / learns | shared / frozen |")
+    sandwich = [space.smallest, space.named["a_small"], space.largest]
+    print("\n| a step | encoder frozen / learns | shared / learns | shared / frozen |")
     print("|---|---|---|---|")
     for name, subnets in {
-        "a_small": [space.named["a_small"]],
-        "sandwich (smallest, a_small, largest)": [space.smallest, space.named["a_small"], space.largest],
+        "a_small, of the student alone": None,
+        "a_small, with the teacher": [space.named["a_small"]],
+        "sandwich (smallest, a_small, largest), with the teacher": sandwich,
     }.items():
         steps = {}
         for kind in ("learns", "frozen", "shared"):
             student, optimizer = bench.prepare(bench.supernet(), freeze=kind != "learns")
-            steps[kind] = bench.whole_step(student, optimizer, subnets, share=kind == "shared")
+            student.set_subnet("a_small")
+            share = kind == "shared"
+            if subnets is None:
+                steps[kind] = bench.student_step(student, optimizer, share)
+            else:
+                steps[kind] = bench.whole_step(student, optimizer, subnets, share)
         times = bench.alternating(steps)
         ratios = [
             median_ratio(times[one], times[other])
             for one, other in (("frozen", "learns"), ("shared", "learns"), ("shared", "frozen"))
         ]
         print(f"| {name} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |", flush=True)
-        fastest = statistics.median(times["shared"])
-        bench.audio_per_second = bench.options.batch_size * bench.options.seconds / fastest
+        if subnets is not None and len(subnets) == 1:
+            bench.audio_per_second = (
+                bench.options.batch_size * bench.options.seconds / statistics.median(times["shared"])
+            )
 
 
 def librispeech_like(num_recordings: int) -> SpeechDataset:
@@ -216,7 +229,7 @@ def data_pipeline(bench: Bench, num_batches: int = 100) -> None:
         true, padded = true + int(batch["attention_mask"].sum()), padded + batch["attention_mask"].numel()
     seconds = true / SAMPLING_RATE / (time.perf_counter() - start)
     print(
-        f"\ndata pipeline, one worker: {seconds:.0f} s of audio a second; a whole step, encoder shared:"
+        f"\ndata pipeline, one worker: {seconds:.0f} s of audio a second; a step of a_small with the teacher, shared:"
         f" {bench.audio_per_second:.1f}; {seconds / bench.audio_per_second:.0f} times as much"
     )
     print(f"padding, lengths of 1 to 35 s: {1 - true / padded:.1%}")

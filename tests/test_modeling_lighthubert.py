@@ -203,7 +203,7 @@ def test_the_largest_subnet_answers_like_stock_hubert(flavour, attention, wavefo
     supernet.set_attn_implementation(attention)
     mask = (torch.arange(4000) < torch.tensor([[4000], [2500]])).long()
     inputs = torch.cat([waveform, waveform.flip(1) * mask[1]])
-    close(answer(supernet, inputs, attention_mask=mask), answer(stock, inputs, attention_mask=mask), 1e-6)
+    close(answer(supernet, inputs, attention_mask=mask), answer(stock, inputs, attention_mask=mask), 1e-5)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -211,7 +211,7 @@ def test_a_model_without_a_search_space_is_stock_hubert(flavour, waveform):
     stock = randomise(HubertModel(HubertConfig(**stock_settings(num_hidden_layers=2), **flavour))).eval()
     model = LightHubertModel(tiny_config(None, **flavour)).eval()
     model.load_state_dict(stock.state_dict())
-    close(answer(model, waveform), answer(stock, waveform), 1e-6)
+    close(answer(model, waveform), answer(stock, waveform), 1e-5)
 
 
 def test_the_largest_full_size_subnet_answers_like_stock_hubert(full_size, waveform):
@@ -219,7 +219,24 @@ def test_the_largest_full_size_subnet_answers_like_stock_hubert(full_size, wavef
         stock = HubertModel(HubertConfig(feat_extract_norm="layer"))
     stock.load_state_dict(full_size.state_dict(), assign=True)
     with full_size.using_subnet("largest"):
-        close(answer(full_size, waveform), answer(stock.eval(), waveform), 1e-6)
+        close(answer(full_size, waveform), answer(stock.eval(), waveform), 1e-5)
+
+
+def test_frames_of_the_convolutions_are_those_of_hubert(recordings=2):
+    """Of any length: what is padded to whole rows leaves no trace, also not in gradients."""
+    stock = randomise(HubertModel(HubertConfig(**stock_settings(feat_extract_norm="layer")))).feature_extractor
+    ours = LightHubertModel(tiny_config(feat_extract_norm="layer")).feature_extractor
+    ours.load_state_dict(stock.state_dict())
+    for num_samples in (400, 401, 719, 720, 4000, 6399, 6400):
+        waveforms = noise(recordings, num_samples)
+        one, other = ours(waveforms), stock(waveforms)
+        close(one, other, 1e-5)
+        weight = noise(*one.shape)
+        gradients = [
+            torch.autograd.grad((out * weight).sum(), conv.parameters()) for out, conv in ((one, ours), (other, stock))
+        ]
+        for mine, theirs in zip(*gradients, strict=True):
+            close(mine, theirs, 1e-5 * theirs.abs().max().item() + 1e-5)
 
 
 # Selected and cut
@@ -887,8 +904,8 @@ def test_a_head_answers_like_that_of_transformers(head, stock_head, stock_config
     }.get(head, torch.tensor([0, 2]))
     with torch.no_grad():
         ours, theirs = model(noise(2, 8000), labels=labels), stock(noise(2, 8000), labels=labels)
-    close(ours.logits, theirs.logits, 1e-6)
-    close(ours.loss, theirs.loss, 1e-5)
+    close(ours.logits, theirs.logits, 1e-5)
+    torch.testing.assert_close(ours.loss, theirs.loss)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -954,7 +971,7 @@ def test_a_stock_checkpoint_starts_a_supernet(checkpoint, head, names, waveform)
     assert encoder.state_dict().keys() == model.base_model.state_dict().keys()
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(model.base_model.state_dict()[name], tensor), name
-    close(answer(model.base_model.eval(), waveform), answer(encoder, waveform), 1e-6)
+    close(answer(model.base_model.eval(), waveform), answer(encoder, waveform), 1e-5)
     of_head = (
         {name for name in model.state_dict() if not name.startswith("hubert.")}
         if head is not LightHubertModel
@@ -970,7 +987,7 @@ def test_the_head_of_a_stock_checkpoint_is_kept(tmp_path, waveform):
     close(
         answer(LightHubertForCTC.from_pretrained(tmp_path, search_space=TWO_DEEP), waveform),
         answer(stock, waveform),
-        1e-6,
+        1e-5,
     )
 
 
