@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import stock_settings
@@ -12,13 +11,11 @@ from safetensors.torch import load_file
 from scripts import SPACE, TRAINING, distil, distillation, fails, run, weights
 from transformers import (
     AutoModel,
-    AutoModelForCTC,
     HubertConfig,
     HubertModel,
     Wav2Vec2FeatureExtractor,
     WhisperConfig,
     WhisperModel,
-    pipeline,
 )
 
 
@@ -129,39 +126,6 @@ def test_a_run_shows_how_it_went(workshop):
     card = (output / "README.md").read_text()
     assert "40 smaller HuBERTs" in card.replace("\n", " ")
     assert f"| smallest | {evaluation[-1]['eval_loss_smallest']:.4f} |" in card
-
-
-def test_ctc_cuts_fine_tunes_and_transcribes(workshop, supernet):
-    output = workshop / "asr"
-    run(
-        TRAINING / "run_speech_recognition_ctc.py",
-        *("--model_name_or_path", supernet, "--subnet", "smallest", "--output_dir", output, "--use_cpu"),
-        *("--train_file", workshop / "speech.parquet", "--validation_file", workshop / "speech.parquet"),
-        *("--max_steps", 250, "--learning_rate", 5e-3, "--warmup_steps", 5, "--mask_time_prob", 0.0),
-        *("--save_strategy", "no", "--report_to", "none"),
-    )
-    assert AutoModelForCTC.from_pretrained(output).config.hidden_size == 16
-    results = json.loads((output / "eval_results.json").read_text())
-    assert results["eval_cer"] < 0.1, results
-    recogniser = pipeline("automatic-speech-recognition", model=str(output))
-    tone = np.sin(2 * np.pi * 200 * np.arange(8000) / 16_000).astype(np.float32) * 0.5
-    assert recogniser(tone)["text"] == "low"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--text_column_name", "words"), "no column 'words': choose --text_column_name from ['audio', 'text']"),
-        (("--subnet", "huge"), "subnet 'huge' is not known"),
-        (("--streaming", True), "all transcripts have to be at hand"),
-    ],
-)
-def test_bad_input_to_ctc_ends_with_its_reason(workshop, supernet, options, message):
-    command = [
-        *(TRAINING / "run_speech_recognition_ctc.py", "--model_name_or_path", supernet),
-        *("--train_file", workshop / "speech.parquet", "--output_dir", workshop / "bad", "--use_cpu", *options),
-    ]
-    assert message in fails(*command)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,309 @@
+"""What fine-tuning for speech recognition is worth: each subnet alone, or all of them at once.
+
+    python benchmarks/asr.py
+    python benchmarks/asr.py --train_file digits-train.parquet --test_file digits-test.parquet --held_out_speaker theo
+
+For each seed a supernet is distilled by training/configs/small_budget.yaml and fine-tuned by
+training/configs/ctc_small_budget.yaml, on strings of words of one speaker with pauses of random length: once for all,
+with and without in-place distillation, and each subnet alone, cut first, in the same number of steps. The control has
+the shape of the middle subnet and random weights. With `--held_out_speaker` a second round leaves that speaker out of
+all training, and transcribes nobody else. Two runs at a time, one thread each; a run that is done is not made again,
+so the benchmark goes on where it stopped.
+"""
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from datasets import Audio, disable_progress_bars, load_dataset
+from learning import summary
+from tqdm.auto import tqdm
+from transformers import AutoModelForCTC, HfArgumentParser, set_seed
+from transformers.utils import logging
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "training")]
+
+from modeling_lighthubert import LightHubertModel, SearchSpace  # noqa: E402
+from modeling_lighthubert.profiling import macs_per_second  # noqa: E402
+
+from ctc_decoding import Recognizer  # noqa: E402
+from metrics import CharacterErrorRate, WordErrorRate  # noqa: E402
+from run_demo import SAMPLING_RATE, markdown_table, middle_subnet, prepare_speech  # noqa: E402
+from speech_data import load_waveform  # noqa: E402
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+
+SPACE = ROOT / "demo/search_space.json"
+ONCE_FOR_ALL = {"once for all": 0.0, "once for all, taught by the largest": 1.0}
+"""Weight of in-place distillation of each."""
+
+
+@dataclass
+class RecognitionArguments:
+    """What is compared, and for how long."""
+
+    train_file: str = field(
+        default=str(ROOT / "demo/speech/train.parquet"), metadata={"help": "Parquet file to train on."}
+    )
+    test_file: str = field(
+        default=str(ROOT / "demo/speech/test.parquet"), metadata={"help": "Parquet file to test on."}
+    )
+    output_dir: str = field(
+        default=str(ROOT / "benchmarks/output/asr"), metadata={"help": "Folder for runs and results."}
+    )
+    held_out_speaker: str | None = field(default=None, metadata={"help": "Speaker to hold out in a second round."})
+    distillation_steps: int = field(default=300, metadata={"help": "Steps that make the supernet."})
+    steps: int = field(default=600, metadata={"help": "Steps of each fine-tuning."})
+    num_random_subnets: int = field(default=20, metadata={"help": "Random subnets to transcribe with, once for all."})
+    num_random_alone: int = field(default=20, metadata={"help": "How many of them are fine-tuned alone, too."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each kind for each."})
+
+
+class Recognition:
+    """Runs of one round, all speakers or all but one, and their error rates."""
+
+    def __init__(self, arguments: RecognitionArguments, held_out_speaker: str | None = None):
+        self.arguments, self.held_out_speaker = arguments, held_out_speaker
+        self.output = Path(arguments.output_dir).resolve() / (held_out_speaker or "all")
+        (self.output / "data").mkdir(parents=True, exist_ok=True)
+        rng = random.Random(0)
+        self.train = prepare_speech(
+            self._speakers(arguments.train_file, "train"), self.output / "data", "train", 1000, rng
+        )
+        self.test = prepare_speech(self._speakers(arguments.test_file, "test"), self.output / "data", "test", 100, rng)
+        strings = load_dataset("parquet", data_files=str(self.test.strings_file), split="train")
+        self.references = list(strings["text"])
+        audio = strings.cast_column("audio", Audio(decode=False))["audio"]
+        self.waveforms = [load_waveform(recording, SAMPLING_RATE) for recording in audio]
+        self.space, draw = SearchSpace.from_json_file(SPACE), random.Random("evaluation")
+        self.subnets = {
+            "smallest": self.space.smallest,
+            "middle": middle_subnet(self.space),
+            "largest": self.space.largest,
+            **{f"random_{number}": self.space.sample(draw) for number in range(arguments.num_random_subnets)},
+        }
+        (self.output / "subnets").mkdir(exist_ok=True)
+        for name, subnet in self.subnets.items():
+            self.subnet_file(name).write_text(json.dumps(subnet.to_dict()))
+        self.making = {seed: threading.Lock() for seed in arguments.seeds}
+
+    def subnet_file(self, name: str) -> Path:
+        return self.output / "subnets" / f"{name}.json"
+
+    def _speakers(self, file: str, part: str) -> str:
+        """The file, or one of it without (or of nobody but) the speaker that is held out."""
+        if self.held_out_speaker is None:
+            return file
+        chosen = self.output / "data" / f"{part}-speakers.parquet"
+        rows = load_dataset("parquet", data_files=file, split="train")
+        rows = rows.filter(
+            lambda speaker: (speaker == self.held_out_speaker) == (part == "test"), input_columns="speaker"
+        )
+        rows.to_parquet(chosen)
+        return str(chosen)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Runs by name. With a speaker held out, only those that say what a new voice costs."""
+        if self.held_out_speaker is not None:
+            return ["once for all", "middle alone"]
+        alone = ["smallest", "middle", "largest"]
+        alone += [f"random_{number}" for number in range(self.arguments.num_random_alone)]
+        return [*ONCE_FOR_ALL, "middle from random weights", *(f"{name} alone" for name in alone)]
+
+    def supernet(self, seed: int) -> Path:
+        """The distilled supernet, made when it is first asked for."""
+        folder = self.output / f"supernet-{seed}"
+        with self.making[seed]:
+            if not (folder / "model.safetensors").exists():
+                self.script(
+                    "run_distillation.py", "small_budget", folder, seed, self.arguments.distillation_steps,
+                    train_file=self.train.file, dataloader_num_workers=0, resume_from_checkpoint="latest",
+                )  # fmt: skip
+        return folder
+
+    def script(self, name: str, recipe: str, folder: Path, seed: int, steps: int, **options: Any) -> float:
+        """Runs a training script by its recipe, and returns its seconds."""
+        options |= {"output_dir": folder, "seed": seed, "max_steps": steps, "report_to": "none"}
+        words = [f"--{option}={value}" for option, value in options.items()]
+        command = [
+            sys.executable,
+            str(ROOT / "training" / name),
+            "--config",
+            f"training/configs/{recipe}.yaml",
+            *words,
+        ]
+        start, environment = time.perf_counter(), os.environ | {"OMP_NUM_THREADS": "1"}
+        finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-3000:]}")
+        return time.perf_counter() - start
+
+    def run(self, kind: str, seed: int) -> dict[str, Any]:
+        """Fine-tunes, and transcribes the test recordings with every subnet that the run made."""
+        start, folder = self.supernet(seed), self.output / f"{kind.replace(' ', '-').replace(',', '')}-{seed}"
+        options: dict[str, Any] = {"train_file": self.train.strings_file, "validation_file": self.test.strings_file}
+        name = kind.split()[0]
+        if kind in ONCE_FOR_ALL:
+            options |= {"once_for_all": True, "distillation_weight": ONCE_FOR_ALL[kind]}
+        elif kind.endswith("random weights"):
+            set_seed(seed)
+            start = self.output / f"random-weights-{seed}"
+            supernet = LightHubertModel.from_pretrained(self.supernet(seed))
+            LightHubertModel(supernet.config.cut_to(self.subnets[name])).save_pretrained(start)
+        else:
+            options["subnet"] = self.subnet_file(name)
+        options["model_name_or_path"] = start
+        seconds = self.script(
+            "run_speech_recognition_ctc.py", "ctc_small_budget", folder, seed, self.arguments.steps, **options
+        )
+        names = list(self.subnets) if kind in ONCE_FOR_ALL else [name]
+        return {"seconds": seconds} | {
+            each: self.measure(folder, self.subnet_file(each) if kind in ONCE_FOR_ALL else None) for each in names
+        }
+
+    def measure(self, folder: Path, subnet_file: Path | None) -> dict[str, float]:
+        """Error rates on the test recordings."""
+        recognizer = Recognizer.from_pretrained(str(folder), subnet=subnet_file and str(subnet_file))
+        predictions = [transcript.text for transcript in recognizer.transcribe(self.waveforms)]
+        texts = {"predictions": predictions, "references": self.references}
+        return WordErrorRate().compute(**texts) | CharacterErrorRate().compute(**texts)
+
+    def macs(self, seed: int) -> dict[str, float]:
+        """MACs per second of audio of every subnet."""
+        model = AutoModelForCTC.from_pretrained(self.output / f"once-for-all-{seed}")
+        return {name: macs_per_second(model, subnet) for name, subnet in self.subnets.items()}
+
+
+Results = Mapping[str, Mapping[str, Any]]
+"""Of each kind of run and seed: `seconds`, and error rates by subnet."""
+
+
+def rates(results: Results, kind: str, subnet: str, measure: str = "wer") -> list[float]:
+    """One for each seed."""
+    return [run[subnet][measure] for run in results.get(kind, {}).values()]
+
+
+def table(results: Results, subnets: Sequence[str]) -> str:
+    """Markdown: error rates of each subnet, fine-tuned alone, once for all, and from random weights."""
+    kinds = {"alone": "{} alone"} | {kind: kind for kind in ONCE_FOR_ALL} | {"random": "{} from random weights"}
+    header = ["", "WER alone", *(f"WER {kind}" for kind in ONCE_FOR_ALL), "WER from random weights"]
+    header += ["CER alone", "CER once for all", "CER from random weights"]
+    columns = [(kind, "wer") for kind in kinds.values()]
+    columns += [(kind, "cer") for name, kind in kinds.items() if name in ("alone", "once for all", "random")]
+    rows = []
+    for subnet in subnets:
+        found = [rates(results, kind.format(subnet), subnet, measure) for kind, measure in columns]
+        rows.append([subnet, *(summary(values, percent=True) if values else "" for values in found)])
+    named = [subnet for subnet in subnets if subnet.startswith("random")]
+    for kind in ONCE_FOR_ALL:
+        values = [statistics.mean(run[name]["wer"] for name in named) for run in results.get(kind, {}).values()]
+        if values and named:
+            print(f"- {len(named)} random subnets, {kind}: WER {summary(values, percent=True)} in the mean")
+    return markdown_table(tuple(header), rows)
+
+
+def margins(results: Results, subnets: Sequence[str]) -> str:
+    """What the benchmark asks for."""
+    lines = []
+    own, control = rates(results, "middle alone", "middle"), rates(results, "middle from random weights", "middle")
+    if own and control:
+        worse = sum(one >= other for one, other in zip(own, control, strict=True))
+        lines.append(
+            f"middle, distilled against random weights: {statistics.mean(own) / statistics.mean(control):.2f} of its"
+            f" word errors in the mean (bar 0.50), no better in {worse} of {len(own)} seeds (bar 0)"
+        )
+    alone = [name for name in subnets if f"{name} alone" in results]
+    for kind in ONCE_FOR_ALL:
+        if kind not in results or not alone:
+            continue
+        gaps = {
+            name: statistics.mean(rates(results, kind, name)) - statistics.mean(rates(results, f"{name} alone", name))
+            for name in alone
+        }
+        largest = max(gaps, key=gaps.__getitem__)
+        cost = statistics.mean(run["seconds"] for run in results[kind].values())
+        each = [statistics.mean(run["seconds"] for run in results[f"{name} alone"].values()) for name in alone]
+        lines.append(
+            f"{kind}: {100 * statistics.mean(gaps.values()):+.1f} points of WER against {len(alone)} subnets alone in"
+            f" the mean, {100 * gaps[largest]:+.1f} at most ({largest}; bar +3.0); {cost / sum(each):.2f} of their"
+            f" time together (bar 0.33), {cost / statistics.mean(each):.1f} times that of one"
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def plot(results: Results, macs: Mapping[str, float], path: Path) -> None:
+    """Word error rate against MACs: every subnet of the supernets, and those fine-tuned alone."""
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    kinds = {kind: [(name, kind) for name in macs] for kind in ONCE_FOR_ALL if kind in results}
+    kinds["each alone"] = [(name, f"{name} alone") for name in macs if f"{name} alone" in results]
+    for (label, pairs), marker in zip(kinds.items(), ("o", "s", "x")):
+        points = [(macs[name] / 1e6, 100 * statistics.mean(rates(results, kind, name))) for name, kind in pairs]
+        if points:
+            axes.scatter(*zip(*points), label=label, marker=marker, s=25)
+    axes.set(xlabel="million MACs per second of audio", ylabel="word error rate, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def run_all(recognition: Recognition, seeds: Sequence[int]) -> Results:
+    """Makes every run that is not done, and keeps each result as soon as it is there."""
+    file = recognition.output / "results.json"
+    results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    jobs = [(kind, seed) for kind in recognition.kinds for seed in seeds]
+    jobs = [(kind, seed) for kind, seed in jobs if str(seed) not in results.get(kind, {})]
+    writing = threading.Lock()
+
+    def work(job: tuple[str, int]) -> None:
+        kind, seed = job
+        found = recognition.run(kind, seed)
+        with writing:
+            results.setdefault(kind, {})[str(seed)] = found
+            file.write_text(json.dumps(results, indent=2) + "\n")
+            bar.set_postfix_str(f"{kind}, seed {seed}")
+            bar.update()
+
+    with tqdm(total=len(jobs), desc="runs") as bar, ThreadPoolExecutor(max_workers=2) as workers:
+        list(workers.map(work, jobs))
+    return results
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(RecognitionArguments, description=__doc__).parse_args_into_dataclasses()
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    for speaker in dict.fromkeys([None, arguments.held_out_speaker]):
+        recognition = Recognition(arguments, speaker)
+        results = run_all(recognition, arguments.seeds)
+        shown = [name for name in recognition.subnets if not name.startswith("random") or f"{name} alone" in results]
+        report = f"{table(results, shown)}\n\n{margins(results, shown)}\n"
+        (recognition.output / "results.md").write_text(report)
+        plot(results, recognition.macs(arguments.seeds[0]), recognition.output / "wer-against-macs.png")
+        print(f"\n{'all speakers' if speaker is None else f'{speaker}, never heard in training'}\n\n{report}")
+    print(f"{(time.perf_counter() - begin) / 60:.0f} minutes; all in {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""Fine-tuning with CTC, by the script, on tones of a tiny teacher's supernet: a tone is called high or low."""
+
+import io
+import json
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import stock_settings
+from datasets import Audio, Dataset
+from evaluate import evaluator
+from hub_server import loopback_hub
+from safetensors.torch import load_file
+from scripts import TRAINING, distil, newest, run, start, weights
+from transformers import (
+    AutoModelForCTC,
+    HubertConfig,
+    HubertForCTC,
+    HubertModel,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2Processor,
+    pipeline,
+)
+
+from modeling_lighthubert.export import to_hubert
+
+import run_speech_recognition_ctc
+from metrics import CharacterErrorRate, WordErrorRate
+
+
+pytestmark = pytest.mark.xdist_group("ctc")  # one worker makes what they share
+SCRIPT = TRAINING / "run_speech_recognition_ctc.py"
+LEARN = ("--max_steps", 250, "--learning_rate", 5e-3, "--warmup_steps", 5, "--mask_time_prob", 0.0)
+
+
+@pytest.fixture(scope="module")
+def shop(workshop) -> Path:
+    """The workshop, with a supernet of two stages."""
+    distil(workshop, "ctc-supernet", "--sampling", "sandwich", "--max_steps", 4, "--learning_rate", 2e-3)
+    return workshop
+
+
+def options(shop: Path, output: str | Path, *more: object) -> list[str]:
+    """Of a run on the tones; later ones count."""
+    given = (
+        *("--model_name_or_path", shop / "ctc-supernet", "--train_file", shop / "speech.parquet"),
+        *("--output_dir", shop / output, "--use_cpu", "--report_to", "none", "--save_strategy", "no"),
+        *("--max_steps", 2, "--disable_tqdm", True, *more),
+    )
+    return [str(word) for word in given]
+
+
+def fine_tune(shop: Path, output: str | Path, *more: object) -> Path:
+    """The script in this process: a new one takes seconds to import what it needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(SCRIPT), *options(shop, output, *more)])
+        run_speech_recognition_ctc.main()
+    return shop / output
+
+
+def speech(path: Path, *rows: tuple[np.ndarray | bytes, str], name: str = "{}.flac") -> Path:
+    """A parquet file of waveforms at 16 kHz, or encoded files, and their transcripts."""
+    made = []
+    for number, (audio, text) in enumerate(rows):
+        file = io.BytesIO()
+        if isinstance(audio, np.ndarray):
+            soundfile.write(file, audio, 16_000, format="FLAC")
+        encoded = file.getvalue() if isinstance(audio, np.ndarray) else audio
+        made.append({"audio": {"bytes": encoded, "path": name.format(number)}, "text": text})
+    Dataset.from_list(made).cast_column("audio", Audio(decode=False)).to_parquet(path)
+    return path
+
+
+def tone(seconds: float = 0.5, frequency: int = 200) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * 16_000)) / 16_000)).astype(np.float32)
+
+
+def losses(output: Path) -> list[tuple[float, float]]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
+
+
+def error_rates(output: Path, part: str = "eval") -> dict[str, float]:
+    return json.loads((output / f"{part}_results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def cut(shop) -> Path:
+    """The smallest subnet, cut and fine-tuned until it names the tones."""
+    data = ("--validation_file", shop / "speech.parquet", "--do_predict", "--test_file", shop / "speech.parquet")
+    return fine_tune(shop, "asr-cut", "--subnet", "smallest", *data, *LEARN)
+
+
+@pytest.fixture(scope="module")
+def supernet(shop) -> Path:
+    """The supernet, fine-tuned once for all."""
+    data = ("--validation_file", shop / "speech.parquet", "--num_eval_subnets", 1, "--num_random_subnets", 2)
+    return fine_tune(shop, "asr-supernet", "--once_for_all", *data, *LEARN, "--max_steps", 350)
+
+
+# What comes out
+
+
+def test_a_subnet_is_cut_and_learns_to_transcribe(cut):
+    assert AutoModelForCTC.from_pretrained(cut).config.hidden_size == 16
+    assert error_rates(cut)["eval_cer"] < 0.1
+    assert error_rates(cut, "test")["test_wer"] == error_rates(cut)["eval_wer"]
+
+
+def test_every_subnet_of_a_supernet_that_was_fine_tuned_once_transcribes(shop, supernet):
+    model = AutoModelForCTC.from_pretrained(supernet)
+    assert model.subnet == model.search_space.largest
+    recordings = [np.array(row) for row in (tone(0.4), tone(0.5, 1200))]
+    processor = Wav2Vec2Processor.from_pretrained(supernet)
+    for seed in range(5):
+        subnet = model.search_space.sample(seed)
+        small = model.extract_subnet(subnet)
+        for recording, text in zip(recordings, ("low", "high"), strict=True):
+            inputs = processor(recording, sampling_rate=16_000, return_tensors="pt")
+            with model.using_subnet(subnet), torch.no_grad():
+                ids = [one(**inputs).logits.argmax(-1) for one in (model, small)]
+            assert torch.equal(*ids)
+            assert processor.batch_decode(ids[0]) == [text]
+
+
+def test_an_evaluation_measures_every_subnet_in_question_and_their_mean(supernet):
+    results = error_rates(supernet)
+    each = [results[f"eval_wer_{name}"] for name in ("largest", "smallest", "random_0")]
+    assert results["eval_wer"] == pytest.approx(np.mean(each))
+    rows = [json.loads(line) for line in (supernet / "eval_transcripts.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 8
+    assert {row["subnet"] for row in rows} == {"largest", "smallest", "random_0"}
+
+
+def test_model_export_and_pipeline_transcribe_alike_alone_batched_and_padded(shop, cut, tmp_path):
+    """The cut model, the stock HuBERT made of it, and the pipeline on either."""
+    model, processor = AutoModelForCTC.from_pretrained(cut), Wav2Vec2Processor.from_pretrained(cut)
+    stock = to_hubert(model)
+    assert type(stock) is HubertForCTC
+    for folder, saved in {"stock": stock, "own": model}.items():
+        saved.save_pretrained(tmp_path / folder)
+        processor.save_pretrained(tmp_path / folder)
+    waveforms = [soundfile.read(file)[0].astype(np.float32) for file in sorted((shop / "recordings").iterdir())]
+
+    def transcripts(model, waveforms, **padding) -> list[str]:
+        inputs = processor(waveforms, sampling_rate=16_000, return_tensors="pt", padding=True, **padding)
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        lengths = model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(-1))
+        return [processor.decode(row[:length].argmax(-1)) for row, length in zip(logits, lengths, strict=True)]
+
+    expected = ["high" if number % 2 == 0 else "low" for number in range(len(waveforms))]
+    for either in (model, stock):
+        assert transcripts(either, waveforms) == expected
+        assert transcripts(either, waveforms, pad_to_multiple_of=50_000) == expected
+        assert [transcripts(either, [waveform])[0] for waveform in waveforms] == expected
+    for folder in ("own", "stock"):
+        recogniser = pipeline("automatic-speech-recognition", model=str(tmp_path / folder))
+        assert [recogniser(waveform.copy())["text"] for waveform in waveforms] == expected
+        assert [result["text"] for result in recogniser(waveforms, batch_size=3)] == expected
+
+
+def test_evaluate_scores_a_model_with_the_metrics_of_the_script(shop, cut):
+    """evaluate makes the pipeline of a folder. Of a pipeline, evaluate 0.4.6 asks whether it is a model of TensorFlow,
+    which transformers 5 does not know."""
+    texts = ["high", "low"] * 4
+    files = sorted(str(file) for file in (shop / "recordings").iterdir())
+    for metric, measure in ((WordErrorRate(), "wer"), (CharacterErrorRate(), "cer")):
+        score = evaluator("automatic-speech-recognition").compute(
+            model_or_pipeline=str(cut),
+            data=Dataset.from_dict({"path": files, "text": texts}),
+            metric=metric,
+            label_column="text",
+        )
+        assert score[measure] == pytest.approx(error_rates(cut)[f"eval_{measure}"])
+
+
+def test_error_rates_are_edits_over_the_units_of_the_references():
+    texts = {"predictions": ["a c", ""], "references": ["a b", "dd"]}
+    assert WordErrorRate().compute(**texts) == {"wer": 2 / 3}
+    assert CharacterErrorRate().compute(**texts) == {"cer": 3 / 5}
+
+
+def test_a_run_leaves_what_a_reader_looks_for(cut):
+    rows = [json.loads(line) for line in (cut / "eval_transcripts.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert set(rows[0]) == {"name", "subnet", "reference", "hypothesis", "wer"}
+    assert "REF: high" in (cut / "test_alignments.txt").read_text()
+    assert (cut / "loss.png").read_bytes().startswith(b"\x89PNG")
+    card = (cut / "README.md").read_text()
+    assert "model-index" in card and "type: wer" in card
+    assert f"| {100 * error_rates(cut)['eval_wer']:.2f} |" in card
+    assert str(cut.parent) not in card
+
+
+def test_the_model_is_pushed_to_the_hub_with_its_card_and_without_its_checkpoints(shop, monkeypatch):
+    with loopback_hub() as hub:
+        for name, value in (hub.environment | {"HF_HUB_OFFLINE": "0"}).items():
+            monkeypatch.setenv(name, value)
+        data = ("--validation_file", shop / "speech.parquet", "--save_strategy", "steps", "--save_steps", 1)
+        run(SCRIPT, *options(shop, "pushed-asr", *data, "--push_to_hub", "--hub_model_id", "me/asr"))
+    files = set(hub.repositories["me/asr"])
+    assert {"model.safetensors", "config.json", "processor_config.json", "vocab.json", "README.md"} <= files
+    assert not [name for name in files if "checkpoint" in name]
+
+
+# Exactness
+
+
+@pytest.mark.parametrize(
+    "kind", [("--subnet", "smallest"), ("--once_for_all", "--distillation_weight", 0.5)], ids=["cut", "supernet"]
+)
+def test_accumulated_batches_and_two_processes_train_what_one_batch_does(shop, kind):
+    """Losses and norms of gradients, step by step."""
+    shared = (*kind, "--max_steps", 4, "--mask_time_prob", 0.0, "--logging_steps", 1, "--learning_rate", 1e-3)
+    name = kind[0].strip("-")
+    plain = fine_tune(shop, f"plain-{name}", *shared, "--per_device_train_batch_size", 8)
+    accumulated = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4)
+    accumulated = fine_tune(shop, f"accumulated-{name}", *shared, *accumulated)
+    run(SCRIPT, *options(shop, f"two-{name}", *shared, "--per_device_train_batch_size", 4), processes=2)
+    assert len(losses(plain)) == 4
+    for output in (accumulated, shop / f"two-{name}"):
+        np.testing.assert_allclose(losses(output), losses(plain), rtol=1e-4)
+
+
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(shop):
+    """Killed at any moment, in the middle of a save too; masks, subnets and order of the recordings are as before."""
+    shared = ("--once_for_all", "--max_steps", 30, "--save_strategy", "steps", "--save_steps", 4)
+    shared += ("--per_device_train_batch_size", 3, "--mask_time_prob", 0.3, "--logging_steps", 1)
+    undisturbed = fine_tune(shop, "undisturbed", *shared)
+    killed, rng = shop / "killed", random.Random(0)
+    command = [SCRIPT, *options(shop, "killed", *shared, "--resume_from_checkpoint", "latest")]
+    for _ in range(3):
+        goal = newest(killed) + rng.randint(1, 8)
+        process = start(*command)
+        while newest(killed) < goal and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(*command)
+    for name, weight in weights(undisturbed).items():
+        assert torch.equal(weights(killed)[name], weight), name
+    assert losses(killed) == losses(undisturbed)
+
+
+def test_a_damaged_checkpoint_is_passed_over(shop, caplog):
+    shared = ("--max_steps", 6, "--save_strategy", "steps", "--save_steps", 2)
+    output = fine_tune(shop, "damaged", *shared)
+    first = weights(output)
+    (output / "checkpoint-6" / "model.safetensors").write_bytes(b"half")
+    fine_tune(shop, "damaged", *shared, "--resume_from_checkpoint", "latest")
+    assert "checkpoint-6 is damaged" in caplog.text
+    assert all(torch.equal(weights(output)[name], weight) for name, weight in first.items())
+
+
+def test_the_output_layer_alone_is_trained_in_the_first_steps(shop):
+    frozen = fine_tune(shop, "frozen", "--freeze_encoder_steps", 2, "--learning_rate", 1e-2)
+    thawed = fine_tune(shop, "thawed", "--freeze_encoder_steps", 1, "--learning_rate", 1e-2)
+    before = load_file(shop / "ctc-supernet" / "model.safetensors")
+    name = "hubert.encoder.layers.0.attention.v_proj.weight"
+    assert torch.equal(weights(frozen)[name], before[name])
+    assert not torch.equal(weights(thawed)[name], before[name])
+
+
+def test_in_place_distillation_brings_the_smallest_nearer_to_the_largest(shop):
+    def divergence(folder: Path) -> float:
+        model = AutoModelForCTC.from_pretrained(folder)
+        waveforms = torch.from_numpy(np.stack([tone(0.5, 200), tone(0.5, 1200)]))
+        answers = []
+        for name in ("largest", "smallest"):
+            with model.using_subnet(name), torch.no_grad():
+                answers.append(model(waveforms).logits.log_softmax(-1))
+        return float(torch.nn.functional.kl_div(answers[1], answers[0], reduction="sum", log_target=True))
+
+    shared = ("--once_for_all", "--max_steps", 60, "--learning_rate", 2e-3, "--mask_time_prob", 0.0)
+    without, taught = (
+        fine_tune(shop, f"weight-{weight}", *shared, "--distillation_weight", weight) for weight in (0.0, 5.0)
+    )
+    assert divergence(taught) < 0.7 * divergence(without)
+
+
+def test_training_stops_when_evaluations_get_no_better(shop):
+    data = ("--validation_file", shop / "speech.parquet", "--eval_strategy", "steps", "--eval_steps", 2)
+    patience = ("--early_stopping_patience", 2, "--learning_rate", 0.0, "--max_steps", 50)
+    output = fine_tune(shop, "patience", "--subnet", "smallest", *data, *patience)
+    assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 6
+
+
+def test_a_stock_hubert_is_taken_as_it_is_and_streamed_speech_with_a_tokenizer(shop, cut):
+    torch.manual_seed(0)
+    HubertModel(HubertConfig(**stock_settings(num_hidden_layers=2))).save_pretrained(shop / "stock-hubert")
+    stream = ("--streaming", True, "--tokenizer_name_or_path", cut, "--mask_time_prob", 0.0, "--max_steps", 1)
+    output = fine_tune(shop, "asr-stock", "--model_name_or_path", shop / "stock-hubert", *stream)
+    assert type(AutoModelForCTC.from_pretrained(output)) is HubertForCTC
+    assert Wav2Vec2Processor.from_pretrained(output).tokenizer.get_vocab() == (
+        Wav2Vec2CTCTokenizer.from_pretrained(cut).get_vocab()
+    )
+
+
+def test_a_fine_tuned_model_goes_on_with_its_own_tokenizer_and_output_layer(shop, cut):
+    output = fine_tune(shop, "further", "--model_name_or_path", cut, "--max_steps", 1, "--learning_rate", 0.0)
+    assert torch.equal(weights(output)["lm_head.weight"], weights(cut)["lm_head.weight"])
+
+
+# Bad input
+
+
+def test_what_nothing_can_be_learnt_from_is_left_out_and_named(shop, tmp_path, caplog):
+    long = "a transcript of far more letters than there are frames in so short a recording"
+    data = speech(
+        tmp_path / "bad.parquet",
+        *((tone(), "low"), (tone(), " "), (tone(0.2), long), (tone(0.0), "low"), (b"no audio", "low")),
+        *((tone(0.01), "low"), (tone(), "low")),
+    )
+    fine_tune(shop, "left-out", "--train_file", data, "--validation_file", data)
+    text = caplog.text
+    assert "left out of train: 1 of 7 recordings, no transcript: 1.flac" in text
+    assert "left out of train: 1 of 7 recordings, a transcript longer than the recording has frames" in text
+    assert "left out of train: 2 of 7 recordings, no audio that can be read: 3.flac, 4.flac" in text
+    assert "left out of train: 1 of 7 recordings, shorter than one frame: 5.flac" in text
+    assert len((shop / "left-out" / "eval_transcripts.jsonl").read_text().splitlines()) == 3  # too long is an error
+
+
+def test_audio_of_any_kind_is_heard_and_any_script_is_written(shop, tmp_path):
+    """Stereo MP3 at 44.1 kHz, WAV under the name of FLAC, and transcripts in Cyrillic, Devanagari and Han."""
+    mp3, wav = io.BytesIO(), io.BytesIO()
+    time_axis = np.arange(44_100) / 44_100
+    soundfile.write(mp3, np.stack([np.sin(2 * np.pi * 200 * time_axis)] * 2, axis=1) * 0.5, 44_100, format="MP3")
+    soundfile.write(wav, tone(), 16_000, format="WAV")
+    texts = ("да нет", "हाँ", "是的")
+    data = speech(
+        tmp_path / "odd.parquet", *zip((mp3.getvalue(), wav.getvalue(), tone()), texts, strict=True), name="{}.flac"
+    )
+    output = fine_tune(shop, "odd", "--train_file", data, "--validation_file", data)
+    vocabulary = set(Wav2Vec2CTCTokenizer.from_pretrained(output).get_vocab())
+    assert vocabulary == {"<pad>", "<unk>", "|"} | set("".join(texts)) - {" "}
+    rows = [json.loads(line) for line in (output / "eval_transcripts.jsonl").read_text().splitlines()]
+    assert [row["reference"] for row in rows] == list(texts)
+
+
+def test_only_blanks_are_reported_with_what_may_help(shop, caplog):
+    data = ("--validation_file", shop / "speech.parquet")
+    fine_tune(shop, "blanks", *data, "--max_steps", 40, "--learning_rate", 5e-3, "--subnet", "smallest")
+    assert "only blanks were predicted after 40 steps" in caplog.text
+
+
+def test_characters_that_the_vocabulary_lacks_are_reported(shop, cut, tmp_path, caplog):
+    data = speech(tmp_path / "unknown.parquet", (tone(), "low whigh"), (tone(), "high"))
+    fine_tune(shop, "unknown", "--tokenizer_name_or_path", cut, "--train_file", data)
+    assert "are not in the vocabulary" not in caplog.text
+    data = speech(tmp_path / "unknown.parquet", (tone(), "low zoo"), (tone(), "high"))
+    fine_tune(shop, "unknown", "--tokenizer_name_or_path", cut, "--train_file", data)
+    assert "1 of 11 characters of the train transcripts are not in the vocabulary: 'z' (1)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--text_column_name", "words"), "no column 'words': choose --text_column_name from ['audio', 'text']"),
+        (("--subnet", "huge"), "subnet 'huge' is not known"),
+        (("--streaming", True), "give --tokenizer_name_or_path"),
+        (("--model_name_or_path", "{}/asr-cut", "--subnet", "smallest"), "--subnet smallest: "),
+        (("--model_name_or_path", "{}/asr-cut", "--once_for_all"), "is no supernet"),
+        (("--once_for_all", "--subnet", "smallest"), "leave out --subnet smallest"),
+        (("--distillation_weight", 1.0), "distillation_weight is for --once_for_all"),
+        (("--early_stopping_patience", 1), "give --eval_strategy steps"),
+        (("--text_case", "upper", "--tokenizer_name_or_path", "{}/asr-cut"), "are not in the vocabulary"),
+        (("--learning_rate", 1e30, "--max_steps", 5), "the loss is nan at step"),
+        (("--resume_from_checkpoint", "{}/recordings"), "cannot go on from"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_ends_with_its_reason(shop, cut, options, message):
+    with pytest.raises((ValueError, FloatingPointError)) as error:
+        fine_tune(shop, "bad", *(str(option).format(shop) for option in options))
+    assert message in str(error.value)
+
+
+def test_a_checkpoint_for_other_tokens_is_refused_unless_its_output_layer_may_go(shop, cut, tmp_path):
+    data = speech(tmp_path / "other.parquet", (tone(), "abcdefghijk"), (tone(), "xyz"))
+    run_of = ("--model_name_or_path", cut, "--train_file", data)
+    fine_tune(shop, "other-tokens", *run_of, "--ignore_mismatched_sizes")
+    with pytest.raises(ValueError, match="writes 9 tokens, but the tokenizer has 17"):
+        fine_tune(shop, "refused", *run_of, "--tokenizer_name_or_path", shop / "other-tokens")
+
+
+def test_data_without_one_recording_of_use_say_why(shop, tmp_path):
+    data = speech(tmp_path / "empty.parquet", (tone(), ""), (tone(), "  "))
+    with pytest.raises(ValueError, match="no recording of train is of use. 2: no transcript"):
+        fine_tune(shop, "useless", "--train_file", data)
