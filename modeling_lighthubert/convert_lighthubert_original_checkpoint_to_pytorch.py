@@ -14,7 +14,7 @@ import pickle
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
@@ -22,11 +22,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import Wav2Vec2FeatureExtractor
 from transformers.utils import logging
 
-from . import LightHubertConfig, LightHubertForPreTraining, SearchSpace
+from . import LightHubertConfig, LightHubertForPreTraining, LightHubertPreTrainedModel, SearchSpace
 from .search_space import search_space_from
 
 
 logger = logging.get_logger("lighthubert.convert")
+Supernet = TypeVar("Supernet", bound=LightHubertPreTrainedModel)
 
 # Ours on the left of a layer's number or name, fairseq's on the right
 NAMES = {
@@ -225,7 +226,7 @@ def convert(checkpoint_path: str, search_space: SearchSpace | None = None) -> Li
     return model.eval()
 
 
-def trim(model: LightHubertForPreTraining) -> LightHubertForPreTraining:
+def trim(model: Supernet) -> Supernet:
     """The same supernet, storing no more width, heads and FFN than its largest subnet. Every subnet answers as before.
 
     Raises:
@@ -237,7 +238,7 @@ def trim(model: LightHubertForPreTraining) -> LightHubertForPreTraining:
         )
     config = model.config.trimmed()
     with torch.device("meta"):
-        trimmed = LightHubertForPreTraining(config)
+        trimmed = type(model)(config)
     # all layers, and whole FFN blocks, even where no subnet fills them: others find their part by block and index
     model.select_unchecked(config.full_subnet())
     state = model.cut_state()

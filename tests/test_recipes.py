@@ -4,16 +4,31 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
+from ctc_data import TextArguments
+from ctc_trainer import CTCArguments
 from distillation import ObjectiveArguments
 from distillation_arguments import DistillationArguments
 from recipes import parse_recipe, save_recipe
+from run_speech_recognition_ctc import ModelArguments
 from speech_data import DataArguments
 
 
 CONFIGS = sorted((Path(__file__).parent.parent / "training" / "configs").glob("*.yaml"))
 PUBLISHED = [path for path in CONFIGS if path.stem.startswith("stage")]
+DISTILLATION = (DistillationArguments, ObjectiveArguments, DataArguments)
+RECOGNITION = (ModelArguments, CTCArguments, TextArguments, DataArguments, TrainingArguments)
+
+
+def parse_published(path: Path) -> tuple:
+    """What the script of the recipe reads from it."""
+    if path.stem.startswith("ctc"):
+        return parse_recipe(
+            HfArgumentParser(RECOGNITION),
+            ["--config", str(path), "--output_dir", "out", "--model_name_or_path", "m", "--fp16", "False"],
+        )
+    return parse_recipe(HfArgumentParser(DISTILLATION), ["--config", str(path), "--output_dir", "out"])
 
 
 @dataclass
@@ -65,10 +80,9 @@ def test_mistakes_in_a_recipe_end_with_their_reason(tmp_path, capsys, recipe, me
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_value_of_a_recipe_says_where_it_comes_from(path):
-    parser = HfArgumentParser((DistillationArguments, ObjectiveArguments, DataArguments))
-    parse_recipe(parser, ["--config", str(path), "--output_dir", "out"])
+    parse_published(path)
     settings = [
-        line for line in path.read_text().splitlines() if line and not line.startswith(("#", "dataset_config"))
+        line for line in path.read_text().splitlines() if line and not line.startswith(("#", " ", "dataset_config"))
     ]
     uncommented = [line for line in settings if "#" not in line and "split" not in line and "column" not in line]
     assert not uncommented
@@ -76,17 +90,23 @@ def test_every_value_of_a_recipe_says_where_it_comes_from(path):
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_published_recipes_are_those_of_the_paper(path):
-    parser = HfArgumentParser((DistillationArguments, ObjectiveArguments, DataArguments))
-    arguments, objective, data = parse_recipe(parser, ["--config", str(path), "--output_dir", "out"])
+    arguments, objective, data = parse_published(path)
     assert arguments.teacher_name_or_path == "facebook/hubert-base-ls960"
     assert (objective.num_target_layers, objective.mask_time_prob, objective.mask_time_length) == (8, 0.65, 10)
     assert data.dataset_name == ["openslr/librispeech_asr"]
 
 
-def test_the_recipe_for_small_budgets_names_files_that_are_here():
-    parser = HfArgumentParser((DistillationArguments, ObjectiveArguments, DataArguments))
-    path = next(path for path in CONFIGS if path.stem == "small_budget")
-    arguments, _, data = parse_recipe(parser, ["--config", str(path), "--output_dir", "out"])
-    top = path.parent.parent.parent
-    for name in (arguments.teacher_name_or_path, arguments.search_space, *data.train_file, *data.validation_file):
+def test_the_schedule_of_the_recipe_for_100_hours_ends_with_its_steps():
+    path = next(path for path in CONFIGS if path.stem == "ctc_librispeech_100h")
+    *_, training = parse_published(path)
+    phases = training.lr_scheduler_kwargs
+    assert training.warmup_steps + phases["num_stable_steps"] + phases["num_decay_steps"] == training.max_steps
+
+
+def test_the_recipes_for_small_budgets_name_files_that_are_here():
+    recipes = {path.stem: parse_published(path) for path in CONFIGS if "small_budget" in path.stem}
+    arguments, _, data = recipes["small_budget"]
+    top = CONFIGS[0].parent.parent.parent
+    names = [arguments.teacher_name_or_path, arguments.search_space, *data.train_file, *data.validation_file]
+    for name in [*names, *recipes["ctc_small_budget"][3].train_file]:
         assert (top / name).exists(), name

@@ -55,7 +55,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         try:
             (unfinished / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-            _seal(unfinished)
+            seal(unfinished)
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.replace(folder)
             _prune(output_dir, limit)
@@ -81,7 +81,7 @@ def find_checkpoint(accelerator: Accelerator, which: str, output_dir: Path) -> t
     chosen: list[Path | str | None] = [None]
     if accelerator.is_main_process:
         try:
-            chosen = [_newest_whole(output_dir) if which == "latest" else _whole(Path(which))]
+            chosen = [newest_whole(output_dir) if which == "latest" else whole(Path(which))]
         except ValueError as error:
             chosen = [str(error)]
     broadcast_object_list(chosen)
@@ -113,13 +113,23 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _whole(folder: Path) -> Path:
+def whole(folder: Path) -> Path:
+    """The same folder, if it is a checkpoint without damage.
+
+    Raises:
+        ValueError: it is not.
+    """
     if reason := damage(folder):
         raise ValueError(f"cannot go on from {folder}: {reason}")
     return folder
 
 
-def _newest_whole(output_dir: Path) -> Path | None:
+def newest_whole(output_dir: Path) -> Path | None:
+    """The newest checkpoint without damage, `None` if there is none at all; damaged ones are named and passed over.
+
+    Raises:
+        ValueError: all are damaged.
+    """
     reasons = []
     for folder in reversed(checkpoints(output_dir)):
         reason = damage(folder)
@@ -143,7 +153,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _seal(folder: Path) -> None:
+def seal(folder: Path) -> None:
     """Writes the manifest, after everything it names is on the disk."""
     for path in _files(folder):
         with path.open("rb") as file:

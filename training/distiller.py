@@ -24,15 +24,7 @@ from distillation import Teacher
 from distillation_arguments import DistillationArguments
 from distillation_step import evaluate, training_step
 from run_log import RunLog
-from subnet_sampling import draw_subnets
-
-
-def evaluation_subnets(space: SearchSpace | None, num_random: int) -> dict[str, Subnet | None]:
-    """What an evaluation measures, by name: the named subnets, and `num_random` others that are always the same."""
-    if space is None:
-        return {"model": None}
-    rng = random.Random("evaluation")
-    return space.named | {f"random_{number}": space.sample(rng) for number in range(num_random)}
+from subnet_sampling import draw_subnets, evaluation_subnets
 
 
 def subnet_class(space: SearchSpace | None, subnet: Subnet | None) -> str:

@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from datasets import Dataset, IterableDataset
-from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers import AutoFeatureExtractor, AutoModel, HfArgumentParser, Wav2Vec2FeatureExtractor, get_scheduler
 
@@ -42,6 +41,7 @@ from checkpoints import checkpoints, find_checkpoint
 from distillation import ObjectiveArguments, Teacher
 from distillation_arguments import FREE_TO_CHANGE, DistillationArguments
 from distiller import Distiller
+from hub import push_folder
 from recipes import parse_recipe, save_recipe
 from run_log import RunLog, plot_losses, write_card
 from speech_data import DataArguments, SpeechDataset, load_speech
@@ -261,19 +261,6 @@ def save_student(distiller: Distiller, feature_extractor: Wav2Vec2FeatureExtract
     write_card(student, distiller.recipe, distiller.eval_losses, folder)
 
 
-def push_to_hub(arguments: DistillationArguments) -> None:
-    """Uploads the output folder without its checkpoints. A Hub that cannot be reached loses nothing."""
-    folder = Path(arguments.output_dir).resolve()
-    name = arguments.hub_model_id or folder.name
-    try:
-        repo_id = HfApi().create_repo(name, exist_ok=True).repo_id
-        HfApi().upload_folder(
-            repo_id=repo_id, folder_path=folder, ignore_patterns=["checkpoint-*", "unfinished-*", "tensorboard"]
-        )
-    except Exception as error:  # which, depends on the client's HTTP library; the model is saved whatever it is
-        print(f"{name} could not be pushed ({error}). The model is in {folder}: `hf upload {name} {folder}` sends it")
-
-
 def main() -> None:
     parser = HfArgumentParser(
         (DistillationArguments, ObjectiveArguments, DataArguments), description=__doc__.splitlines()[0]
@@ -347,7 +334,7 @@ def main() -> None:
         save_student(distiller, extractor)
         print(" ".join(f"eval_loss_{name}={loss:.4f}" for name, loss in distiller.eval_losses.items()))
         if arguments.push_to_hub:
-            push_to_hub(arguments)
+            push_folder(Path(arguments.output_dir), arguments.hub_model_id)
     accelerator.end_training()
 
 

@@ -1,5 +1,5 @@
-"""Which subnets an optimiser step trains. A draw depends on seed and step only, so that a resumed run, and every
-process of a distributed one, draws the same."""
+"""Which subnets an optimiser step trains, and which an evaluation measures. A draw depends on seed and step only, so
+that a resumed run, and every process of a distributed one, draws the same."""
 
 import math
 import random
@@ -40,6 +40,14 @@ def draw_subnets(
         return [sample_by_size(search_space, rng) for _ in range(num_random)]
     drawn = [search_space.sample(rng) for _ in range(num_random)]
     return drawn if sampling == "uniform" else [search_space.smallest, *drawn, search_space.largest]
+
+
+def evaluation_subnets(space: SearchSpace | None, num_random: int) -> dict[str, Subnet | None]:
+    """What an evaluation measures, by name: the named subnets, and `num_random` others that are always the same."""
+    if space is None:
+        return {"model": None}
+    rng = random.Random("evaluation")
+    return space.named | {f"random_{number}": space.sample(rng) for number in range(num_random)}
 
 
 def num_matrix_weights(subnet: Subnet) -> int:

@@ -1,0 +1,53 @@
+"""Word and character error rate as metrics of `evaluate`, for the training script and for
+`evaluate.evaluator("automatic-speech-recognition")`. jiwer computes them; nothing is fetched from the Hub, as
+`evaluate.load("wer")` would.
+
+    from evaluate import evaluator
+
+    evaluator("automatic-speech-recognition").compute(
+        model_or_pipeline="asr", data=dataset, metric=WordErrorRate(), input_column="path", label_column="text"
+    )
+"""
+
+from collections.abc import Callable, Sequence
+
+import datasets
+import evaluate
+import jiwer
+
+
+class ErrorRate(evaluate.Metric):
+    """Substitutions, deletions and insertions, over the number of units in the references.
+
+    `compute(predictions=[...], references=[...])` takes transcripts as strings, and gives the rate under the metric's
+    name. It may exceed 1.
+    """
+
+    rate: Callable[[list[str], list[str]], float]
+    unit: str
+
+    def __init__(self, **options):
+        super().__init__(keep_in_memory=True, **options)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=f"Edits of {self.unit}s, over the number of {self.unit}s in the references.",
+            citation="",
+            features=datasets.Features({name: datasets.Value("string") for name in ("predictions", "references")}),
+            reference_urls=["https://github.com/jitsi/jiwer"],
+        )
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        return {self.name: float(type(self).rate(list(references), list(predictions)))}
+
+
+class WordErrorRate(ErrorRate):
+    """`wer`, of words between spaces."""
+
+    name, unit, rate = "wer", "word", staticmethod(jiwer.wer)
+
+
+class CharacterErrorRate(ErrorRate):
+    """`cer`, of characters, spaces among them."""
+
+    name, unit, rate = "cer", "character", staticmethod(jiwer.cer)
