@@ -89,7 +89,7 @@ def plot_losses(history: list[dict[str, float]], path: Path) -> None:
         style = {"marker": "o", "linestyle": "--"} if name.startswith("eval_") else {"linewidth": 1}
         axes.plot(*zip(*points), label=name, **style)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="steps", ylabel="distillation loss")
+    axes.set(xlabel="steps", ylabel="loss")
     axes.grid(alpha=0.3)
     if names:
         axes.legend(fontsize="small")

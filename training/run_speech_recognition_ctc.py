@@ -349,7 +349,8 @@ def main() -> None:
             if trainer.is_world_process_zero():
                 write_transcripts(trainer, speech[part], folder, part)
     if trainer.is_world_process_zero():
-        plot_losses(trainer.state.log_history, folder / "loss.png")
+        history = [entry for entry in trainer.state.log_history if "train_loss" not in entry]  # the mean of all
+        plot_losses(history, folder / "loss.png")
         write_card(model, arguments.model_name_or_path, describe(data_arguments, test_arguments), results, folder)
         if push_to_hub:
             push_folder(folder, training_arguments.hub_model_id)
