@@ -25,10 +25,11 @@ from datasets import Audio, load_dataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "training")]
 
-from ctc_decoding import Recognizer, text_of  # noqa: E402
+from ctc_decoding import text_of  # noqa: E402
+from live_transcription import LiveTranscriber  # noqa: E402
 from metrics import CharacterErrorRate, WordErrorRate  # noqa: E402
+from recognizer import Recognizer  # noqa: E402
 from speech_data import load_waveform  # noqa: E402
-from transcribe import LiveTranscriber  # noqa: E402
 
 
 SAMPLING_RATE = 16_000

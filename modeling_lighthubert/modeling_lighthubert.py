@@ -92,7 +92,7 @@ class FrameConv1d(nn.Conv1d):
         outputs = F.linear(rows[:, : first.shape[1]], first, self.bias)
         for number, block in enumerate(others, start=1):
             outputs = outputs + F.linear(rows[:, : block.shape[1]], block).roll(-number, 0)
-        return outputs.unflatten(0, (batch_size, -1)).transpose(1, 2)
+        return outputs.reshape(batch_size, -1, self.out_channels).transpose(1, 2)
 
 
 class LightHubertFeatureEncoder(HubertFeatureEncoder):
@@ -111,11 +111,14 @@ class LightHubertFeatureEncoder(HubertFeatureEncoder):
         convolutions = [layer.conv for layer in self.conv_layers]
         if not isinstance(convolutions[0], FrameConv1d):
             return super().forward(input_values)
-        num_frames, samples_per_frame = input_values.shape[1], 1
+        num_samples, samples_per_frame = input_values.shape[1], 1
+        num_frames = num_samples
         for conv in convolutions:
             num_frames = (num_frames - conv.kernel_size[0]) // conv.stride[0] + 1
             samples_per_frame *= conv.stride[0]
-        return super().forward(F.pad(input_values, (0, -input_values.shape[1] % samples_per_frame)))[..., :num_frames]
+        # written so that exporters follow it for any length, which they do not do for `-num_samples % samples_per_frame`
+        padding = samples_per_frame - 1 - (num_samples - 1) % samples_per_frame
+        return super().forward(F.pad(input_values, (0, padding))).narrow(-1, 0, num_frames)
 
 
 class LightHubertPositionalConvEmbedding(HubertPositionalConvEmbedding):
