@@ -124,9 +124,9 @@ def load(folders, form: str, **options) -> Recognizer:
     pytest.importorskip("onnx")
     if not folder.exists():
         save_processor(folder)
-        stock = AutoModelForCTC.from_pretrained(folders / "stock")
-        stock.config.save_pretrained(folder)
-        export_to_onnx(stock.eval(), folder)
+        cut = AutoModelForCTC.from_pretrained(folders / "cut")
+        cut.config.save_pretrained(folder)
+        export_to_onnx(cut.eval(), folder)
     return Recognizer.from_pretrained(folder / "model.onnx", **options)
 
 
