@@ -11,7 +11,7 @@ demo: $(ENVIRONMENT)  ## The whole way, on the speech and the teacher in demo/. 
 	$(BIN)/python demo/run_demo.py $(ARGS)
 
 test: $(ENVIRONMENT)
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 quality: $(ENVIRONMENT)
 	$(BIN)/ruff check $(CODE)

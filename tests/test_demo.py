@@ -12,7 +12,6 @@ from scripts import run
 from transformers import AutoModelForCTC
 
 
-pytestmark = pytest.mark.xdist_group("demo")  # one worker makes what they share
 ROOT = Path(__file__).parent.parent
 
 

@@ -15,8 +15,7 @@ from scripts import distil, distillation, fails, newest, run, start, weights
 from checkpoints import damage
 
 
-pytestmark = pytest.mark.xdist_group("resumption")
-KILLS = int(os.environ.get("LIGHTHUBERT_TEST_KILLS", "4"))
+KILLS = int(os.environ.get("LIGHTHUBERT_TEST_KILLS", "2"))
 """How often the test of resumption kills a run."""
 
 STEPS = ("--sampling", "sandwich", "--max_steps", 30, "--save_steps", 2, "--per_device_train_batch_size", 2)

@@ -17,7 +17,7 @@ from datasets import Audio, Dataset
 from evaluate import evaluator
 from hub_server import loopback_hub
 from safetensors.torch import load_file
-from scripts import TRAINING, distil, newest, run, start, weights
+from scripts import TRAINING, distil, make_workshop, newest, run, start, weights
 from transformers import (
     AutoModelForCTC,
     HubertConfig,
@@ -34,22 +34,23 @@ import run_speech_recognition_ctc
 from metrics import CharacterErrorRate, WordErrorRate
 
 
-pytestmark = pytest.mark.xdist_group("ctc")  # one worker makes what they share
 SCRIPT = TRAINING / "run_speech_recognition_ctc.py"
 LEARN = ("--max_steps", 250, "--learning_rate", 5e-3, "--warmup_steps", 5, "--mask_time_prob", 0.0)
 
 
 @pytest.fixture(scope="module")
-def shop(workshop) -> Path:
-    """The workshop, with a supernet of two stages."""
-    distil(workshop, "ctc-supernet", "--sampling", "sandwich", "--max_steps", 4, "--learning_rate", 2e-3)
-    return workshop
+def shop(tmp_path_factory) -> Path:
+    """A workshop of its own, with a supernet."""
+    folder = tmp_path_factory.mktemp("ctc")
+    make_workshop(folder)
+    distil(folder, "supernet", "--sampling", "sandwich", "--max_steps", 4, "--learning_rate", 2e-3)
+    return folder
 
 
 def options(shop: Path, output: str | Path, *more: object) -> list[str]:
     """Of a run on the tones; later ones count."""
     given = (
-        *("--model_name_or_path", shop / "ctc-supernet", "--train_file", shop / "speech.parquet"),
+        *("--model_name_or_path", shop / "supernet", "--train_file", shop / "speech.parquet"),
         *("--output_dir", shop / output, "--use_cpu", "--report_to", "none", "--save_strategy", "no"),
         *("--max_steps", 2, "--disable_tqdm", True, *more),
     )
@@ -169,13 +170,14 @@ def test_model_export_and_pipeline_transcribe_alike_alone_batched_and_padded(sho
 def test_evaluate_scores_a_model_with_the_metrics_of_the_script(shop, cut):
     """evaluate makes the pipeline of a folder. Of a pipeline, evaluate 0.4.6 asks whether it is a model of TensorFlow,
     which transformers 5 does not know."""
-    texts = ["high", "low"] * 4
-    files = sorted(str(file) for file in (shop / "recordings").iterdir())
+    waveforms = [soundfile.read(file, dtype="float32")[0] for file in sorted((shop / "recordings").iterdir())]
+    data = Dataset.from_dict({"audio": waveforms, "text": ["high", "low"] * 4})
     for metric, measure in ((WordErrorRate(), "wer"), (CharacterErrorRate(), "cer")):
         score = evaluator("automatic-speech-recognition").compute(
             model_or_pipeline=str(cut),
-            data=Dataset.from_dict({"path": files, "text": texts}),
+            data=data.with_format("numpy"),
             metric=metric,
+            input_column="audio",
             label_column="text",
         )
         assert score[measure] == pytest.approx(error_rates(cut)[f"eval_{measure}"])
@@ -236,7 +238,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(shop):
     undisturbed = fine_tune(shop, "undisturbed", *shared)
     killed, rng = shop / "killed", random.Random(0)
     command = [SCRIPT, *options(shop, "killed", *shared, "--resume_from_checkpoint", "latest")]
-    for _ in range(3):
+    for _ in range(2):
         goal = newest(killed) + rng.randint(1, 8)
         process = start(*command)
         while newest(killed) < goal and process.poll() is None:
@@ -262,7 +264,7 @@ def test_a_damaged_checkpoint_is_passed_over(shop, caplog):
 def test_the_output_layer_alone_is_trained_in_the_first_steps(shop):
     frozen = fine_tune(shop, "frozen", "--freeze_encoder_steps", 2, "--learning_rate", 1e-2)
     thawed = fine_tune(shop, "thawed", "--freeze_encoder_steps", 1, "--learning_rate", 1e-2)
-    before = load_file(shop / "ctc-supernet" / "model.safetensors")
+    before = load_file(shop / "supernet" / "model.safetensors")
     name = "hubert.encoder.layers.0.attention.v_proj.weight"
     assert torch.equal(weights(frozen)[name], before[name])
     assert not torch.equal(weights(thawed)[name], before[name])

@@ -19,9 +19,6 @@ from transformers import (
 )
 
 
-pytestmark = pytest.mark.xdist_group("scripts")  # one worker makes what they share
-
-
 @pytest.fixture(scope="module")
 def supernet(workshop) -> Path:
     """What both stages give."""

@@ -173,7 +173,10 @@ class CTCTrainer(Trainer):
         loss = outputs["loss"]
         if model.training and self.posteriors is not None:
             loss = loss + self.ctc.distillation_weight * self.divergence(outputs["logits"], inputs["attention_mask"])
-        loss = loss / (num_items_in_batch * (self.num_passes if model.training else 1))
+        if model.training:
+            loss = loss / (num_items_in_batch * self.num_passes)
+        else:
+            loss = loss / inputs["labels"].ne(-100).sum()
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()

@@ -5,8 +5,11 @@
     from evaluate import evaluator
 
     evaluator("automatic-speech-recognition").compute(
-        model_or_pipeline="asr", data=dataset, metric=WordErrorRate(), input_column="path", label_column="text"
+        model_or_pipeline="asr", data=dataset, metric=WordErrorRate(), input_column="audio", label_column="text"
     )
+
+`dataset` has waveforms at the rate of the model as arrays (`with_format("numpy")`), or, where ffmpeg is installed,
+paths.
 """
 
 from collections.abc import Callable, Sequence
