@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,10 @@ from transformers import (
 )
 
 from modeling_lighthubert.export import to_hubert
+from modeling_lighthubert.modeling_lighthubert import LightHubertFeatureEncoder
 
 import run_speech_recognition_ctc
+from ctc_trainer import CTCTrainer
 from metrics import CharacterErrorRate, WordErrorRate
 
 
@@ -285,6 +288,20 @@ def test_in_place_distillation_brings_the_smallest_nearer_to_the_largest(shop):
         fine_tune(shop, f"weight-{weight}", *shared, "--distillation_weight", weight) for weight in (0.0, 5.0)
     )
     assert divergence(taught) < 0.7 * divergence(without)
+
+
+@pytest.mark.parametrize(("frozen", "passes"), [(True, 1), (False, 4)])
+def test_a_frozen_feature_encoder_is_computed_once_for_all_subnets_of_a_step(shop, monkeypatch, frozen, passes):
+    """Three subnets, and the largest as their teacher; gradients are those of a step in which it is computed anew."""
+    calls = []
+    forward = LightHubertFeatureEncoder.forward
+    monkeypatch.setattr(LightHubertFeatureEncoder, "forward", lambda *given: calls.append(1) or forward(*given))
+    shared = ("--once_for_all", "--max_steps", 1, "--distillation_weight", 1.0, "--mask_time_prob", 0.0)
+    shared += ("--freeze_feature_encoder", frozen, "--logging_steps", 1)
+    output = fine_tune(shop, "counted", *shared)
+    assert len(calls) == passes
+    monkeypatch.setattr(CTCTrainer, "shared_feature_encoder", lambda *given: nullcontext())
+    assert losses(fine_tune(shop, "anew", *shared)) == losses(output)
 
 
 def test_training_stops_when_evaluations_get_no_better(shop):

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from modeling_lighthubert import SearchSpace, Subnet
 
 from checkpoints import seal
 from ctc_data import EpochSampler
+from distillation import answering
 from distillation_step import sum_gradients
 from metrics import CharacterErrorRate, WordErrorRate
 from subnet_sampling import SAMPLING_STRATEGIES, draw_subnets
@@ -152,12 +154,13 @@ class CTCTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         names, subnets = inputs.pop("names"), self.subnets_of_step()
         self.audio_seconds += int(inputs["attention_mask"].sum()) * self.args.world_size / self.sampling_rate
-        self.posteriors = self.posteriors_of_the_largest(inputs) if self.ctc.distillation_weight else None
         self.num_passes, loss = len(subnets), torch.zeros((), device=self.args.device)
-        for subnet in subnets:
-            if subnet is not None:
-                self.model.set_subnet(subnet)
-            loss += super().training_step(model, inputs, num_items_in_batch)
+        with self.shared_feature_encoder(inputs["input_values"]):
+            self.posteriors = self.posteriors_of_the_largest(inputs) if self.ctc.distillation_weight else None
+            for subnet in subnets:
+                if subnet is not None:
+                    self.model.set_subnet(subnet)
+                loss += super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {float(loss)} at step {self.state.global_step}, on {', '.join(names)}. The last"
@@ -166,6 +169,14 @@ class CTCTrainer(Trainer):
         if self.accelerator.sync_gradients:
             sum_gradients(self.model.parameters(), self.accelerator)
         return loss * self.args.world_size  # Trainer logs the mean over processes
+
+    def shared_feature_encoder(self, input_values: torch.Tensor) -> AbstractContextManager[None]:
+        """Inside the block, a frozen feature encoder is not computed again for every pass."""
+        encoder = self.model.base_model.feature_extractor
+        if self.search_space is None or any(parameter.requires_grad for parameter in encoder.parameters()):
+            return nullcontext()
+        with torch.no_grad(), self.accelerator.autocast():
+            return answering(encoder, encoder(input_values))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """CTC for each character, and the divergence from the largest subnet's posteriors, for a step's share."""
