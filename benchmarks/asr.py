@@ -70,7 +70,7 @@ class RecognitionArguments:
     )
     held_out_speaker: str | None = field(default=None, metadata={"help": "Speaker to hold out in a second round."})
     distillation_steps: int = field(default=300, metadata={"help": "Steps that make the supernet."})
-    steps: int = field(default=600, metadata={"help": "Steps of each fine-tuning."})
+    steps: int = field(default=1200, metadata={"help": "Steps of each fine-tuning."})
     num_random_subnets: int = field(default=20, metadata={"help": "Random subnets to transcribe with, once for all."})
     num_random_alone: int = field(default=20, metadata={"help": "How many of them are fine-tuned alone, too."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each kind for each."})

@@ -44,7 +44,7 @@ class CTCArguments:
         metadata={"help": "Fine-tune the supernet itself: every subnet of the result transcribes. Default: cut one."},
     )
     sampling: str = field(
-        default="sandwich",
+        default="uniform",
         metadata={
             "help": "Subnets of each step of once_for_all: largest, uniform, uniform_size (sizes as likely as each"
             " other), or sandwich (smallest, random ones, largest).",
