@@ -116,7 +116,7 @@ class LightHubertFeatureEncoder(HubertFeatureEncoder):
         for conv in convolutions:
             num_frames = (num_frames - conv.kernel_size[0]) // conv.stride[0] + 1
             samples_per_frame *= conv.stride[0]
-        # written so that exporters follow it for any length, which they do not do for `-num_samples % samples_per_frame`
+        # `-num_samples % samples_per_frame`, written so that exporters follow it for any length
         padding = samples_per_frame - 1 - (num_samples - 1) % samples_per_frame
         return super().forward(F.pad(input_values, (0, padding))).narrow(-1, 0, num_frames)
 
