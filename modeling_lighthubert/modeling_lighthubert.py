@@ -96,8 +96,8 @@ class FrameConv1d(nn.Conv1d):
 
 
 class LightHubertFeatureEncoder(HubertFeatureEncoder):
-    """HuBERT's convolutions. With layer norm, which is over channels, these lie next to each other in memory: a
-    training step takes little more than half the time of HuBERT's own. Group norm is over time, and has no such need.
+    """HuBERT's convolutions. With layer norm, which is over channels, these lie next to each other in memory, where
+    HuBERT's own reorders them twice in each layer. Group norm is over time, and has no such need.
     """
 
     def __init__(self, config: LightHubertConfig):
