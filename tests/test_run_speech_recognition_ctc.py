@@ -269,12 +269,13 @@ def test_a_damaged_checkpoint_is_passed_over(shop, caplog):
 
 
 def test_the_output_layer_alone_is_trained_in_the_first_steps(shop):
-    frozen = fine_tune(shop, "frozen", "--freeze_encoder_steps", 2, "--learning_rate", 1e-2)
-    thawed = fine_tune(shop, "thawed", "--freeze_encoder_steps", 1, "--learning_rate", 1e-2)
+    learns = ("--learning_rate", 1e-2, "--freeze_feature_encoder", False)
+    frozen = fine_tune(shop, "frozen", "--freeze_encoder_steps", 2, *learns)
+    thawed = fine_tune(shop, "thawed", "--freeze_encoder_steps", 1, *learns)
     before = load_file(shop / "supernet" / "model.safetensors")
-    name = "hubert.encoder.layers.0.attention.v_proj.weight"
-    assert torch.equal(weights(frozen)[name], before[name])
-    assert not torch.equal(weights(thawed)[name], before[name])
+    for name in ("encoder.layers.0.attention.v_proj.weight", "feature_extractor.conv_layers.0.conv.weight"):
+        assert torch.equal(weights(frozen)[f"hubert.{name}"], before[f"hubert.{name}"])
+        assert not torch.equal(weights(thawed)[f"hubert.{name}"], before[f"hubert.{name}"])
 
 
 def test_in_place_distillation_adds_the_divergence_from_the_largest(shop):
@@ -337,6 +338,13 @@ def test_a_stock_hubert_is_taken_as_it_is_and_streamed_speech_with_a_tokenizer(s
     assert Wav2Vec2Processor.from_pretrained(output).tokenizer.get_vocab() == (
         Wav2Vec2CTCTokenizer.from_pretrained(cut).get_vocab()
     )
+
+
+def test_a_stock_hubert_learns_from_recordings_shorter_than_a_masked_span(shop, tmp_path):
+    HubertModel(HubertConfig(**stock_settings(num_hidden_layers=2))).save_pretrained(tmp_path / "hubert")
+    data = speech(tmp_path / "short.parquet", (tone(0.1), "a"), (tone(0.12), "b"))
+    output = fine_tune(shop, "short", "--model_name_or_path", tmp_path / "hubert", "--train_file", data)
+    assert AutoModelForCTC.from_pretrained(output).config.mask_time_length == 4
 
 
 def test_a_fine_tuned_model_goes_on_with_its_own_tokenizer_and_output_layer(shop, cut):

@@ -4,7 +4,7 @@ failures that CTC is known for, named while they happen."""
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from modeling_lighthubert import SearchSpace, Subnet
 
 from checkpoints import seal
 from ctc_data import EpochSampler
-from distillation import answering
+from distillation import answering, true_frames
 from distillation_step import sum_gradients
 from metrics import CharacterErrorRate, WordErrorRate
 from subnet_sampling import SAMPLING_STRATEGIES, draw_subnets
@@ -202,12 +202,7 @@ class CTCTrainer(Trainer):
     def divergence(self, logits: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Kullback-Leibler divergence of a subnet's posteriors from the largest's, a sum over true frames."""
         each = F.kl_div(F.log_softmax(logits.float(), dim=-1), self.posteriors, reduction="none", log_target=True)
-        return each.sum(dim=-1)[self.true_frames(logits.shape[1], attention_mask)].sum()
-
-    def true_frames(self, num_frames: int, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Which frames are not padding: bool (batch_size, num_frames)."""
-        lengths = self.model._get_feat_extract_output_lengths(attention_mask.sum(-1))
-        return torch.arange(num_frames, device=attention_mask.device) < lengths[:, None]
+        return each.sum(dim=-1)[true_frames(self.model, logits.shape[1], attention_mask)].sum()
 
     @property
     def sampling_rate(self) -> int:
@@ -219,7 +214,7 @@ class CTCTrainer(Trainer):
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if logits is None:
             return loss, logits, labels
-        padding = ~self.true_frames(logits.shape[1], inputs["attention_mask"].to(logits.device))
+        padding = ~true_frames(self.model, logits.shape[1], inputs["attention_mask"].to(logits.device))
         return loss, logits.argmax(dim=-1).masked_fill(padding, self.model.config.pad_token_id), labels
 
     def error_rates(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -276,23 +271,19 @@ class CTCTrainer(Trainer):
 
 
 class FreezeEncoder(TrainerCallback):
-    """Trains the output layer alone in the first steps."""
+    """Trains the output layer alone in the first steps, then what would have been trained without it."""
 
     def __init__(self, num_steps: int):
-        self.num_steps, self.frozen = num_steps, False
+        self.num_steps, self.frozen = num_steps, []
 
     def on_step_begin(self, args, state, control, model: PreTrainedModel, **_: Any) -> None:
         freeze = state.global_step < self.num_steps
-        if freeze != self.frozen:
-            for parameter in encoder_parameters(model):
-                parameter.requires_grad_(not freeze)
-            self.frozen = freeze
-
-
-def encoder_parameters(model: PreTrainedModel) -> Iterator[torch.nn.Parameter]:
-    """All of the base model but the convolutions, which are frozen for themselves."""
-    named = model.base_model.named_parameters()
-    return (parameter for name, parameter in named if not name.startswith("feature_extractor."))
+        if freeze and not self.frozen:
+            self.frozen = [parameter for parameter in model.base_model.parameters() if parameter.requires_grad]
+        for parameter in self.frozen:
+            parameter.requires_grad_(not freeze)
+        if not freeze:
+            self.frozen = []
 
 
 class SetEpoch(TrainerCallback):

@@ -308,6 +308,14 @@ def build_speech(
     return speech
 
 
+def shorten_mask_spans(model: PreTrainedModel, speech: TranscribedSpeech | StreamedSpeech) -> None:
+    """transformers' SpecAugment fails in a batch shorter than a masked span; that of LightHuBERT shortens the span."""
+    if isinstance(speech, TranscribedSpeech) and not hasattr(model, "subnet"):
+        shortest = int(min(speech.seconds) * speech.speech.sampling_rate)
+        num_frames = int(model._get_feat_extract_output_lengths(shortest))
+        model.config.mask_time_length = min(model.config.mask_time_length, num_frames)
+
+
 def main() -> None:
     kinds = (ModelArguments, CTCArguments, TextArguments, DataArguments, TestArguments, TrainingArguments)
     parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
@@ -325,6 +333,7 @@ def main() -> None:
         processor = build_processor(arguments, text, transcripts, folder)
     model = build_model(arguments, ctc, processor)
     speech = build_speech(data, columns, text, processor, model, training_arguments.seed)
+    shorten_mask_spans(model, speech["train"])
     trainer = CTCTrainer(
         ctc=ctc,
         eval_subnets=evaluation_subnets(model.search_space, ctc.num_eval_subnets) if ctc.once_for_all else None,
