@@ -7,20 +7,21 @@ For each seed a supernet is distilled by training/configs/small_budget.yaml and 
 training/configs/ctc_small_budget.yaml, on strings of words of one speaker with pauses of random length: once for all,
 with and without in-place distillation, and each subnet alone, cut first, in the same number of steps. The control has
 the shape of the middle subnet and random weights. With `--held_out_speaker` a second round leaves that speaker out of
-all training, and transcribes nobody else. Two runs at a time, one thread each; a run that is done is not made again,
-so the benchmark goes on where it stopped.
+all training, and transcribes nobody else. Two processes make the runs, with one thread each; a run that is done is not
+made again, so the benchmark goes on where it stopped. What scripts print is in `run.log` of each run.
 """
 
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ from matplotlib import pyplot  # noqa: E402
 
 
 SPACE = ROOT / "demo/search_space.json"
-ONCE_FOR_ALL = {"once for all": 0.0, "once for all, taught by the largest": 1.0}
+ONCE_FOR_ALL = {"once for all": 0.0, "once for all, taught by the largest": 0.1}
 """Weight of in-place distillation of each."""
 
 
@@ -70,7 +71,7 @@ class RecognitionArguments:
     )
     held_out_speaker: str | None = field(default=None, metadata={"help": "Speaker to hold out in a second round."})
     distillation_steps: int = field(default=300, metadata={"help": "Steps that make the supernet."})
-    steps: int = field(default=1200, metadata={"help": "Steps of each fine-tuning."})
+    steps: int = field(default=600, metadata={"help": "Steps of each fine-tuning."})
     num_random_subnets: int = field(default=20, metadata={"help": "Random subnets to transcribe with, once for all."})
     num_random_alone: int = field(default=20, metadata={"help": "How many of them are fine-tuned alone, too."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each kind for each."})
@@ -85,7 +86,7 @@ class Recognition:
         (self.output / "data").mkdir(parents=True, exist_ok=True)
         rng = random.Random(0)
         self.train = prepare_speech(
-            self._speakers(arguments.train_file, "train"), self.output / "data", "train", 1000, rng
+            self._speakers(arguments.train_file, "train"), self.output / "data", "train", 2000, rng
         )
         self.test = prepare_speech(self._speakers(arguments.test_file, "test"), self.output / "data", "test", 100, rng)
         strings = load_dataset("parquet", data_files=str(self.test.strings_file), split="train")
@@ -102,7 +103,6 @@ class Recognition:
         (self.output / "subnets").mkdir(exist_ok=True)
         for name, subnet in self.subnets.items():
             self.subnet_file(name).write_text(json.dumps(subnet.to_dict()))
-        self.making = {seed: threading.Lock() for seed in arguments.seeds}
 
     def subnet_file(self, name: str) -> Path:
         return self.output / "subnets" / f"{name}.json"
@@ -129,34 +129,30 @@ class Recognition:
         return [*ONCE_FOR_ALL, "middle from random weights", *(f"{name} alone" for name in alone)]
 
     def supernet(self, seed: int) -> Path:
-        """The distilled supernet, made when it is first asked for."""
-        folder = self.output / f"supernet-{seed}"
-        with self.making[seed]:
-            if not (folder / "model.safetensors").exists():
-                self.script(
-                    "run_distillation.py", "small_budget", folder, seed, self.arguments.distillation_steps,
-                    train_file=self.train.file, dataloader_num_workers=0, resume_from_checkpoint="latest",
-                )  # fmt: skip
-        return folder
+        return self.output / f"supernet-{seed}"
+
+    def distil(self, seed: int) -> float:
+        """Makes the supernet, and returns its seconds."""
+        return self.script(
+            "run_distillation", "small_budget", self.supernet(seed), seed, self.arguments.distillation_steps,
+            train_file=self.train.file, dataloader_num_workers=0, resume_from_checkpoint="latest",
+        )  # fmt: skip
 
     def script(self, name: str, recipe: str, folder: Path, seed: int, steps: int, **options: Any) -> float:
-        """Runs a training script by its recipe, and returns its seconds."""
+        """Runs a training script by its recipe in this process, as from the top folder, and returns its seconds."""
         options |= {"output_dir": folder, "seed": seed, "max_steps": steps, "report_to": "none"}
-        words = [f"--{option}={value}" for option, value in options.items()]
-        command = [
-            sys.executable,
-            str(ROOT / "training" / name),
-            "--config",
-            f"training/configs/{recipe}.yaml",
-            *words,
-        ]
-        start, environment = time.perf_counter(), os.environ | {"OMP_NUM_THREADS": "1"}
-        finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        if finished.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-3000:]}")
+        words = ["--config", f"training/configs/{recipe}.yaml"]
+        words += [f"--{option}={value}" for option, value in options.items()]
+        folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(ROOT)
+        sys.argv = [f"training/{name}.py", *words]
+        main_of_script = importlib.import_module(name).main
+        start = time.perf_counter()
+        with (folder / "run.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+            main_of_script()
         return time.perf_counter() - start
 
-    def run(self, kind: str, seed: int) -> dict[str, Any]:
+    def fine_tune(self, kind: str, seed: int) -> dict[str, Any]:
         """Fine-tunes, and transcribes the test recordings with every subnet that the run made."""
         start, folder = self.supernet(seed), self.output / f"{kind.replace(' ', '-').replace(',', '')}-{seed}"
         options: dict[str, Any] = {"train_file": self.train.strings_file, "validation_file": self.test.strings_file}
@@ -169,11 +165,12 @@ class Recognition:
             start = self.output / f"random-weights-{seed}"
             supernet = LightHubertModel.from_pretrained(self.supernet(seed))
             LightHubertModel(supernet.config.cut_to(self.subnets[name])).save_pretrained(start)
+            options |= {"freeze_feature_encoder": False, "freeze_encoder_steps": 0}  # nothing is there to be kept
         else:
             options["subnet"] = self.subnet_file(name)
         options["model_name_or_path"] = start
         seconds = self.script(
-            "run_speech_recognition_ctc.py", "ctc_small_budget", folder, seed, self.arguments.steps, **options
+            "run_speech_recognition_ctc", "ctc_small_budget", folder, seed, self.arguments.steps, **options
         )
         names = list(self.subnets) if kind in ONCE_FOR_ALL else [name]
         return {"seconds": seconds} | {
@@ -197,9 +194,22 @@ Results = Mapping[str, Mapping[str, Any]]
 """Of each kind of run and seed: `seconds`, and error rates by subnet."""
 
 
-def rates(results: Results, kind: str, subnet: str, measure: str = "wer") -> list[float]:
-    """One for each seed."""
-    return [run[subnet][measure] for run in results.get(kind, {}).values()]
+def rates(results: Results, kind: str, subnet: str, measure: str = "wer") -> dict[str, float]:
+    """By seed."""
+    return {seed: run[subnet][measure] for seed, run in sorted(results.get(kind, {}).items())}
+
+
+def mean_rates(results: Results, kind: str, subnets: Sequence[str], measure: str) -> list[float]:
+    """For each seed, the mean of the subnets that there is a run of; `kind` may have a place for their name."""
+    found = [rates(results, kind.format(name), name, measure) for name in subnets]
+    seeds = sorted({seed for each in found for seed in each})
+    return [statistics.mean(each[seed] for each in found if seed in each) for seed in seeds]
+
+
+def gap(results: Results, kind: str, subnet: str) -> float:
+    """Word error rate of a subnet, once for all over alone, in the mean of the seeds that have both."""
+    together, alone = rates(results, kind, subnet), rates(results, f"{subnet} alone", subnet)
+    return statistics.mean(together[seed] - alone[seed] for seed in together.keys() & alone.keys())
 
 
 def table(results: Results, subnets: Sequence[str]) -> str:
@@ -209,18 +219,11 @@ def table(results: Results, subnets: Sequence[str]) -> str:
     header += ["CER alone", "CER once for all", "CER from random weights"]
     columns = [(kind, "wer") for kind in kinds.values()]
     columns += [(kind, "cer") for name, kind in kinds.items() if name in ("alone", "once for all", "random")]
-    rows = []
-    for subnet in subnets:
-        found = [rates(results, kind.format(subnet), subnet, measure) for kind, measure in columns]
-        rows.append([subnet, *(summary(values, percent=True) if values else "" for values in found)])
-    rows.append(["random subnets, mean"])
-    for kind, measure in columns:
-        drawn = [
-            statistics.mean(run[name][measure] for name in run if name.startswith("random_"))
-            for run in results.get(kind, {}).values()
-            if any(name.startswith("random_") for name in run)
-        ]
-        rows[-1].append(summary(drawn, percent=True) if drawn else "")
+    drawn = [name for name in subnets if name.startswith("random")]
+    rows, shown = [], {name: [name] for name in subnets if name not in drawn}
+    for title, names in [*shown.items(), ("random, mean", drawn)]:
+        found = [mean_rates(results, kind, names, measure) for kind, measure in columns]
+        rows.append([title, *(summary(values, percent=True) if values else "" for values in found)])
     return markdown_table(tuple(header), rows)
 
 
@@ -229,19 +232,17 @@ def margins(results: Results, subnets: Sequence[str]) -> str:
     lines = []
     own, control = rates(results, "middle alone", "middle"), rates(results, "middle from random weights", "middle")
     if own and control:
-        worse = sum(one >= other for one, other in zip(own, control, strict=True))
+        ratio = statistics.mean(own.values()) / statistics.mean(control.values())
+        worse = sum(own[seed] >= control[seed] for seed in own)
         lines.append(
-            f"middle, distilled against random weights: {statistics.mean(own) / statistics.mean(control):.2f} of its"
-            f" word errors in the mean (bar 0.50), no better in {worse} of {len(own)} seeds (bar 0)"
+            f"middle, distilled against random weights: {ratio:.2f} of its word errors in the mean (bar 0.50),"
+            f" no better in {worse} of {len(own)} seeds (bar 0)"
         )
     alone = [name for name in subnets if f"{name} alone" in results]
     for kind in ONCE_FOR_ALL:
         if kind not in results or not alone:
             continue
-        gaps = {
-            name: statistics.mean(rates(results, kind, name)) - statistics.mean(rates(results, f"{name} alone", name))
-            for name in alone
-        }
+        gaps = {name: gap(results, kind, name) for name in alone}
         largest = max(gaps, key=gaps.__getitem__)
         cost = statistics.mean(run["seconds"] for run in results[kind].values())
         each = [statistics.mean(run["seconds"] for run in results[f"{name} alone"].values()) for name in alone]
@@ -259,7 +260,8 @@ def plot(results: Results, macs: Mapping[str, float], path: Path) -> None:
     kinds = {kind: [(name, kind) for name in macs] for kind in ONCE_FOR_ALL if kind in results}
     kinds["each alone"] = [(name, f"{name} alone") for name in macs if f"{name} alone" in results]
     for (label, pairs), marker in zip(kinds.items(), ("o", "s", "x")):
-        points = [(macs[name] / 1e6, 100 * statistics.mean(rates(results, kind, name))) for name, kind in pairs]
+        means = [statistics.mean(rates(results, kind, name).values()) for name, kind in pairs]
+        points = [(macs[name] / 1e6, 100 * mean) for (name, _), mean in zip(pairs, means, strict=True)]
         if points:
             axes.scatter(*zip(*points), label=label, marker=marker, s=25)
     axes.set(xlabel="million MACs per second of audio", ylabel="word error rate, %")
@@ -270,39 +272,50 @@ def plot(results: Results, macs: Mapping[str, float], path: Path) -> None:
     pyplot.close(figure)
 
 
+def prepare_process() -> None:
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+
+
 def run_all(recognition: Recognition, seeds: Sequence[int]) -> Results:
     """Makes every run that is not done, and keeps each result as soon as it is there."""
     file = recognition.output / "results.json"
     results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     jobs = [(kind, seed) for kind in recognition.kinds for seed in seeds]
     jobs = [(kind, seed) for kind, seed in jobs if str(seed) not in results.get(kind, {})]
-    writing = threading.Lock()
-
-    def work(job: tuple[str, int]) -> None:
-        kind, seed = job
-        found = recognition.run(kind, seed)
-        with writing:
-            results.setdefault(kind, {})[str(seed)] = found
-            file.write_text(json.dumps(results, indent=2) + "\n")
-            bar.set_postfix_str(f"{kind}, seed {seed}")
+    seeds = [seed for seed in seeds if not (recognition.supernet(seed) / "model.safetensors").exists()]
+    new_processes = multiprocessing.get_context("spawn")
+    with (
+        tqdm(total=len(seeds) + len(jobs), desc="runs") as bar,
+        ProcessPoolExecutor(2, mp_context=new_processes, initializer=prepare_process) as workers,
+    ):
+        for _ in workers.map(recognition.distil, seeds):
             bar.update()
-
-    with tqdm(total=len(jobs), desc="runs") as bar, ThreadPoolExecutor(max_workers=2) as workers:
-        list(workers.map(work, jobs))
+        running = {workers.submit(recognition.fine_tune, *job): job for job in jobs}
+        try:
+            for finished in as_completed(running):
+                kind, seed = running[finished]
+                results.setdefault(kind, {})[str(seed)] = finished.result()
+                file.write_text(json.dumps(results, indent=2) + "\n")
+                bar.set_postfix_str(f"{kind}, seed {seed}")
+                bar.update()
+        finally:
+            workers.shutdown(cancel_futures=True)  # of a run that failed the message comes at once
     return results
 
 
 def main() -> None:
     (arguments,) = HfArgumentParser(RecognitionArguments, description=__doc__).parse_args_into_dataclasses()
-    logging.set_verbosity_error()
-    disable_progress_bars()
-    torch.set_num_threads(1)
+    prepare_process()
     begin = time.perf_counter()
     for speaker in dict.fromkeys([None, arguments.held_out_speaker]):
         recognition = Recognition(arguments, speaker)
         results = run_all(recognition, arguments.seeds)
-        shown = [name for name in recognition.subnets if not name.startswith("random") or f"{name} alone" in results]
-        report = f"{table(results, shown)}\n\n{margins(results, shown)}\n"
+        report = f"{table(results, list(recognition.subnets))}\n"
+        if speaker is None:
+            report += f"\n{margins(results, list(recognition.subnets))}\n"
         (recognition.output / "results.md").write_text(report)
         plot(results, recognition.macs(arguments.seeds[0]), recognition.output / "wer-against-macs.png")
         print(f"\n{'all speakers' if speaker is None else f'{speaker}, never heard in training'}\n\n{report}")

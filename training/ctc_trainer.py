@@ -30,8 +30,8 @@ from subnet_sampling import SAMPLING_STRATEGIES, draw_subnets
 logger = logging.getLogger("ctc_trainer")
 ONLY_BLANKS = (
     "only blanks were predicted after {step} steps. CTC begins so, and leaves it after some hundred steps; if the loss"
-    " stays where it is, raise --learning_rate, shorten --warmup_steps, lower --mask_time_prob, or start from weights"
-    " that were distilled or pre-trained"
+    " stays where it is, train the output layer alone at first (--freeze_encoder_steps), try another --learning_rate,"
+    " lower --mask_time_prob, or start from weights that were distilled or pre-trained"
 )
 
 
@@ -44,14 +44,14 @@ class CTCArguments:
         metadata={"help": "Fine-tune the supernet itself: every subnet of the result transcribes. Default: cut one."},
     )
     sampling: str = field(
-        default="uniform",
+        default="sandwich",
         metadata={
             "help": "Subnets of each step of once_for_all: largest, uniform, uniform_size (sizes as likely as each"
             " other), or sandwich (smallest, random ones, largest).",
             "choices": SAMPLING_STRATEGIES,
         },
     )
-    num_random_subnets: int = field(default=1, metadata={"help": "Random subnets of each step of once_for_all."})
+    num_random_subnets: int = field(default=4, metadata={"help": "Random subnets of each step of once_for_all."})
     distillation_weight: float = field(
         default=0.0,
         metadata={
