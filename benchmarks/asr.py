@@ -56,6 +56,21 @@ ONCE_FOR_ALL = {"once for all": 0.0, "once for all, taught by the largest": 0.1}
 """Weight of in-place distillation of each."""
 
 
+def run_script(name: str, recipe: str, folder: Path, seed: int, steps: int, **options: Any) -> float:
+    """Runs a training script by its recipe in this process, as from the top folder, and returns its seconds."""
+    options |= {"output_dir": folder, "seed": seed, "max_steps": steps, "report_to": "none"}
+    words = ["--config", f"training/configs/{recipe}.yaml"]
+    words += [f"--{option}={value}" for option, value in options.items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(ROOT)
+    sys.argv = [f"training/{name}.py", *words]
+    main_of_script = importlib.import_module(name).main
+    start = time.perf_counter()
+    with (folder / "run.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        main_of_script()
+    return time.perf_counter() - start
+
+
 @dataclass
 class RecognitionArguments:
     """What is compared, and for how long."""
@@ -133,24 +148,10 @@ class Recognition:
 
     def distil(self, seed: int) -> float:
         """Makes the supernet, and returns its seconds."""
-        return self.script(
+        return run_script(
             "run_distillation", "small_budget", self.supernet(seed), seed, self.arguments.distillation_steps,
             train_file=self.train.file, dataloader_num_workers=0, resume_from_checkpoint="latest",
         )  # fmt: skip
-
-    def script(self, name: str, recipe: str, folder: Path, seed: int, steps: int, **options: Any) -> float:
-        """Runs a training script by its recipe in this process, as from the top folder, and returns its seconds."""
-        options |= {"output_dir": folder, "seed": seed, "max_steps": steps, "report_to": "none"}
-        words = ["--config", f"training/configs/{recipe}.yaml"]
-        words += [f"--{option}={value}" for option, value in options.items()]
-        folder.mkdir(parents=True, exist_ok=True)
-        os.chdir(ROOT)
-        sys.argv = [f"training/{name}.py", *words]
-        main_of_script = importlib.import_module(name).main
-        start = time.perf_counter()
-        with (folder / "run.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-            main_of_script()
-        return time.perf_counter() - start
 
     def fine_tune(self, kind: str, seed: int) -> dict[str, Any]:
         """Fine-tunes, and transcribes the test recordings with every subnet that the run made."""
@@ -169,7 +170,7 @@ class Recognition:
         else:
             options["subnet"] = self.subnet_file(name)
         options["model_name_or_path"] = start
-        seconds = self.script(
+        seconds = run_script(
             "run_speech_recognition_ctc", "ctc_small_budget", folder, seed, self.arguments.steps, **options
         )
         names = list(self.subnets) if kind in ONCE_FOR_ALL else [name]

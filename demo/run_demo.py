@@ -138,21 +138,34 @@ def prepare_speech(file: str, folder: Path, name: str, num_strings: int, rng: ra
     return speech
 
 
-def join_words(words: Dataset, num_strings: int, rng: random.Random) -> Dataset:
-    """Strings of 3 to 6 single-word recordings of one speaker, with pauses of 50 to 250 ms."""
+def join_words(
+    words: Dataset,
+    num_strings: int,
+    rng: random.Random,
+    num_words: tuple[int, int] = (3, 6),
+    pause: tuple[float, float] = (0.05, 0.25),
+) -> Dataset:
+    """Strings of single-word recordings of one speaker, each with a pause behind it.
+
+    Args:
+        num_words: of a string, at least and at most.
+        pause: seconds, at least and at most.
+    """
     by_speaker = defaultdict(list)
     for index, speaker in enumerate(words["speaker"] if "speaker" in words.column_names else [""] * len(words)):
         by_speaker[speaker].append(index)
     rows = []
     for _ in range(num_strings):
-        chosen = words.select(rng.choices(by_speaker[rng.choice(sorted(by_speaker))], k=rng.randint(3, 6)))
+        speaker = rng.choice(sorted(by_speaker))
+        chosen = words.select(rng.choices(by_speaker[speaker], k=rng.randint(*num_words)))
         parts = []
         for audio in chosen["audio"]:
-            pause = np.zeros(int(rng.uniform(0.05, 0.25) * SAMPLING_RATE), dtype=np.float32)
-            parts += [load_waveform(audio, SAMPLING_RATE), pause]
+            silence = np.zeros(int(rng.uniform(*pause) * SAMPLING_RATE), dtype=np.float32)
+            parts += [load_waveform(audio, SAMPLING_RATE), silence]
         file = io.BytesIO()
         soundfile.write(file, np.concatenate(parts), SAMPLING_RATE, format="FLAC")
-        rows.append({"audio": {"bytes": file.getvalue(), "path": None}, "text": " ".join(chosen["text"])})
+        audio = {"bytes": file.getvalue(), "path": None}
+        rows.append({"audio": audio, "text": " ".join(chosen["text"]), "speaker": speaker})
     return Dataset.from_list(rows).cast_column("audio", Audio(decode=False))
 
 

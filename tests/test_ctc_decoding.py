@@ -355,7 +355,7 @@ def local_folder(tmp_path_factory):
         for layer in model.hubert.encoder.layers:
             layer.attention.out_proj.weight.zero_()
     model.save_pretrained(folder)
-    save_processor(folder)
+    save_processor(folder, do_normalize=False)
     return folder
 
 
@@ -371,6 +371,16 @@ def test_chunks_of_a_recording_answer_like_the_whole(local_folder, seconds):
     assert chunked.transcribe([recording])[0].text == whole.transcribe([recording])[0].text
     assert all(batch <= 2 and samples <= 4 * 16_000 + 320 for batch, samples in chunked.model.shapes)
     assert len(chunked.model.shapes) > 1 or seconds < 4.1
+
+
+def test_each_chunk_is_normalised_on_its_own(folders):
+    recognizer = load(folders, "cut", chunk_length_s=4.0, stride_length_s=0.5, batch_size=1)
+    heard, model = [], recognizer.model
+    recognizer.model = lambda audio, mask: heard.append(audio[0]) or model(audio, mask)
+    recognizer.log_probs([speech(12) + np.linspace(0, 1, 12 * 16_000, dtype=np.float32)])
+    assert len(heard) == 4
+    assert [chunk.mean() for chunk in heard] == pytest.approx([0] * 4, abs=1e-3)
+    assert [chunk.std() for chunk in heard] == pytest.approx([1] * 4, abs=1e-2)
 
 
 def test_attention_over_chunks_changes_little(folders):

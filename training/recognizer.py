@@ -38,8 +38,9 @@ class Recognizer:
     """A CTC model with its processor, which transcribes recordings of any length.
 
     Recordings longer than `chunk_length_s` are heard in chunks, which share `stride_length_s` with each neighbour on
-    either side; only the frames in the middle of a chunk are kept. They are normalised as a whole before. What a
-    recording is batched with changes nothing: models whose answers depend on padding get recordings of one length.
+    either side; only the frames in the middle of a chunk are kept. Each is normalised on its own, as transformers'
+    pipeline does it: levels and offsets of a long recording change. What a recording is batched with changes nothing:
+    models whose answers depend on padding get recordings of one length.
 
     Args:
         model: gives logits.
@@ -111,7 +112,7 @@ class Recognizer:
         return num_samples
 
     def normalize(self, waveform: np.ndarray) -> np.ndarray:
-        """A whole recording as the model wants it, shape (num_samples)."""
+        """What the model hears at once, as it wants it, shape (num_samples)."""
         extractor = self.processor.feature_extractor
         return extractor(waveform, sampling_rate=self.sampling_rate, return_tensors="np").input_values[0]
 
@@ -126,14 +127,12 @@ class Recognizer:
 
     def log_probs(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log probabilities (num_frames, vocab_size), float32, of each recording; none of one shorter than a frame."""
-        return self.log_probs_of_normalized([self.normalize(each) if len(each) else each for each in waveforms])
-
-    def log_probs_of_normalized(self, input_values: Sequence[np.ndarray]) -> list[np.ndarray]:
-        shapes = [(self.num_frames(len(each)), self.config.vocab_size) for each in input_values]
+        shapes = [(self.num_frames(len(each)), self.config.vocab_size) for each in waveforms]
         results = [np.empty(shape, dtype=np.float32) for shape in shapes]
-        pieces = [piece for number, each in enumerate(input_values) for piece in self._pieces(each, number)]
+        pieces = [piece for number, each in enumerate(waveforms) for piece in self._pieces(each, number)]
         for batch in self._batches(pieces):
-            for piece, log_probs in zip(batch, self._run([piece.samples for piece in batch])):
+            input_values = [self.normalize(piece.samples) for piece in batch]
+            for piece, log_probs in zip(batch, self.log_probs_of_normalized(input_values), strict=True):
                 kept = log_probs[piece.skipped : piece.skipped + piece.num_frames]
                 results[piece.recording][piece.first_frame : piece.first_frame + piece.num_frames] = kept
         return results
@@ -161,15 +160,17 @@ class Recognizer:
             for at in range(0, len(group), self.batch_size):
                 yield group[at : at + self.batch_size]
 
-    def _run(self, pieces: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Log probabilities of a batch, each with frames of padding behind."""
-        longest = max(map(len, pieces))
-        input_values = np.zeros((len(pieces), longest), dtype=np.float32)
-        attention_mask = np.zeros((len(pieces), longest), dtype=np.int64)
-        for row, piece in enumerate(pieces):
-            input_values[row, : len(piece)], attention_mask[row, : len(piece)] = piece, 1
+    def log_probs_of_normalized(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log probabilities of a batch that is heard at once, each with frames of padding behind."""
+        longest = max(map(len, batch))
+        if self.num_frames(longest) == 0:
+            return [np.empty((0, self.config.vocab_size), dtype=np.float32) for _ in batch]
+        input_values = np.zeros((len(batch), longest), dtype=np.float32)
+        attention_mask = np.zeros((len(batch), longest), dtype=np.int64)
+        for row, samples in enumerate(batch):
+            input_values[row, : len(samples)], attention_mask[row, : len(samples)] = samples, 1
         logits = self.model(input_values, attention_mask)
-        expected = (len(pieces), self.num_frames(longest), self.config.vocab_size)
+        expected = (len(batch), self.num_frames(longest), self.config.vocab_size)
         if logits.shape != expected:
             raise ValueError(f"the model gives logits of shape {logits.shape}, its config.json says {expected}")
         return [_log_softmax(each) for each in logits]
