@@ -30,8 +30,8 @@ class LiveTranscriber:
 
     Each `chunk_length_s`, the model hears the new audio with `context_length_s` before it. Frames are settled when it
     has heard `lookahead_length_s` more, and words are final when they and the delimiter behind them are settled, or
-    when none has come for `context_length_s` after their first letter. Audio is normalised by the mean and variance of
-    what was heard so far, in which the past counts no more than one minute: the whole recording is not known.
+    when none has come for `context_length_s` after their first letter. What is heard at once is normalised on its own,
+    as chunks of recordings are.
 
     Attributes:
         samples: the last ones that were heard, from the beginning of `first_frame` on.
@@ -52,7 +52,6 @@ class LiveTranscriber:
         self.arrived, self.samples = np.zeros((2, 0), dtype=np.float32)
         self.first_frame, self.num_heard = 0, 0
         self.pending, self.first_pending = np.zeros((0, recognizer.config.vocab_size), dtype=np.float32), 0
-        self.mean, self.mean_square = 0.0, 0.0
         self.guess: list[Word] = []
 
     def feed(self, samples: np.ndarray) -> list[LiveEvent]:
@@ -70,8 +69,8 @@ class LiveTranscriber:
 
     def _hear(self, samples: np.ndarray, is_last: bool = False) -> list[LiveEvent]:
         self.samples = np.concatenate([self.samples, samples])
-        self._measure(samples)
-        (log_probs,) = self.recognizer.log_probs_of_normalized([self._normalized()])
+        self.num_heard += len(samples)
+        (log_probs,) = self.recognizer.log_probs([self.samples])
         num_settled = self.first_pending + len(self.pending) - self.first_frame
         newly = log_probs[num_settled : max(num_settled, len(log_probs) - (0 if is_last else self.lookahead))]
         self.pending = np.concatenate([self.pending, newly])
@@ -107,20 +106,6 @@ class LiveTranscriber:
         return words_of(
             greedy(log_probs), log_probs, recognizer.alphabet, recognizer.seconds_per_frame, self.first_pending
         )
-
-    def _measure(self, samples: np.ndarray) -> None:
-        before = min(self.num_heard, 60 * self.recognizer.sampling_rate)
-        share = len(samples) / max(1, before + len(samples))
-        if share:
-            self.mean += share * (samples.mean(dtype=np.float64) - self.mean)
-            self.mean_square += share * (np.square(samples, dtype=np.float64).mean() - self.mean_square)
-        self.num_heard += len(samples)
-
-    def _normalized(self) -> np.ndarray:
-        if not self.recognizer.processor.feature_extractor.do_normalize:
-            return self.samples
-        deviation = np.sqrt(max(0.0, self.mean_square - self.mean**2) + 1e-7)
-        return ((self.samples - self.mean) / deviation).astype(np.float32)
 
 
 def transcribe_live(live: LiveTranscriber, audio: BinaryIO, output_format: str) -> None:

@@ -131,8 +131,8 @@ class Recognizer:
         results = [np.empty(shape, dtype=np.float32) for shape in shapes]
         pieces = [piece for number, each in enumerate(waveforms) for piece in self._pieces(each, number)]
         for batch in self._batches(pieces):
-            input_values = [self.normalize(piece.samples) for piece in batch]
-            for piece, log_probs in zip(batch, self.log_probs_of_normalized(input_values), strict=True):
+            heard = self._run([self.normalize(piece.samples) for piece in batch])
+            for piece, log_probs in zip(batch, heard, strict=True):
                 kept = log_probs[piece.skipped : piece.skipped + piece.num_frames]
                 results[piece.recording][piece.first_frame : piece.first_frame + piece.num_frames] = kept
         return results
@@ -160,11 +160,9 @@ class Recognizer:
             for at in range(0, len(group), self.batch_size):
                 yield group[at : at + self.batch_size]
 
-    def log_probs_of_normalized(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Log probabilities of a batch that is heard at once, each with frames of padding behind."""
+    def _run(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log probabilities of what is heard at once, each with frames of padding behind."""
         longest = max(map(len, batch))
-        if self.num_frames(longest) == 0:
-            return [np.empty((0, self.config.vocab_size), dtype=np.float32) for _ in batch]
         input_values = np.zeros((len(batch), longest), dtype=np.float32)
         attention_mask = np.zeros((len(batch), longest), dtype=np.int64)
         for row, samples in enumerate(batch):
