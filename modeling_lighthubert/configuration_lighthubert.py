@@ -34,7 +34,7 @@ class LightHubertConfig(HubertConfig):
     Args:
         search_space (`SearchSpace`, `dict` or `str`, *optional*):
             The subnets that the checkpoint holds: a [`SearchSpace`], its dict (our keys or the released code's), or
-            `"small"` / `"base"`. Kept as a dict.
+            `"small"` / `"base"` / `"tiny_to_base"`. Kept as a dict.
         subnet (`Subnet`, `dict` or `str`, *optional*):
             The selected subnet. A supernet takes any of its space, or a name of one, and defaults to the largest. Of a
             cut model it is the architecture, and defaults to equal layers of the sizes above. Kept as a dict.
@@ -113,7 +113,7 @@ class LightHubertConfig(HubertConfig):
             )
         full = self.full_subnet()
         subnet = subnet_from(self.subnet) if self.subnet else full
-        if _sizes(subnet) != _sizes(full):
+        if _sizes(subnet) != _sizes(full) or list(subnet.conv_dim or self.conv_dim) != list(self.conv_dim):
             raise ValueError(
                 f"subnet ({subnet}) is not the architecture of this checkpoint, which is at most {full}. Only a"
                 " supernet can select another one"
@@ -123,8 +123,14 @@ class LightHubertConfig(HubertConfig):
     def full_subnet(self) -> Subnet:
         """Every weight that is stored: equal layers of the full sizes. Not always in the search space."""
         assert self.head_dim is not None, "set by __post_init__"
+        has_elastic_convolutions = self.search_space is not None and self.search_space.get("conv_dim") is not None
         return Subnet.uniform(
-            self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.intermediate_size, self.head_dim
+            self.hidden_size,
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.intermediate_size,
+            self.head_dim,
+            tuple(self.conv_dim) if has_elastic_convolutions else None,
         )
 
     def cut_to(self, subnet: Subnet) -> "LightHubertConfig":
@@ -133,6 +139,7 @@ class LightHubertConfig(HubertConfig):
         config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size, _ = _sizes(
             subnet
         )
+        config.conv_dim = subnet.conv_dim or config.conv_dim
         config.search_space, config.subnet = None, subnet
         return config
 
@@ -145,6 +152,7 @@ class LightHubertConfig(HubertConfig):
         config.intermediate_size = largest.hidden_size * math.ceil(
             max(largest.intermediate_size) / largest.hidden_size
         )
+        config.conv_dim = largest.conv_dim or config.conv_dim
         return config
 
     def validate_architecture(self):
@@ -171,6 +179,12 @@ class LightHubertConfig(HubertConfig):
         ):
             if largest > full:
                 raise ValueError(f"search space {name} goes up to {largest}, but the supernet has only {full:g}")
+        if space.conv_dim is not None:
+            most = [max(choices) for choices in space.conv_dim]
+            if len(most) != len(self.conv_dim) or any(wide > full for wide, full in zip(most, self.conv_dim)):
+                raise ValueError(
+                    f"search space conv_dim goes up to {most}, but the supernet has {list(self.conv_dim)}"
+                )
         if not full_ratio.is_integer():
             raise ValueError(
                 f"a supernet needs whole blocks of FFN units: intermediate_size={self.intermediate_size} is not a"

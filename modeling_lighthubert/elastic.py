@@ -148,6 +148,30 @@ class ElasticLayerNorm(ElasticLayer, nn.LayerNorm):
         return f"{super().extra_repr()}, selected={self.num_selected}"
 
 
+class ElasticGroupNorm(ElasticLayer, nn.GroupNorm):
+    """A group norm with a group for each channel, over the leading ones: each has statistics of its own."""
+
+    def __init__(self, num_channels: int, eps: float = 1e-5):
+        super().__init__(num_channels, num_channels, eps=eps)
+        self.select(num_channels)
+
+    def select(self, num_channels: int) -> None:
+        self.num_selected = num_channels
+
+    def selected(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias, each (selected channels)."""
+        return self.weight[: self.num_selected], self.bias[: self.num_selected]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (batch, selected, time), shape kept
+        return F.group_norm(hidden_states, self.num_selected, *self.selected(), self.eps)
+
+    def num_selected_parameters(self) -> int:
+        return 2 * self.num_selected
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, selected={self.num_selected}"
+
+
 class ElasticBatchNorm1d(ElasticLayer, nn.BatchNorm1d):
     """A batch norm over the leading channels. A channel's statistics do not depend on how many others are used."""
 
@@ -178,6 +202,32 @@ class ElasticBatchNorm1d(ElasticLayer, nn.BatchNorm1d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, selected={self.num_selected}"
+
+
+class ElasticConv1d(ElasticLayer, nn.Conv1d):
+    """A convolution between the leading channels of both sides."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, bias: bool):
+        super().__init__(in_channels, out_channels, kernel_size, stride, bias=bias)
+        self.select(in_channels, out_channels)
+
+    def select(self, in_channels: int, out_channels: int) -> None:
+        """Uses the first `in_channels` inputs and `out_channels` outputs."""
+        self.num_inputs, self.num_outputs = in_channels, out_channels
+
+    def selected(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Kernel (selected out, selected in, taps) and bias (selected out)."""
+        bias = None if self.bias is None else self.bias[: self.num_outputs]
+        return self.weight[: self.num_outputs, : self.num_inputs], bias
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (batch, selected in, time) -> (..., out, time)
+        return self._conv_forward(hidden_states, *self.selected())
+
+    def num_selected_parameters(self) -> int:
+        return self.num_outputs * (self.num_inputs * self.kernel_size[0] + (self.bias is not None))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, selected={self.num_inputs}->{self.num_outputs}"
 
 
 class ElasticPositionalConv1d(ElasticLayer, nn.Conv1d):

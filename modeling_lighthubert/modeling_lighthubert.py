@@ -2,11 +2,10 @@
 
 Every `forward` above the leaf layers is HuBERT's own, inherited. This module says how the layers are sized (each may
 have its own heads and FFN), how a subnet is selected in a supernet, and how it is cut out. A cut model is built from
-plain layers; no elastic code runs in it. The convolutions of both are computed as matrix products, see `FrameConv1d`.
+plain layers; no elastic code runs in it. The convolutions of both live in `feature_encoder`.
 """
 
 import copy
-import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.hubert.modeling_hubert import (
@@ -23,7 +21,6 @@ from transformers.models.hubert.modeling_hubert import (
     HubertEncoderLayer,
     HubertEncoderLayerStableLayerNorm,
     HubertEncoderStableLayerNorm,
-    HubertFeatureEncoder,
     HubertFeatureProjection,
     HubertFeedForward,
     HubertForCTC,
@@ -53,6 +50,7 @@ from .elastic import (
     cut_state,
     num_selected_parameters,
 )
+from .feature_encoder import LightHubertFeatureEncoder
 from .search_space import SearchSpace, Subnet, kept_layers, search_space_from, subnet_from
 
 
@@ -72,53 +70,6 @@ def layer_norm(config: LightHubertConfig) -> nn.LayerNorm:
     """A layer norm over the width: elastic in a supernet, plain in a cut model."""
     kind = nn.LayerNorm if config.search_space is None else ElasticLayerNorm
     return kind(config.hidden_size, eps=config.layer_norm_eps)
-
-
-class FrameConv1d(nn.Conv1d):
-    """A strided convolution of frames that lie in memory one after another, as matrix products over rows of them.
-
-    A row has `stride` frames. All rows are multiplied with the first `stride` taps of the kernel, and with the taps
-    that reach into the next row: nothing is copied. The time has to be a multiple of the stride; for the last frames
-    that come out, the kernel reaches beyond the recording, and they are of no use.
-    """
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (batch, in, time) -> (batch, out, time / stride)
-        batch_size, channels, _ = hidden_states.shape
-        taps, stride = self.kernel_size[0], self.stride[0]
-        rows = hidden_states.transpose(1, 2).reshape(-1, stride * channels)
-        if channels == 1:  # copies of a waveform cost less than products with so few columns
-            rows = torch.cat([rows.roll(-number, 0) for number in range(math.ceil(taps / stride))], dim=1)[:, :taps]
-        first, *others = self.weight.transpose(1, 2).flatten(1).split(rows.shape[1], dim=1)
-        outputs = F.linear(rows[:, : first.shape[1]], first, self.bias)
-        for number, block in enumerate(others, start=1):
-            outputs = outputs + F.linear(rows[:, : block.shape[1]], block).roll(-number, 0)
-        return outputs.reshape(batch_size, -1, self.out_channels).transpose(1, 2)
-
-
-class LightHubertFeatureEncoder(HubertFeatureEncoder):
-    """HuBERT's convolutions. With layer norm, which is over channels, these lie next to each other in memory, where
-    HuBERT's own reorders them twice in each layer. Group norm is over time, and has no such need.
-    """
-
-    def __init__(self, config: LightHubertConfig):
-        super().__init__(config)
-        if config.feat_extract_norm == "layer":
-            sizes = zip((1, *config.conv_dim), config.conv_dim, config.conv_kernel, config.conv_stride)
-            for layer, size in zip(self.conv_layers, sizes, strict=True):
-                layer.conv = FrameConv1d(*size, bias=config.conv_bias)
-
-    def forward(self, input_values: torch.Tensor) -> torch.Tensor:  # (batch, samples) -> (batch, channels, frames)
-        convolutions = [layer.conv for layer in self.conv_layers]
-        if not isinstance(convolutions[0], FrameConv1d):
-            return super().forward(input_values)
-        num_samples, samples_per_frame = input_values.shape[1], 1
-        num_frames = num_samples
-        for conv in convolutions:
-            num_frames = (num_frames - conv.kernel_size[0]) // conv.stride[0] + 1
-            samples_per_frame *= conv.stride[0]
-        # `-num_samples % samples_per_frame`, written so that exporters follow it for any length
-        padding = samples_per_frame - 1 - (num_samples - 1) % samples_per_frame
-        return super().forward(F.pad(input_values, (0, padding))).narrow(-1, 0, num_frames)
 
 
 class LightHubertPositionalConvEmbedding(HubertPositionalConvEmbedding):
@@ -165,7 +116,14 @@ class LightHubertPositionalConvEmbedding(HubertPositionalConvEmbedding):
 class LightHubertFeatureProjection(HubertFeatureProjection):
     def __init__(self, config: LightHubertConfig):
         super().__init__(config)
+        if config.search_space is not None and self.feat_proj_layer_norm:
+            self.layer_norm = ElasticLayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
         self.projection = linear(config, config.conv_dim[-1], config.hidden_size)
+
+    def select(self, num_channels: int, hidden_size: int) -> None:
+        if self.feat_proj_layer_norm:
+            self.layer_norm.select(num_channels)
+        self.projection.select(num_channels, hidden_size)
 
 
 class LightHubertAttention(HubertAttention):
@@ -418,7 +376,9 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
 
     def select(self, subnet: Subnet) -> None:
         """Sets what every elastic layer uses. Users call `set_subnet`, which checks the subnet and knows the head."""
-        self.feature_projection.projection.select(self.config.conv_dim[-1], subnet.hidden_size)
+        conv_dim = subnet.conv_dim or tuple(self.config.conv_dim)
+        self.feature_extractor.select(conv_dim)
+        self.feature_projection.select(conv_dim[-1], subnet.hidden_size)
         self.encoder.select(subnet)
         self.selected_subnet = subnet
         self.config.subnet = subnet

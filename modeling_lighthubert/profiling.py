@@ -49,7 +49,8 @@ def profile_subnet(
     width, groups = subnet.hidden_size, config.num_conv_pos_embedding_groups
 
     num_frames, channels, encoder_macs = int(seconds * SAMPLING_RATE), 1, 0
-    for out_channels, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride, strict=True):
+    conv_dim = subnet.conv_dim or config.conv_dim
+    for out_channels, kernel, stride in zip(conv_dim, config.conv_kernel, config.conv_stride, strict=True):
         num_frames = (num_frames - kernel) // stride + 1
         encoder_macs += num_frames * out_channels * channels * kernel
         channels = out_channels

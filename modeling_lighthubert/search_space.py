@@ -9,7 +9,8 @@ import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -33,6 +34,18 @@ def kept_layers(num_hidden_layers: int, depth: int) -> tuple[int, ...]:
     return tuple(layer for layer in range(num_hidden_layers) if layer not in dropped)
 
 
+@cache
+def widening(choices: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """All ways to choose a width for each convolution so that none is narrower than the one before it.
+
+    The first convolutions see the most frames, so this is where narrow ones save the most.
+    """
+    ways: list[tuple[int, ...]] = [()]
+    for widths in choices:
+        ways = [(*way, width) for way in ways for width in widths if not way or width >= way[-1]]
+    return tuple(ways)
+
+
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"{name} must be positive numbers, not {value!r}")
@@ -50,11 +63,12 @@ def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, A
 
 
 def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    fields = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
-    unknown, missing = sorted(set(values) - set(fields)), [name for name in fields[:-1] if name not in values]
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    required = [field.name for field in fields(cls) if field.default is MISSING]  # type: ignore[arg-type]
+    unknown, missing = sorted(set(values) - set(known)), [name for name in required if name not in values]
     if unknown:
         raise ValueError(
-            f"{cls.__name__} does not know {unknown}: it has {fields}. If the file was written by a newer version of"
+            f"{cls.__name__} does not know {unknown}: it has {known}. If the file was written by a newer version of"
             " LightHuBERT, update this one"
         )
     if missing:
@@ -68,9 +82,13 @@ class JsonValue(ABC):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, ready for JSON."""
+        """Plain numbers and lists, ready for JSON; without what is `None`."""
+
+        def plain(value: Any) -> Any:
+            return [plain(item) for item in value] if isinstance(value, tuple) else value
+
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: plain(value) for name, value in values.items() if value is not None}
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict())
@@ -105,16 +123,20 @@ class Subnet(JsonValue):
             whatever `hidden_size` is.
         intermediate_size: FFN units of each layer.
         head_dim: size of one head. It belongs to the supernet and is the same for all its subnets.
+        conv_dim: channels of each convolution of the feature encoder, `None` for all that there are. Not in the paper.
     """
 
     hidden_size: int
     num_attention_heads: tuple[int, ...]
     intermediate_size: tuple[int, ...]
     head_dim: int = 64
+    conv_dim: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_attention_heads", "intermediate_size"):
+        for name in ("num_attention_heads", "intermediate_size", "conv_dim"):
             value = getattr(self, name)
+            if name == "conv_dim" and value is None:
+                continue
             if not isinstance(value, Iterable) or isinstance(value, str):
                 raise ValueError(f"subnet {name} is a list with one value for each layer, not {value!r}")
             object.__setattr__(self, name, tuple(_whole(name, item) for item in value))
@@ -134,11 +156,11 @@ class Subnet(JsonValue):
         num_attention_heads: int,
         intermediate_size: int,
         head_dim: int = 64,
+        conv_dim: tuple[int, ...] | None = None,
     ) -> Self:
         """A subnet whose layers are all alike."""
-        return cls(
-            hidden_size, (num_attention_heads,) * num_hidden_layers, (intermediate_size,) * num_hidden_layers, head_dim
-        )
+        heads, units = (num_attention_heads,) * num_hidden_layers, (intermediate_size,) * num_hidden_layers
+        return cls(hidden_size, heads, units, head_dim, conv_dim)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -205,6 +227,7 @@ class Subnet(JsonValue):
             f"hidden_size={self.hidden_size}, num_hidden_layers={self.num_hidden_layers},"
             f" num_attention_heads={short(self.num_attention_heads)},"
             f" intermediate_size={short(self.intermediate_size)}"
+            + (f", conv_dim={short(self.conv_dim)}" if self.conv_dim is not None else "")
         )
 
 
@@ -219,7 +242,8 @@ NAMED_SUBNETS = {
 class SearchSpace(JsonValue):
     """The subnets a supernet was trained for: every combination of the choices below.
 
-    Width and depth are chosen once for a subnet; heads and FFN ratio are chosen for each layer on its own.
+    Width and depth are chosen once for a subnet; heads and FFN ratio are chosen for each layer on its own, and so are
+    the channels of the convolutions, except that none has fewer than the one before it.
 
     Args:
         hidden_size: widths to choose from.
@@ -227,6 +251,8 @@ class SearchSpace(JsonValue):
         ffn_ratio: FFN sizes to choose from, as multiples of the chosen width.
         num_hidden_layers: depths to choose from. `kept_layers` says which layers stay.
         head_dim: size of one head.
+        conv_dim: for each convolution of the feature encoder, channels to choose from. With `None`, as in the paper,
+            all subnets have all channels.
     """
 
     hidden_size: tuple[int, ...]
@@ -234,6 +260,7 @@ class SearchSpace(JsonValue):
     ffn_ratio: tuple[float, ...]
     num_hidden_layers: tuple[int, ...]
     head_dim: int = 64
+    conv_dim: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_attention_heads", "ffn_ratio", "num_hidden_layers"):
@@ -243,12 +270,30 @@ class SearchSpace(JsonValue):
             checked = [_positive(name, item) if name == "ffn_ratio" else _whole(name, item) for item in choices]
             object.__setattr__(self, name, tuple(sorted(set(checked))))
         object.__setattr__(self, "head_dim", _whole("head_dim", self.head_dim))
+        if self.conv_dim is not None:
+            self._set_conv_dim(self.conv_dim)
         for width in self.hidden_size:
             for ratio in self.ffn_ratio:
                 if not (width * ratio).is_integer():
                     raise ValueError(
                         f"search space: ffn_ratio={ratio} x hidden_size={width} is no whole number of units"
                     )
+
+    def _set_conv_dim(self, choices: Any) -> None:
+        try:
+            sorted_choices = tuple(tuple(sorted({_whole("conv_dim", item) for item in layer})) for layer in choices)
+        except TypeError:
+            raise ValueError(
+                f"search space conv_dim is a list of choices for each convolution, not {choices!r}"
+            ) from None
+        for choose in (min, max):
+            ends = [choose(layer) for layer in sorted_choices if layer]
+            if len(ends) < len(sorted_choices) or not ends or ends != sorted(ends):
+                raise ValueError(
+                    "search space conv_dim needs choices for each convolution, of which the least and the most do not"
+                    f" fall from one to the next, not {choices!r}"
+                )
+        object.__setattr__(self, "conv_dim", sorted_choices)
 
     @classmethod
     def small(cls) -> Self:
@@ -268,13 +313,26 @@ class SearchSpace(JsonValue):
         )
 
     @classmethod
+    def tiny_to_base(cls) -> Self:
+        """Ours: 3 to 94 million parameters, 0.3 to 6.9 GMAC for a second of audio, because the feature encoder is
+        elastic too."""
+        return cls(
+            hidden_size=(192, 256, 384, 512, 640, 768),
+            num_attention_heads=(3, 4, 6, 8, 10, 12),
+            ffn_ratio=(2, 3, 4),
+            num_hidden_layers=(8, 10, 12),
+            conv_dim=((128, 256, 384, 512),) * 7,
+        )
+
+    @classmethod
     def preset(cls, name: str) -> Self:
-        """`"small"` or `"base"`."""
-        if name not in ("small", "base"):
+        """`"small"`, `"base"` or `"tiny_to_base"`."""
+        presets = {"small": cls.small, "base": cls.base, "tiny_to_base": cls.tiny_to_base}
+        if name not in presets:
             raise ValueError(
-                f"search space {name!r} is not known: choose 'small', 'base', or give the choices as a dict"
+                f"search space {name!r} is not known: choose from {list(presets)}, or give the choices as a dict"
             )
-        return cls.small() if name == "small" else cls.base()
+        return presets[name]()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -300,9 +358,10 @@ class SearchSpace(JsonValue):
 
     @property
     def num_subnets(self) -> int:
-        """Exact count: widths x sum over depths d of (ratios x heads) ** d."""
+        """Exact count: feature encoders x widths x sum over depths d of (ratios x heads) ** d."""
         per_layer = len(self.ffn_ratio) * len(self.num_attention_heads)
-        return len(self.hidden_size) * sum(per_layer**depth for depth in self.num_hidden_layers)
+        encoders = 1 if self.conv_dim is None else len(widening(self.conv_dim))
+        return encoders * len(self.hidden_size) * sum(per_layer**depth for depth in self.num_hidden_layers)
 
     def __len__(self) -> int:
         return self.num_subnets
@@ -323,11 +382,12 @@ class SearchSpace(JsonValue):
     @property
     def named(self) -> dict[str, Subnet]:
         """Subnets that can be asked for by name: `largest`, `smallest`, and those of the paper's that are inside."""
-        inside = {name: subnet for name, subnet in NAMED_SUBNETS.items() if subnet in self}
+        inside = {name: self.resolve(subnet) for name, subnet in NAMED_SUBNETS.items() if subnet in self}
         return {"largest": self.largest, "smallest": self.smallest, **inside}
 
     def resolve(self, subnet: "str | Subnet | Mapping[str, Any]") -> Subnet:
-        """The subnet behind a name, a dict or a `Subnet`.
+        """The subnet behind a name, a dict or a `Subnet`. Where convolutions are to be chosen, one that does not name
+        them has the widest.
 
         Raises:
             ValueError: it is not in this space; the message names what is allowed.
@@ -339,6 +399,8 @@ class SearchSpace(JsonValue):
                 )
             return self.named[subnet]
         subnet = subnet_from(subnet)
+        if subnet.conv_dim is None:
+            subnet = replace(subnet, conv_dim=self.largest.conv_dim)
         self._check(subnet)
         return subnet
 
@@ -346,7 +408,7 @@ class SearchSpace(JsonValue):
         if not isinstance(subnet, Subnet):
             return False
         try:
-            self._check(subnet)
+            self.resolve(subnet)
         except ValueError:
             return False
         return True
@@ -361,13 +423,17 @@ class SearchSpace(JsonValue):
         width, depth = rng.choice(self.hidden_size), rng.choice(self.num_hidden_layers)
         heads = [rng.choice(self.num_attention_heads) for _ in range(depth)]
         ratios = [rng.choice(self.ffn_ratio) for _ in range(depth)]
-        return self._assemble(width, heads, ratios)
+        return self._assemble(width, heads, ratios, self.sample_conv_dim(rng))
+
+    def sample_conv_dim(self, rng: random.Random) -> tuple[int, ...] | None:
+        """Draws channels of all convolutions, each way to choose them as likely as the others."""
+        return None if self.conv_dim is None else rng.choice(widening(self.conv_dim))
 
     def mutate(self, subnet: Subnet, rng: random.Random | int | None = None, probability: float = 0.1) -> Subnet:
-        """A neighbour of `subnet`: every gene (width, depth, heads and ratio of each layer) is redrawn with
-        `probability`."""
+        """A neighbour of `subnet`: every gene (width, depth, heads and ratio of each layer, channels of each
+        convolution as far as its neighbours allow) is redrawn with `probability`."""
         rng = rng if isinstance(rng, random.Random) else random.Random(rng)
-        self._check(subnet)
+        subnet = self.resolve(subnet)
 
         def redraw(value: T, choices: tuple[T, ...]) -> T:
             return rng.choice(choices) if rng.random() < probability else value
@@ -377,17 +443,19 @@ class SearchSpace(JsonValue):
         added = range(depth - subnet.num_hidden_layers)
         heads = [*subnet.num_attention_heads[:depth], *(rng.choice(self.num_attention_heads) for _ in added)]
         ratios = [*self._ratios(subnet)[:depth], *(rng.choice(self.ffn_ratio) for _ in added)]
-        return self._assemble(
-            width,
-            [redraw(head, self.num_attention_heads) for head in heads],
-            [redraw(ratio, self.ffn_ratio) for ratio in ratios],
-        )
+        heads = [redraw(head, self.num_attention_heads) for head in heads]
+        ratios = [redraw(ratio, self.ffn_ratio) for ratio in ratios]
+        channels = list(subnet.conv_dim or ())
+        for layer, choices in enumerate(self.conv_dim or ()):
+            low, high = (channels[layer - 1] if layer else 0), (*channels[layer + 1 :], max(choices))[0]
+            channels[layer] = redraw(channels[layer], tuple(width for width in choices if low <= width <= high))
+        return self._assemble(width, heads, ratios, channels or None)
 
     def crossover(self, one: Subnet, other: Subnet, rng: random.Random | int | None = None) -> Subnet:
-        """A child: each gene from one of the two parents. Layers only the deeper parent has come from that parent."""
+        """A child: each gene from one of the two parents. Layers only the deeper parent has come from that parent;
+        convolutions all come from one."""
         rng = rng if isinstance(rng, random.Random) else random.Random(rng)
-        self._check(one)
-        self._check(other)
+        one, other = self.resolve(one), self.resolve(other)
         width = rng.choice((one, other)).hidden_size
         depth = rng.choice((one, other)).num_hidden_layers
         layers = []
@@ -399,16 +467,20 @@ class SearchSpace(JsonValue):
                     self._ratios(rng.choice(parents))[layer],
                 )
             )
-        return self._assemble(width, [heads for heads, _ in layers], [ratio for _, ratio in layers])
+        conv_dim = None if self.conv_dim is None else rng.choice((one, other)).conv_dim
+        return self._assemble(width, [heads for heads, _ in layers], [ratio for _, ratio in layers], conv_dim)
 
     def _extreme(self, choose: Any) -> Subnet:
         depth = choose(self.num_hidden_layers)
-        return self._assemble(
-            choose(self.hidden_size), [choose(self.num_attention_heads)] * depth, [choose(self.ffn_ratio)] * depth
-        )
+        heads, ratios = [choose(self.num_attention_heads)] * depth, [choose(self.ffn_ratio)] * depth
+        conv_dim = None if self.conv_dim is None else [choose(layer) for layer in self.conv_dim]
+        return self._assemble(choose(self.hidden_size), heads, ratios, conv_dim)
 
-    def _assemble(self, width: int, heads: list[int], ratios: list[float]) -> Subnet:
-        return Subnet(width, tuple(heads), tuple(int(width * ratio) for ratio in ratios), self.head_dim)
+    def _assemble(
+        self, width: int, heads: list[int], ratios: list[float], conv_dim: Iterable[int] | None = None
+    ) -> Subnet:
+        sizes = tuple(int(width * ratio) for ratio in ratios)
+        return Subnet(width, tuple(heads), sizes, self.head_dim, None if conv_dim is None else tuple(conv_dim))
 
     @staticmethod
     def _ratios(subnet: Subnet) -> list[float]:
@@ -426,6 +498,21 @@ class SearchSpace(JsonValue):
         for layer in range(subnet.num_hidden_layers):
             require(f"num_attention_heads[{layer}]", subnet.num_attention_heads[layer], self.num_attention_heads)
             require(f"intermediate_size[{layer}]", subnet.intermediate_size[layer], sizes)
+        if subnet.conv_dim is None:
+            return
+        if self.conv_dim is None:
+            raise ValueError(
+                f"subnet conv_dim={list(subnet.conv_dim)}: in this search space all subnets have the full feature"
+                " encoder: leave conv_dim out"
+            )
+        if len(subnet.conv_dim) != len(self.conv_dim):
+            raise ValueError(f"subnet conv_dim={list(subnet.conv_dim)} is not for {len(self.conv_dim)} convolutions")
+        for layer, (channels, choices) in enumerate(zip(subnet.conv_dim, self.conv_dim, strict=True)):
+            require(f"conv_dim[{layer}]", channels, choices)
+        if list(subnet.conv_dim) != sorted(subnet.conv_dim):
+            raise ValueError(
+                f"subnet conv_dim={list(subnet.conv_dim)}: no convolution has fewer channels than the one before it"
+            )
 
 
 def subnet_from(value: Any) -> Subnet:

@@ -32,6 +32,8 @@ SMALL = SearchSpace((16, 24, 32), (4, 6, 8), (3, 3.5, 4), (10, 11, 12), head_dim
 BASE = SearchSpace((32, 40, 48), (8, 10, 12), (3.5, 4), (12,), head_dim=4)
 SIX_DEEP = SearchSpace((16, 32, 48), (4, 8, 12), (2, 3, 4), (4, 5, 6), head_dim=4)
 TWO_DEEP = SearchSpace((16, 24, 48), (4, 6, 12), (2, 3.5, 4), (1, 2), head_dim=4)
+# The narrower feature encoders of ours
+NARROW = SearchSpace((16, 32, 48), (4, 8, 12), (2, 3, 4), (4, 5, 6), head_dim=4, conv_dim=((4, 8, 16),) * 7)
 
 HEADS = {
     "AutoModel": LightHubertModel,

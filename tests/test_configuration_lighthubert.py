@@ -1,10 +1,11 @@
 """Claims about the configuration: what it holds, how it travels, what it refuses."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
-from conftest import BASE, SIX_DEEP, SMALL, TWO_DEEP, stock_settings, tiny_config
+from conftest import BASE, NARROW, SIX_DEEP, SMALL, TWO_DEEP, stock_settings, tiny_config
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, HubertConfig
 
@@ -96,6 +97,12 @@ def test_a_trimmed_config_is_as_wide_as_its_largest_subnet():
     assert (trimmed.hidden_size, trimmed.num_attention_heads, trimmed.intermediate_size) == (32, 8, 128)
     assert trimmed.num_hidden_layers == 12
     assert trimmed.selected_subnet() == SMALL.largest
+
+
+def test_a_trimmed_and_a_cut_config_have_the_channels_of_their_subnet():
+    space = dataclasses.replace(NARROW, conv_dim=((4, 8),) * 7)
+    assert tiny_config(space).trimmed().conv_dim == (8,) * 7
+    assert tiny_config(space).cut_to(space.smallest).conv_dim == (4,) * 7
 
 
 def test_a_trimmed_ffn_has_whole_blocks():

@@ -17,7 +17,7 @@ from transformers import (
     WhisperModel,
 )
 
-from modeling_lighthubert import LightHubertForPreTraining
+from modeling_lighthubert import LightHubertForPreTraining, SearchSpace
 
 from distillation import (
     ObjectiveArguments,
@@ -51,9 +51,9 @@ def tiny_teacher(model=HubertModel, config=HubertConfig, changes=None, **objecti
     return Teacher(randomise(model(config(**settings))), ObjectiveArguments(**({"num_target_layers": 2} | objective)))
 
 
-def tiny_student(**changes) -> LightHubertForPreTraining:
+def tiny_student(search_space: SearchSpace = TWO_DEEP, **changes) -> LightHubertForPreTraining:
     settings = {"teacher_hidden_size": 48, "num_prediction_heads": 1} | changes
-    return tiny_model(LightHubertForPreTraining, TWO_DEEP, **settings)
+    return tiny_model(LightHubertForPreTraining, search_space, **settings)
 
 
 def padded_batch() -> dict[str, torch.Tensor]:

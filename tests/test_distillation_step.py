@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TWO_DEEP
+from conftest import NARROW, TWO_DEEP
 from test_distillation import padded_batch, tiny_student, tiny_teacher
 
 from distillation import student_loss
@@ -77,6 +77,14 @@ def test_a_frozen_feature_encoder_runs_once_a_step_and_changes_no_gradient(accel
     assert len(runs) == (0 if share else 1)
     assert losses == pytest.approx(expected, abs=1e-6)
     torch.testing.assert_close(gradients(student), expected_gradients, rtol=0, atol=1e-6)
+
+
+def test_a_frozen_feature_encoder_is_not_shared_by_subnets_with_parts_of_it(accelerator):
+    student, teacher, batch = tiny_student(NARROW), tiny_teacher(), batch_with_visits()
+    subnets = [NARROW.smallest, NARROW.largest]
+    expected = training_step(student, teacher, [batch], subnets, accelerator, seed=0)
+    student.freeze_feature_encoder()
+    assert training_step(student, teacher, [batch], subnets, accelerator, seed=0) == pytest.approx(expected)
 
 
 def test_a_loss_that_is_not_finite_stops_the_step(accelerator):

@@ -9,6 +9,8 @@ from torch import nn
 
 from modeling_lighthubert.elastic import (
     ElasticBatchNorm1d,
+    ElasticConv1d,
+    ElasticGroupNorm,
     ElasticLayerList,
     ElasticLayerNorm,
     ElasticLinear,
@@ -19,6 +21,7 @@ from modeling_lighthubert.elastic import (
     leading,
     num_selected_parameters,
 )
+from modeling_lighthubert.feature_encoder import ElasticFrameConv1d, FrameConv1d
 
 
 TAPS, GROUPS = 6, 4
@@ -47,6 +50,10 @@ def plain_conv(channels: int, weight_norm: bool):
     return nn.utils.parametrizations.weight_norm(conv, name="weight", dim=2) if weight_norm else conv
 
 
+def strided(kind: type, in_channels: int = 12, out_channels: int = 10):
+    return kind(in_channels, out_channels, kernel_size=3, stride=2, bias=True)
+
+
 # Each: an elastic layer, what to select, the plain layer of that size, an input for it
 LAYERS = {
     "linear": (elastic_linear, (5, 7), lambda: nn.Linear(5, 7), (2, 3, 5)),
@@ -61,6 +68,15 @@ LAYERS = {
     "out of an FFN, full width": (out_of_ffn, (20, 8), lambda: nn.Linear(20, 8), (2, 3, 20)),
     "layer norm": (lambda: ElasticLayerNorm(12), (5,), lambda: nn.LayerNorm(5), (2, 3, 5)),
     "batch norm": (lambda: ElasticBatchNorm1d(12), (5,), lambda: nn.BatchNorm1d(5), (2, 5, 3)),
+    "group norm": (lambda: ElasticGroupNorm(12), (5,), lambda: nn.GroupNorm(5, 5), (2, 5, 9)),
+    "strided convolution": (lambda: strided(ElasticConv1d), (5, 7), lambda: strided(nn.Conv1d, 5, 7), (2, 5, 10)),
+    "first convolution": (lambda: strided(ElasticConv1d, 1), (1, 7), lambda: strided(nn.Conv1d, 1, 7), (2, 1, 10)),
+    "convolution of frames": (
+        lambda: strided(ElasticFrameConv1d),
+        (5, 7),
+        lambda: strided(FrameConv1d, 5, 7),
+        (2, 5, 10),
+    ),
     "convolution": (lambda: elastic_conv(False), (8,), lambda: plain_conv(8, False), (2, 8, 9)),
     "weight-normed convolution": (lambda: elastic_conv(True), (8,), lambda: plain_conv(8, True), (2, 8, 9)),
 }
@@ -243,5 +259,5 @@ def test_a_copied_layer_has_its_own_selection(layer):
     elastic, *_ = layer
     twin = copy.deepcopy(elastic)
     assert num_selected_parameters(twin) == num_selected_parameters(elastic)
-    twin.select(*[4] * (2 if isinstance(elastic, ElasticLinear) else 1))
+    twin.select(*[4] * (2 if isinstance(elastic, ElasticLinear | ElasticConv1d) else 1))
     assert num_selected_parameters(twin) != num_selected_parameters(elastic)

@@ -1,6 +1,7 @@
 """A stock HuBERT made from a cut model answers like it, or is refused with the layer that stands in the way."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ EXPORTABLE = SearchSpace((32, 40, 48), (4, 6, 8), (3, 3.5, 4), (10, 12), head_di
 
 @pytest.mark.parametrize("head", [LightHubertModel, LightHubertForCTC, LightHubertForSequenceClassification])
 @pytest.mark.parametrize("stable", [False, True])
-def test_the_stock_hubert_answers_like_the_cut_model(head, stable):
-    model = tiny_model(head, EXPORTABLE, do_stable_layer_norm=stable)
+@pytest.mark.parametrize("conv_dim", [None, ((4, 8, 16),) * 7], ids=["full", "narrow"])
+def test_the_stock_hubert_answers_like_the_cut_model(head, stable, conv_dim):
+    model = tiny_model(head, replace(EXPORTABLE, conv_dim=conv_dim), do_stable_layer_norm=stable)
     rng = random.Random(0)
     for _ in range(5):
         subnet = model.sample_subnet(rng)
@@ -35,6 +37,17 @@ def test_the_stock_hubert_answers_like_the_cut_model(head, stable):
         mask[1, 4000:] = 0
         expected = answer(model, padded, attention_mask=mask)
         torch.testing.assert_close(answer(hubert, padded, attention_mask=mask), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_fifty_subnets_with_narrow_convolutions_answer_like_their_stock_huberts(norm, waveform):
+    model = tiny_model(LightHubertModel, replace(EXPORTABLE, conv_dim=((4, 8, 16),) * 7), feat_extract_norm=norm)
+    rng = random.Random(1)
+    for _ in range(50):
+        subnet = model.sample_subnet(rng)
+        hubert = to_hubert(model)
+        assert tuple(hubert.config.conv_dim) == subnet.conv_dim
+        torch.testing.assert_close(answer(hubert, waveform), answer(model, waveform), rtol=0, atol=1e-5)
 
 
 def test_a_supernet_exports_the_selected_subnet_and_keeps_its_selection():

@@ -16,6 +16,7 @@ from conftest import (
     GOLDEN,
     HEAD_CLASSES,
     HEADS,
+    NARROW,
     SIX_DEEP,
     SMALL,
     TWO_DEEP,
@@ -250,7 +251,7 @@ def full_size():
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-@pytest.mark.parametrize("space", [SMALL, BASE, SIX_DEEP], ids=["small", "base", "six-deep"])
+@pytest.mark.parametrize("space", [SMALL, BASE, SIX_DEEP, NARROW], ids=["small", "base", "six-deep", "narrow"])
 def test_fifty_selected_subnets_answer_like_their_cut_models(space, flavour, waveform):
     model = tiny_model(search_space=space, **flavour)
     for subnet in draw(space, 50):
@@ -378,8 +379,12 @@ def expected_use(name, parameter, subnet):
             "intermediate_dense": (units, width),
             "output_dense": (width, units),
         }.get(parts[-2], (width, None))
-    elif name.startswith(("feature_extractor", "feature_projection.layer_norm")):
-        return ~used
+    elif parts[0] == "feature_extractor":
+        channels, layer = subnet.conv_dim or (16,) * 7, int(parts[2])
+        rows, columns = range(channels[layer]), range((1, *channels)[layer])
+    elif parts[0] == "feature_projection":
+        channels = range(subnet.conv_dim[-1] if subnet.conv_dim else 16)
+        rows, columns = (channels, None) if parts[1] == "layer_norm" else (width, channels)
     elif "conv.weight" in name:
         rows, columns = width, range(subnet.hidden_size // 4)
     else:  # projection, its bias, encoder.layer_norm, batch norm, mask embedding
@@ -391,14 +396,16 @@ def expected_use(name, parameter, subnet):
     return used
 
 
-@pytest.mark.parametrize("form", ["post", "pre", "batch norm"])
+@pytest.mark.parametrize("form", ["post", "pre", "batch norm", "narrow", "narrow group norm"])
 @pytest.mark.parametrize("seed", range(3))
 def test_gradients_of_a_subnet_reach_exactly_the_weights_it_uses(form, seed):
     changes = {"do_stable_layer_norm": form == "pre", "conv_pos_batch_norm": form == "batch norm"}
-    model = tiny_model(search_space=SIX_DEEP, **changes).double()
+    changes["feat_extract_norm"] = "group" if "group" in form else "layer"
+    space = NARROW if "narrow" in form else SIX_DEEP
+    model = tiny_model(search_space=space, **changes).double()
     if form != "batch norm":  # the effective kernel; the direction under weight norm is the exception tested below
         torch.nn.utils.parametrize.remove_parametrizations(model.encoder.pos_conv_embed.conv, "weight")
-    subnet = model.set_subnet(SIX_DEEP.sample(seed))
+    subnet = model.set_subnet(space.sample(seed))
     masked = torch.arange(12)[None] % 3 == 0
     hidden_states = model(noise(1, 4000).double(), mask_time_indices=masked).last_hidden_state
     (hidden_states * noise(*hidden_states.shape, seed=1)).sum().backward()

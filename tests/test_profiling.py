@@ -3,7 +3,8 @@
 import random
 
 import pytest
-from conftest import SIX_DEEP, noise, tiny_model
+import torch
+from conftest import NARROW, SIX_DEEP, noise, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.hubert.modeling_hubert import HubertFeatureEncoder
 
@@ -24,8 +25,9 @@ from modeling_lighthubert.profiling import format_table, macs_per_second, main, 
 )
 @pytest.mark.parametrize("seconds", [0.5, 1.3])
 @pytest.mark.parametrize("taps", [16, 15])
-def test_macs_are_what_a_flop_counter_counts(head, seconds, taps):
-    model = tiny_model(head, SIX_DEEP, attn_implementation="eager", num_conv_pos_embeddings=taps)
+@pytest.mark.parametrize("space", [SIX_DEEP, NARROW], ids=["six-deep", "narrow"])
+def test_macs_are_what_a_flop_counter_counts(head, seconds, taps, space):
+    model = tiny_model(head, space, attn_implementation="eager", num_conv_pos_embeddings=taps)
     for seed in range(3):
         cut = model.extract_subnet(model.search_space.sample(seed))
         counted = HubertFeatureEncoder(cut.config)  # ours runs up to a frame more, to have whole rows
@@ -36,8 +38,9 @@ def test_macs_are_what_a_flop_counter_counts(head, seconds, taps):
 
 
 @pytest.mark.parametrize("head", [LightHubertModel, LightHubertForCTC])
-def test_parameters_of_the_parts_add_up(head):
-    model = tiny_model(head, SIX_DEEP)
+@pytest.mark.parametrize("space", [SIX_DEEP, NARROW], ids=["six-deep", "narrow"])
+def test_parameters_of_the_parts_add_up(head, space):
+    model = tiny_model(head, space)
     rng = random.Random(0)
     for _ in range(5):
         subnet = model.search_space.sample(rng)
@@ -56,6 +59,15 @@ def test_the_feature_encoder_of_the_real_size_costs_what_is_published():
     encoder, *_ = profile_subnet(model, "a_small")
     assert encoder.macs / 1e9 == pytest.approx(2.45, abs=0.005)
     assert macs_per_second(model, "a_small") / 1e9 == pytest.approx(3.59, abs=0.01)
+
+
+def test_our_space_spans_what_it_says():
+    with torch.device("meta"):
+        model = LightHubertModel(LightHubertConfig(search_space="tiny_to_base"))
+    for subnet, millions, gigamacs in (("smallest", 2.96, 0.295), ("largest", 94.4, 6.91)):
+        millions_counted = sum(cost.num_parameters for cost in profile_subnet(model, subnet)) / 1e6
+        assert millions_counted == pytest.approx(millions, 0.01)
+        assert macs_per_second(model, subnet) / 1e9 == pytest.approx(gigamacs, 0.01)
 
 
 def test_a_clip_shorter_than_one_frame_is_refused():

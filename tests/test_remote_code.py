@@ -110,7 +110,8 @@ def test_subnets_are_selected_and_cut_without_the_package(models, loaded, auto_c
 def test_a_folder_has_its_code_and_all_auto_classes(folder, loaded, auto_class, form):
     saved = folder / f"{auto_class}-{form}"
     names = {path.name for path in saved.iterdir() if path.suffix == ".py"}
-    assert names == {"configuration_lighthubert.py", "elastic.py", "modeling_lighthubert.py", "search_space.py"}
+    modules = ("configuration_lighthubert", "elastic", "feature_encoder", "modeling_lighthubert", "search_space")
+    assert names == {f"{module}.py" for module in modules}
     config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
     assert set(config["auto_map"]) == {"AutoConfig", *HEADS}
 

@@ -1,12 +1,13 @@
 """Claims about subnets and search spaces: what they count, draw, refuse, and how they travel."""
 
+import dataclasses
 import itertools
 import json
 import random
 from collections import Counter
 
 import pytest
-from conftest import GOLDEN, SMALL
+from conftest import GOLDEN, NARROW, SMALL
 
 from modeling_lighthubert import SearchSpace, Subnet
 from modeling_lighthubert.search_space import kept_layers, search_space_from, subnet_from
@@ -97,6 +98,67 @@ def test_named_subnets_are_those_of_the_paper_that_are_inside():
     assert set(SearchSpace.base().named) == {"largest", "smallest", "a_base"}
     assert SearchSpace.small().named["a_small"] == Subnet.uniform(384, 12, 6, 1536)
     assert SearchSpace.base().named["a_base"] == Subnet.uniform(640, 12, 10, 2560)
+
+
+# Feature encoders
+
+
+def test_convolutions_never_narrow_and_all_such_encoders_are_counted():
+    without = dataclasses.replace(NARROW, conv_dim=None)
+    assert NARROW.num_subnets == 36 * without.num_subnets  # 7 convolutions of 3 widths: 9 over 2
+    rng = random.Random(0)
+    encoders = Counter(NARROW.sample(rng).conv_dim for _ in range(3600))
+    assert len(encoders) == 36
+    assert all(list(channels) == sorted(channels) for channels in encoders)
+    assert max(encoders.values()) < 2 * min(encoders.values())
+
+
+def test_a_subnet_that_names_no_channels_has_the_widest():
+    unnamed = dataclasses.replace(NARROW.smallest, conv_dim=None)
+    assert unnamed in NARROW
+    assert NARROW.resolve(unnamed).conv_dim == (16,) * 7
+    assert NARROW.smallest.conv_dim == (4,) * 7
+
+
+def test_mutated_and_crossed_subnets_stay_inside_and_move_every_convolution():
+    rng, subnet, other = random.Random(0), NARROW.smallest, NARROW.largest
+    mutants = [subnet := NARROW.mutate(subnet, rng, probability=0.5) for _ in range(200)]
+    assert all(mutant in NARROW for mutant in mutants)
+    assert all({mutant.conv_dim[layer] for mutant in mutants} == {4, 8, 16} for layer in range(7))
+    children = [NARROW.crossover(NARROW.smallest, other, rng) for _ in range(50)]
+    assert {child.conv_dim for child in children} == {(4,) * 7, (16,) * 7}
+
+
+def test_channels_travel_as_json_and_full_ones_leave_no_trace():
+    assert SearchSpace.from_json_string(NARROW.to_json_string()) == NARROW
+    subnet = NARROW.sample(3)
+    assert Subnet.from_json_string(subnet.to_json_string()) == subnet
+    assert "conv_dim=4" in str(NARROW.smallest)
+    assert "conv_dim" not in SMALL.to_json_string() + SMALL.largest.to_json_string() + str(SMALL.largest)
+
+
+@pytest.mark.parametrize(
+    ("conv_dim", "message"),
+    [
+        ([4, 4, 4, 4, 4, 4, 5], r"conv_dim\[6\]=5 is not in this search space: choose from \[4, 8, 16\]"),
+        ([4, 8, 4, 4, 4, 4, 4], "no convolution has fewer channels than the one before it"),
+        ([4, 8], "is not for 7 convolutions"),
+    ],
+)
+def test_channels_outside_the_space_are_refused(conv_dim, message):
+    with pytest.raises(ValueError, match=message):
+        NARROW.resolve({**NARROW.smallest.to_dict(), "conv_dim": conv_dim})
+
+
+def test_channels_are_refused_where_there_is_no_choice():
+    with pytest.raises(ValueError, match="all subnets have the full feature encoder: leave conv_dim out"):
+        SMALL.resolve(dataclasses.replace(SMALL.smallest, conv_dim=(16,) * 7))
+
+
+@pytest.mark.parametrize("choices", [[4, 8], [[8, 16], [4, 16]], [[4], []], []])
+def test_choices_of_channels_that_make_no_sense_are_refused(choices):
+    with pytest.raises(ValueError, match="search space conv_dim"):
+        dataclasses.replace(NARROW, conv_dim=choices)
 
 
 # Drawing
@@ -352,9 +414,7 @@ def test_a_space_that_lacks_a_field_is_refused():
         SearchSpace.from_dict({name: value for name, value in SMALL.to_dict().items() if name != "ffn_ratio"})
 
 
-@pytest.mark.parametrize(
-    ("value", "message"), [("huge", "'huge' is not known: choose 'small', 'base'"), (3, "not int")]
-)
+@pytest.mark.parametrize(("value", "message"), [("huge", "'huge' is not known: choose from"), (3, "not int")])
 def test_what_is_no_search_space_is_refused(value, message):
     with pytest.raises(ValueError, match=message):
         search_space_from(value)

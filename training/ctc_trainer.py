@@ -21,7 +21,7 @@ from modeling_lighthubert import SearchSpace, Subnet
 
 from checkpoints import seal
 from ctc_data import EpochSampler
-from distillation import answering, true_frames
+from distillation import answering, has_fixed_feature_encoder, true_frames
 from distillation_step import sum_gradients
 from metrics import CharacterErrorRate, WordErrorRate
 from subnet_sampling import SAMPLING_STRATEGIES, draw_subnets
@@ -173,7 +173,7 @@ class CTCTrainer(Trainer):
     def shared_feature_encoder(self, input_values: torch.Tensor) -> AbstractContextManager[None]:
         """Inside the block, a frozen feature encoder is not computed again for every pass."""
         encoder = self.model.base_model.feature_extractor
-        if self.search_space is None or any(parameter.requires_grad for parameter in encoder.parameters()):
+        if self.search_space is None or not has_fixed_feature_encoder(self.model):
             return nullcontext()
         with torch.no_grad(), self.accelerator.autocast():
             return answering(encoder, encoder(input_values))

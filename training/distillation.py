@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_lighthubert import LightHubertForPreTraining
+from modeling_lighthubert import LightHubertForPreTraining, LightHubertPreTrainedModel
 from modeling_lighthubert.search_space import kept_layers
 
 
@@ -273,6 +273,13 @@ def temporal_relation_loss(student: torch.Tensor, teacher: torch.Tensor, frames:
 def matching_layers(student_layers: Sequence[int], student_depth: int, teacher_depth: int) -> list[int]:
     """For each of the student's layers (0-based, of `student_depth`), the teacher's (0-based) at the same height."""
     return [math.ceil((layer + 1) * teacher_depth / student_depth) - 1 for layer in student_layers]
+
+
+def has_fixed_feature_encoder(model: LightHubertPreTrainedModel) -> bool:
+    """Whether the convolutions give the same for all subnets and in all steps: nothing there learns, or is to be
+    chosen."""
+    learns = any(parameter.requires_grad for parameter in model.base_model.feature_extractor.parameters())
+    return not learns and (model.search_space is None or model.search_space.conv_dim is None)
 
 
 @contextmanager

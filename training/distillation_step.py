@@ -14,7 +14,15 @@ from accelerate import Accelerator
 from modeling_lighthubert import LightHubertForPreTraining, Subnet
 
 from batches import visit_seed
-from distillation import Teacher, TeacherAnswer, count_frames, draw_time_mask, num_true_frames, student_loss
+from distillation import (
+    Teacher,
+    TeacherAnswer,
+    count_frames,
+    draw_time_mask,
+    has_fixed_feature_encoder,
+    num_true_frames,
+    student_loss,
+)
 
 
 @dataclass
@@ -26,7 +34,8 @@ class Lesson:
         answer: the teacher's.
         mask: bool (batch_size, num_frames), frames the student does not see.
         num_frames: frames that the loss is a mean over.
-        conv_features: (batch_size, conv_dim, num_frames), of a frozen feature encoder; `None` of one that learns.
+        conv_features: (batch_size, conv_dim, num_frames), of a frozen feature encoder; `None` of one that learns, or
+            that subnets have each their part of.
     """
 
     batch: dict[str, torch.Tensor]
@@ -58,12 +67,12 @@ def prepare_lesson(
     num_frames = num_true_frames(student, batch["attention_mask"])
     seeds = [visit_seed(seed, *visit) for visit in batch["visits"].tolist()]
     mask = draw_time_mask(num_frames, objective.mask_time_prob, objective.mask_time_length, seeds)
-    conv_features, encoder = None, student.hubert.feature_extractor
+    conv_features = None
     if share_feature_encoder:
         conv_features = answer.conv_features.to(student.dtype)
-    elif not any(parameter.requires_grad for parameter in encoder.parameters()):
+    elif has_fixed_feature_encoder(student):
         with torch.no_grad(), accelerator.autocast():
-            conv_features = encoder(batch["input_values"])
+            conv_features = student.hubert.feature_extractor(batch["input_values"])
     return Lesson(
         batch,
         answer,

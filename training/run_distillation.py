@@ -109,6 +109,11 @@ def check_same_feature_encoder(student: LightHubertForPreTraining, teacher: Teac
     Raises:
         ValueError: they are not.
     """
+    if student.search_space is not None and student.search_space.conv_dim is not None:
+        raise ValueError(
+            "share_feature_encoder: in this search space subnets choose their own part of the feature encoder, so it"
+            " cannot be computed once for all"
+        )
     ours, theirs = (model.feature_extractor.state_dict() for model in (student.hubert, teacher.model))
     options = ("feat_extract_norm", "feat_extract_activation", "conv_stride")
     differing = [

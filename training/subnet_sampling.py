@@ -1,6 +1,7 @@
 """Which subnets an optimiser step trains, and which an evaluation measures. A draw depends on seed and step only, so
 that a resumed run, and every process of a distributed one, draws the same."""
 
+import dataclasses
 import math
 import random
 
@@ -62,7 +63,7 @@ def sample_by_size(search_space: SearchSpace, rng: random.Random) -> Subnet:
     With every choice uniform on its own, sizes pile up around those of each width, and the ends are almost never
     trained. Here a size is drawn first, then one of the widths and depths that can have it. Heads and ratios rise
     together from least to most, each along its own random path (a binomial quantile of the common level), up to the
-    level at which the size is met.
+    level at which the size is met. Convolutions, which are few weights, are drawn on their own.
     """
     size = rng.uniform(num_matrix_weights(search_space.smallest), num_matrix_weights(search_space.largest))
 
@@ -89,7 +90,8 @@ def sample_by_size(search_space: SearchSpace, rng: random.Random) -> Subnet:
         too_small = num_matrix_weights(subnet(width, middle, at_layers)) < size
         low, high = (middle, high) if too_small else (low, middle)
     candidates = [subnet(width, level, at_layers) for level in (low, high)]
-    return min(candidates, key=lambda candidate: abs(num_matrix_weights(candidate) - size))
+    nearest_one = min(candidates, key=lambda candidate: abs(num_matrix_weights(candidate) - size))
+    return dataclasses.replace(nearest_one, conv_dim=search_space.sample_conv_dim(rng))
 
 
 def _quantile(choices: tuple, level: float, at: float):
