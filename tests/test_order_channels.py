@@ -1,0 +1,89 @@
+"""Ordering changes nothing in the full model, and gives narrow subnets what matters most."""
+
+import random
+
+import order_channels
+import pytest
+import torch
+from conftest import FLAVOURS, NARROW, answer, noise, tiny_model
+from order_channels import ffn_positions, measure_importance, reorder
+from scripts import TRAINING, fails
+from transformers import AutoModel, Wav2Vec2FeatureExtractor
+
+from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_full_model_answers_as_before(flavour, waveform):
+    model = tiny_model(LightHubertForPreTraining, NARROW, **flavour).double()
+    expected = answer(model, waveform.double())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    reorder(model, measure_importance(model, [noise(6400).double(), noise(3200).double()]))
+    torch.testing.assert_close(answer(model, waveform.double()), expected, rtol=0, atol=1e-10)
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    for part in ("layers.0.conv", "layers.6.conv", "projection.weight", "q_proj.bias", "output_dense.weight"):
+        assert any(part in name for name in moved), part
+
+
+def test_what_was_shuffled_finds_its_way_back(waveform):
+    model, rng = tiny_model(LightHubertModel, NARROW), torch.Generator().manual_seed(0)
+    heard = [noise(6400), noise(3200, seed=1)]
+    importance = measure_importance(model, heard)
+    reorder(model, importance)
+    model.set_subnet("smallest")
+    expected = answer(model, waveform)
+    reorder(model, {name: torch.rand(len(values), generator=rng) for name, values in importance.items()})
+    assert (answer(model, waveform) - expected).abs().max() > 0.1
+    reorder(model, measure_importance(model, heard))
+    torch.testing.assert_close(answer(model, waveform), expected, rtol=0, atol=1e-5)
+
+
+def test_importance_is_that_of_activations_and_of_what_reads_them():
+    model = tiny_model(LightHubertModel, NARROW)
+    layer = model.encoder.layers[2]
+    with torch.no_grad():
+        layer.feed_forward.output_dense.weight[:, 7] = 0  # nobody listens to this unit
+        layer.attention.v_proj.weight[8:12] = 0  # head 2 says nothing
+        layer.attention.v_proj.bias[8:12] = 0
+        model.feature_extractor.conv_layers[3].conv.weight[:, 5] *= 100
+    importance = measure_importance(model, [noise(6400)])
+    assert importance["units 2"].argmin() == 7
+    assert importance["heads 2"].argmin() == 2
+    assert importance["convolution 2"].argmax() == 5
+    assert len(importance) == 7 + 2 * 6
+    assert model.subnet == NARROW.largest
+
+
+def test_units_that_most_subnets_use_come_first():
+    positions = ffn_positions(NARROW, 48, 192)
+    assert sorted(positions.tolist()) == list(range(192))
+    rng, uses = random.Random(0), torch.zeros(192)
+    for _ in range(300):
+        subnet = NARROW.sample(rng)
+        width, size = subnet.hidden_size, subnet.intermediate_size[0]
+        used = [unit for unit in range(192) if unit % 48 < width][:size]
+        uses[used] += 1
+    counts = uses[positions]
+    assert torch.all(counts[:-1] >= counts[1:] - 40)  # up to chance
+    assert set(positions[:32].tolist()) == {*range(16), *range(48, 64)}  # all subnets have two blocks of 16
+
+
+def order(workshop, output, *more) -> list[str]:
+    options = ("--train_file", workshop / "speech.parquet", "--output_dir", output, "--num_recordings", 3, *more)
+    return [str(TRAINING / "order_channels.py"), *map(str, options)]
+
+
+def test_a_teacher_becomes_an_ordered_supernet(workshop, tmp_path, monkeypatch, waveform):
+    options = ("--model_name_or_path", workshop / "teacher", "--search_space", workshop / "space.json")
+    monkeypatch.setattr("sys.argv", order(workshop, tmp_path / "ordered", *options))
+    order_channels.main()
+    ordered, teacher = (AutoModel.from_pretrained(folder) for folder in (tmp_path / "ordered", workshop / "teacher"))
+    torch.testing.assert_close(answer(ordered, waveform), answer(teacher, waveform), rtol=0, atol=1e-5)
+    assert ordered.search_space is not None
+    Wav2Vec2FeatureExtractor.from_pretrained(tmp_path / "ordered")
+
+
+def test_a_model_without_subnets_is_refused(workshop, tmp_path):
+    assert "is no supernet: give --search_space" in fails(
+        *order(workshop, tmp_path, "--model_name_or_path", workshop / "teacher")
+    )
