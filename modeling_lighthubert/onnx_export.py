@@ -1,0 +1,139 @@
+"""ONNX files of cut models and stock HuBERTs: for any number of recordings of any length, checked on the spot."""
+
+import copy
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.hubert.modeling_hubert import HubertPreTrainedModel
+
+from . import LightHubertPreTrainedModel
+
+
+CHECKS = ((1, 8000), (1, 16_123), (3, 31_999))
+"""Numbers of recordings and samples that an export is compared on; of three recordings, one is half padding."""
+
+
+def to_onnx(
+    model: HubertPreTrainedModel, folder: str | Path, quantize: str | None = None, max_difference: float = 1e-4
+) -> float:
+    """Writes `model.onnx`, or `model_int8.onnx`, and the configuration into `folder`.
+
+    The graph takes `input_values` (batch_size, num_samples), float32, and `attention_mask` of that shape, int64, and
+    gives `logits`, or `last_hidden_state` of a base model. The kernel of the position convolution is stored as it is
+    used, without its norm.
+
+    Args:
+        model: a cut model, a supernet, whose selected subnet is exported, or a stock HuBERT.
+        quantize: `"int8"` stores the weights of matrix products in 8 bits, and computes with them (ONNX Runtime's
+            dynamic quantisation).
+        max_difference: from torch's answers; nothing is written above it. Not asked of a quantised file.
+
+    Returns:
+        The largest difference from torch's answers, as a multiple of their standard deviation.
+
+    Raises:
+        ImportError: the extra `onnx` is not installed.
+        ValueError: `quantize` is something else, or the file answers differently.
+    """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize={quantize!r} is not known: choose 'int8' or None")
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError("ONNX files need more: pip install 'lighthubert-transformers[onnx]'") from error
+    answering = Answering(model).eval()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        file = Path(scratch) / "model.onnx"
+        _write(answering, file)
+        if quantize == "int8":
+            file = _quantised(file)
+        difference = _difference(answering, file)
+        if quantize is None and difference > max_difference:
+            raise ValueError(
+                f"the ONNX file differs from torch by {difference:.1e}, more than max_difference={max_difference:g}:"
+                " nothing is written"
+            )
+        file.replace(folder / file.name)
+    answering.model.config.save_pretrained(folder)
+    return difference
+
+
+class Answering(nn.Module):
+    """What is exported: a copy of the model, cut and folded, from two tensors to one."""
+
+    def __init__(self, model: HubertPreTrainedModel):
+        super().__init__()
+        self.model: Any
+        if isinstance(model, LightHubertPreTrainedModel):
+            self.model = model.extract_subnet()
+        else:  # a copy would share the class of its weight-normed convolution, and folding changes that class
+            with torch.device("meta"):
+                self.model = type(model)(copy.deepcopy(model.config))
+            self.model.load_state_dict(model.state_dict(), assign=True)
+        position_convolution = self.model.base_model.encoder.pos_conv_embed.conv
+        if nn.utils.parametrize.is_parametrized(position_convolution):
+            nn.utils.parametrize.remove_parametrizations(position_convolution, "weight")
+
+    def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        outputs = self.model(input_values, attention_mask=attention_mask)
+        return outputs.logits if "logits" in outputs else outputs.last_hidden_state
+
+    @property
+    def output_name(self) -> str:
+        return "last_hidden_state" if self.model is self.model.base_model else "logits"
+
+
+def _write(answering: Answering, file: Path) -> None:
+    batch, samples = torch.export.Dim("batch_size"), torch.export.Dim("num_samples")
+    shapes: dict[int, Any] = {0: batch, 1: samples}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, of itself
+        torch.onnx.export(
+            answering,
+            (torch.randn(2, 8000), torch.ones(2, 8000, dtype=torch.long)),
+            str(file),
+            input_names=["input_values", "attention_mask"],
+            output_names=[answering.output_name],
+            dynamic_shapes=(shapes, shapes),
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+        )
+
+
+def _quantised(file: Path) -> Path:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantised = file.with_name("model_int8.onnx")
+    quantize_dynamic(file, quantised, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    return quantised
+
+
+@torch.no_grad()
+def _difference(answering: Answering, file: Path) -> float:
+    """The largest that is found over `CHECKS`, on frames that are not padding."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    largest, generator = 0.0, torch.Generator().manual_seed(0)
+    for batch_size, num_samples in CHECKS:
+        audio = torch.randn(batch_size, num_samples, generator=generator)
+        mask = torch.ones(batch_size, num_samples, dtype=torch.long)
+        if batch_size > 1:
+            mask[-1, num_samples // 2 :] = 0
+        expected = answering(audio * mask, mask)
+        inputs = {"input_values": (audio * mask).numpy(), "attention_mask": mask.numpy()}
+        found = torch.from_numpy(session.run([answering.output_name], inputs)[0])
+        deviation = (found - expected) / expected.std()
+        if deviation.ndim == 3:
+            lengths = answering.model._get_feat_extract_output_lengths(mask.sum(-1))
+            deviation = deviation[torch.arange(deviation.shape[1]) < lengths[:, None]]
+        largest = max(largest, float(deviation.abs().max()))
+    return largest

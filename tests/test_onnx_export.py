@@ -1,0 +1,83 @@
+"""ONNX files answer like torch, for any number and length of recordings, and are refused where they do not."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import answer, noise, tiny_model
+from transformers import AutoConfig
+
+from modeling_lighthubert import LightHubertForCTC, LightHubertModel, SearchSpace, onnx_export
+from modeling_lighthubert.export import to_hubert
+from modeling_lighthubert.onnx_export import to_onnx
+
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+SHALLOW = SearchSpace((16,), (4,), (2,), (1,), head_dim=4, conv_dim=((4, 8),) * 7)  # the exporter is slow
+
+
+def make(form: str):
+    if form == "cut CTC":
+        return tiny_model(LightHubertForCTC, SHALLOW).extract_subnet("smallest")
+    return to_hubert(tiny_model(LightHubertModel, SHALLOW, feat_extract_norm="group"))
+
+
+@pytest.fixture(scope="module", params=["cut CTC", "stock base model"])
+def exported(request, tmp_path_factory):
+    """A model and the folder of its ONNX file."""
+    model, folder = make(request.param), tmp_path_factory.mktemp("onnx")
+    assert to_onnx(model, folder) < 1e-4
+    return model, folder
+
+
+def run(file, audio: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return session.run(None, {"input_values": audio.numpy(), "attention_mask": mask.numpy()})[0]
+
+
+def test_answers_are_those_of_torch_for_twenty_lengths_and_three_batch_sizes(exported):
+    model, folder = exported
+    for number in range(20):
+        audio = noise((1, 2, 5)[number % 3], 3000 + 1237 * number, seed=number)
+        mask = torch.ones(audio.shape, dtype=torch.long)
+        mask[-1, 2000:] = 0
+        audio *= mask
+        expected = answer(model, audio, attention_mask=mask).numpy()
+        frames = model._get_feat_extract_output_lengths(mask.sum(-1))
+        found = run(folder / "model.onnx", audio, mask)
+        assert found.shape == expected.shape
+        if found.ndim == 3:
+            kept = (torch.arange(found.shape[1]) < frames[:, None]).numpy()
+            found, expected = found[kept], expected[kept]
+        np.testing.assert_allclose(found, expected, atol=1e-4 * max(1, expected.std()))
+
+
+def test_a_folder_has_the_configuration_and_nothing_half_written(exported):
+    model, folder = exported
+    assert {path.name for path in folder.iterdir() if path.suffix != ".py"} == {"model.onnx", "config.json"}
+    assert AutoConfig.from_pretrained(folder).hidden_size == model.config.hidden_size
+    assert hasattr(model.base_model.encoder.pos_conv_embed.conv, "parametrizations")  # a copy was folded
+
+
+def test_eight_bits_say_nearly_the_same(exported, tmp_path, monkeypatch):
+    model, folder = exported
+    monkeypatch.setattr(onnx_export, "_write", lambda _, file: file.write_bytes((folder / "model.onnx").read_bytes()))
+    assert to_onnx(model, tmp_path, quantize="int8") > 1e-4
+    inputs = (noise(1, 16_000), torch.ones(1, 16_000, dtype=torch.long))
+    exact, quantised = run(folder / "model.onnx", *inputs), run(tmp_path / "model_int8.onnx", *inputs)
+    assert np.corrcoef(exact.ravel(), quantised.ravel())[0, 1] > 0.9
+
+
+def test_a_file_that_answers_differently_is_not_written(exported, tmp_path, monkeypatch):
+    model, folder = exported
+    monkeypatch.setattr(onnx_export, "_write", lambda _, file: file.write_bytes((folder / "model.onnx").read_bytes()))
+    with pytest.raises(ValueError, match="differs from torch by .* nothing is written"):
+        to_onnx(model, tmp_path, max_difference=0.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_quantisation_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="quantize='int4' is not known: choose 'int8' or None"):
+        to_onnx(make("cut CTC"), tmp_path, quantize="int4")
