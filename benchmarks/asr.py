@@ -103,7 +103,7 @@ class Recognition:
         self.train = prepare_speech(
             self._speakers(arguments.train_file, "train"), self.output / "data", "train", 2000, rng
         )
-        self.test = prepare_speech(self._speakers(arguments.test_file, "test"), self.output / "data", "test", 100, rng)
+        self.test = prepare_speech(self._speakers(arguments.test_file, "test"), self.output / "data", "test", 200, rng)
         strings = load_dataset("parquet", data_files=str(self.test.strings_file), split="train")
         self.references = list(strings["text"])
         audio = strings.cast_column("audio", Audio(decode=False))["audio"]
@@ -139,9 +139,10 @@ class Recognition:
         """Runs by name. With a speaker held out, only those that say what a new voice costs."""
         if self.held_out_speaker is not None:
             return ["once for all", "middle alone"]
-        alone = ["smallest", "middle", "largest"]
-        alone += [f"random_{number}" for number in range(self.arguments.num_random_alone)]
-        return [*ONCE_FOR_ALL, "middle from random weights", *(f"{name} alone" for name in alone)]
+        named = [f"{name} alone" for name in ("smallest", "middle", "largest")]
+        drawn = [f"random_{number} alone" for number in range(self.arguments.num_random_alone)]
+        once_for_all, *others = ONCE_FOR_ALL
+        return [once_for_all, *named, "middle from random weights", *others, *drawn]
 
     def supernet(self, seed: int) -> Path:
         return self.output / f"supernet-{seed}"
@@ -166,7 +167,7 @@ class Recognition:
             start = self.output / f"random-weights-{seed}"
             supernet = LightHubertModel.from_pretrained(self.supernet(seed))
             LightHubertModel(supernet.config.cut_to(self.subnets[name])).save_pretrained(start)
-            options |= {"freeze_feature_encoder": False, "freeze_encoder_steps": 0}  # nothing is there to be kept
+            options["freeze_feature_encoder"] = False  # nothing is there to be kept
         else:
             options["subnet"] = self.subnet_file(name)
         options["model_name_or_path"] = start
@@ -252,6 +253,13 @@ def margins(results: Results, subnets: Sequence[str]) -> str:
             f" the mean, {100 * gaps[largest]:+.1f} at most ({largest}; bar +3.0); {cost / sum(each):.2f} of their"
             f" time together (bar 0.33), {cost / statistics.mean(each):.1f} times that of one"
         )
+    stuck = [
+        f"{name} ({seed})"
+        for name in alone
+        for seed, rate in rates(results, f"{name} alone", name).items()
+        if rate > 0.9
+    ]
+    lines.append(f"alone, at the blanks to the end: {', '.join(stuck) or 'none'}")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -30,8 +30,8 @@ from subnet_sampling import SAMPLING_STRATEGIES, draw_subnets
 logger = logging.getLogger("ctc_trainer")
 ONLY_BLANKS = (
     "only blanks were predicted after {step} steps. CTC begins so, and leaves it after some hundred steps; if the loss"
-    " stays where it is, train the output layer alone at first (--freeze_encoder_steps), try another --learning_rate,"
-    " lower --mask_time_prob, or start from weights that were distilled or pre-trained"
+    " stays where it is, try another --learning_rate or a longer --warmup_steps, train the output layer alone at first"
+    " (--freeze_encoder_steps), lower --mask_time_prob, or start from weights that were distilled or pre-trained"
 )
 
 

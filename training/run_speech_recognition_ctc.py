@@ -13,11 +13,13 @@ for `pipeline("automatic-speech-recognition")` and `training/transcribe.py`: mod
 import dataclasses
 import json
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jiwer
+import torch
 from datasets import IterableDataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import (
@@ -57,6 +59,8 @@ from subnet_sampling import evaluation_subnets
 
 
 logger = logging.getLogger("run_speech_recognition_ctc")
+BLANK_SHARE = 0.9
+"""What the blank begins with: a frame is 20 ms, and most of them write nothing."""
 CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "speech_recognition.md"
 
 
@@ -141,7 +145,8 @@ def build_processor(
 
 
 def build_model(arguments: ModelArguments, ctc: CTCArguments, processor: Wav2Vec2Processor) -> PreTrainedModel:
-    """The model to fine-tune: a supernet, cut out of one, or as it is; with a new output layer, if it has none yet.
+    """The model to fine-tune: a supernet, cut out of one, or as it is; with a new output layer, if it has none yet,
+    which begins with blanks.
 
     Raises:
         ValueError: there is no such subnet, or the output layer is for other tokens.
@@ -161,8 +166,9 @@ def build_model(arguments: ModelArguments, ctc: CTCArguments, processor: Wav2Vec
         raise ValueError(f"--once_for_all trains every subnet: leave out --subnet {arguments.subnet}")
     named = ("mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length", "attention_dropout")
     named += ("activation_dropout", "hidden_dropout", "final_dropout", "layerdrop")
-    model = AutoModelForCTC.from_pretrained(
+    model, loaded = AutoModelForCTC.from_pretrained(
         source,
+        output_loading_info=True,
         vocab_size=num_tokens,
         pad_token_id=processor.tokenizer.pad_token_id,
         ctc_loss_reduction="sum",  # CTCTrainer divides
@@ -170,6 +176,8 @@ def build_model(arguments: ModelArguments, ctc: CTCArguments, processor: Wav2Vec
         ignore_mismatched_sizes=arguments.ignore_mismatched_sizes,
         **{name: getattr(arguments, name) for name in named},
     )
+    if any("lm_head.bias" in str(key) for key in (*loaded["missing_keys"], *loaded["mismatched_keys"])):
+        begin_with_blanks(model.lm_head, model.config.pad_token_id)
     if ctc.once_for_all:
         model = trim(model)
     elif is_supernet:
@@ -178,6 +186,18 @@ def build_model(arguments: ModelArguments, ctc: CTCArguments, processor: Wav2Vec
     if arguments.freeze_feature_encoder:
         model.freeze_feature_encoder()
     return model
+
+
+@torch.no_grad()
+def begin_with_blanks(output_layer: torch.nn.Linear, blank: int) -> None:
+    """Gives the blank most of the probability that a new output layer spreads over all tokens.
+
+    CTC learns this first in any case, and while it does all gradients say no more than "blank": they spoil what the
+    encoder knows, and small models do not always recover (benchmarks/README.md).
+    """
+    num_others = output_layer.out_features - 1
+    output_layer.bias.zero_()
+    output_layer.bias[blank] = math.log(num_others * BLANK_SHARE / (1 - BLANK_SHARE))
 
 
 def write_transcripts(trainer: CTCTrainer, speech: TranscribedSpeech, folder: Path, part: str) -> None:
