@@ -253,12 +253,8 @@ def margins(results: Results, subnets: Sequence[str]) -> str:
             f" the mean, {100 * gaps[largest]:+.1f} at most ({largest}; bar +3.0); {cost / sum(each):.2f} of their"
             f" time together (bar 0.33), {cost / statistics.mean(each):.1f} times that of one"
         )
-    stuck = [
-        f"{name} ({seed})"
-        for name in alone
-        for seed, rate in rates(results, f"{name} alone", name).items()
-        if rate > 0.9
-    ]
+    last = {name: rates(results, f"{name} alone", name) for name in alone}
+    stuck = [f"{name} ({seed})" for name, found in last.items() for seed, rate in found.items() if rate > 0.9]
     lines.append(f"alone, at the blanks to the end: {', '.join(stuck) or 'none'}")
     return "\n".join(f"- {line}" for line in lines)
 
