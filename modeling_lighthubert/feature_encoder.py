@@ -13,6 +13,10 @@ from .configuration_lighthubert import LightHubertConfig
 from .elastic import ElasticConv1d, ElasticGroupNorm, ElasticLayerNorm
 
 
+SAMPLES_AT_ONCE = 30 * 16_000
+"""More are heard in pieces, where no gradients are wanted."""
+
+
 class FrameConv1d(nn.Conv1d):
     """A strided convolution of frames that lie in memory one after another, as matrix products over rows of them.
 
@@ -72,6 +76,19 @@ class LightHubertFeatureEncoder(HubertFeatureEncoder):
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:  # (batch, samples) -> (batch, channels, frames)
         if not self.has_frames_in_rows:
             return super().forward(input_values)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or input_values.shape[1] <= SAMPLES_AT_ONCE:
+            return self._frames(input_values)
+        # frames know nothing of those far away, and of half an hour 12 GB would be in the first convolution alone
+        samples_per_frame, samples_of_first = 1, 1
+        for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
+            samples_per_frame, samples_of_first = samples_per_frame * stride, (samples_of_first - 1) * stride + kernel
+        step = SAMPLES_AT_ONCE // samples_per_frame * samples_per_frame
+        overlap = samples_of_first - samples_per_frame
+        starts = range(0, input_values.shape[1] - overlap, step)
+        pieces = [input_values[:, start : start + step + overlap] for start in starts]
+        return torch.cat([self._frames(piece) for piece in pieces if piece.shape[1] >= samples_of_first], dim=-1)
+
+    def _frames(self, input_values: torch.Tensor) -> torch.Tensor:
         num_samples, samples_per_frame = input_values.shape[1], 1
         num_frames = num_samples
         for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):

@@ -52,6 +52,7 @@ from .elastic import (
 )
 from .feature_encoder import LightHubertFeatureEncoder
 from .search_space import SearchSpace, Subnet, kept_layers, search_space_from, subnet_from
+from .windowed_attention import windowed_attention
 
 
 def linear(
@@ -70,6 +71,11 @@ def layer_norm(config: LightHubertConfig) -> nn.LayerNorm:
     """A layer norm over the width: elastic in a supernet, plain in a cut model."""
     kind = nn.LayerNorm if config.search_space is None else ElasticLayerNorm
     return kind(config.hidden_size, eps=config.layer_norm_eps)
+
+
+def windows_of(subnet: Subnet) -> tuple[int | None, ...]:
+    """Window of each layer, `None` for everything."""
+    return subnet.attention_window or (None,) * subnet.num_hidden_layers
 
 
 class LightHubertPositionalConvEmbedding(HubertPositionalConvEmbedding):
@@ -126,6 +132,18 @@ class LightHubertFeatureProjection(HubertFeatureProjection):
         self.projection.select(num_channels, hidden_size)
 
 
+def true_frames(attention_mask: Any) -> torch.Tensor | None:
+    """Which frames are not padding, bool (batch_size, num_frames), from the mask of an attention back end."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError("windows of attention need attn_implementation sdpa, eager or flash_attention_2")
+    if attention_mask.ndim == 2:
+        return attention_mask.bool()
+    first_row = attention_mask[:, 0, 0]  # the first frame is never padding
+    return first_row if first_row.dtype == torch.bool else first_row == 0
+
+
 class LightHubertAttention(HubertAttention):
     """HuBERT's attention with heads of a fixed size: it may be narrower or wider than the hidden states."""
 
@@ -136,8 +154,29 @@ class LightHubertAttention(HubertAttention):
         self.k_proj = linear(config, config.hidden_size, attention_size)
         self.v_proj = linear(config, config.hidden_size, attention_size)
         self.out_proj = linear(config, attention_size, config.hidden_size)
+        self.window: int | None = None
 
-    def select(self, hidden_size: int, num_attention_heads: int) -> None:
+    def forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in HuBERT; with a `window`, each frame attends to so many on each side, and there are no weights to give.
+
+        Raises:
+            ValueError: there is a window, and the attention back end has masks that do not say which frames are true.
+        """
+        if self.window is None:
+            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        dropout = self.dropout if self.training else 0.0
+        is_true = true_frames(attention_mask)
+        outputs = windowed_attention(query, key, value, self.window, is_true, self.scaling, dropout)
+        return self.out_proj(outputs.transpose(1, 2).flatten(2)), None
+
+    def select(self, hidden_size: int, num_attention_heads: int, window: int | None) -> None:
+        self.window = window
         attention_size = num_attention_heads * self.head_dim
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             projection.select(hidden_size, attention_size)
@@ -165,8 +204,10 @@ class LightHubertEncoderLayer(HubertEncoderLayer):
         self.feed_forward = LightHubertFeedForward(config, intermediate_size)
         self.final_layer_norm = layer_norm(config)
 
-    def select(self, hidden_size: int, num_attention_heads: int, intermediate_size: int) -> None:
-        self.attention.select(hidden_size, num_attention_heads)
+    def select(
+        self, hidden_size: int, num_attention_heads: int, intermediate_size: int, window: int | None = None
+    ) -> None:
+        self.attention.select(hidden_size, num_attention_heads, window)
         self.layer_norm.select(hidden_size)
         self.feed_forward.select(hidden_size, intermediate_size)
         self.final_layer_norm.select(hidden_size)
@@ -194,15 +235,18 @@ class LightHubertEncoder(HubertEncoder):
         else:
             full = (config.num_attention_heads, config.intermediate_size)
             self.layers = ElasticLayerList(self.layer_class(config, *full) for _ in range(config.num_hidden_layers))
+        if config.search_space is None:
+            for layer, window in zip(self.layers, windows_of(config.selected_subnet()), strict=True):
+                layer.attention.window = window
         self.gradient_checkpointing = False
 
     def select(self, subnet: Subnet) -> None:
         self.pos_conv_embed.select(subnet.hidden_size)
         self.layer_norm.select(subnet.hidden_size)
         self.layers.select(kept_layers(len(self.layers), subnet.num_hidden_layers))
-        sizes = zip(self.layers, subnet.num_attention_heads, subnet.intermediate_size, strict=True)
-        for layer, heads, intermediate_size in sizes:
-            layer.select(subnet.hidden_size, heads, intermediate_size)
+        sizes = (subnet.num_attention_heads, subnet.intermediate_size, windows_of(subnet))
+        for layer, heads, intermediate_size, window in zip(self.layers, *sizes, strict=True):
+            layer.select(subnet.hidden_size, heads, intermediate_size, window)
 
 
 class LightHubertEncoderStableLayerNorm(HubertEncoderStableLayerNorm):

@@ -34,8 +34,8 @@ def profile_subnet(
     """Cost of each part of `subnet` for one clip of `seconds`, analytically: nothing is run.
 
     MACs count matrix products and convolutions, as FLOP counters do (one MAC is two FLOPs there). Attention grows
-    with the square of the length, so MACs per second of audio grow slowly with `seconds`. Of a head, the layers that
-    read hidden states are counted.
+    with the square of the length, so MACs per second of audio grow slowly with `seconds`; in a window it does not, and
+    the pairs inside it are counted. Of a head, the layers that read hidden states are counted.
 
     Args:
         model: a supernet or a cut model.
@@ -69,12 +69,13 @@ def profile_subnet(
         ),
         Cost("position convolution", num_selected_parameters(base.encoder.pos_conv_embed), position_macs),
     ]
-    sizes = zip(
-        selected_children(base.encoder.layers), subnet.num_attention_heads, subnet.intermediate_size, strict=True
-    )
-    for (name, layer), heads, intermediate_size in sizes:
+    windows = subnet.attention_window or (None,) * subnet.num_hidden_layers
+    layers = zip(selected_children(base.encoder.layers), windows, strict=True)
+    sizes = zip(layers, subnet.num_attention_heads, subnet.intermediate_size, strict=True)
+    for ((name, layer), window), heads, intermediate_size in sizes:
         attention = heads * subnet.head_dim
-        macs = num_frames * width * (4 * attention + 2 * intermediate_size) + 2 * num_frames**2 * attention
+        macs = num_frames * width * (4 * attention + 2 * intermediate_size)
+        macs += 2 * num_pairs(num_frames, window) * attention
         part = f"layer {name} ({heads} heads, FFN {intermediate_size})"
         costs.append(Cost(part, num_selected_parameters(layer), macs))
     costs.append(Cost("layer norm, mask embedding", 2 * width + _mask_embedding_size(model), 0))
@@ -83,6 +84,13 @@ def profile_subnet(
         in_base = sum(cost.num_parameters for cost in costs)
         costs.append(Cost("head", model.num_subnet_parameters() - in_base, head_macs))
     return costs
+
+
+def num_pairs(num_frames: int, window: int | None) -> int:
+    """Pairs of frames of which one attends to the other, if it attends to `window` frames on each side."""
+    if window is None or window >= num_frames:
+        return num_frames**2
+    return num_frames * (2 * window + 1) - window * (window + 1)
 
 
 def macs_per_second(

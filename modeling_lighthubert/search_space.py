@@ -6,6 +6,7 @@ and 3 of the LightHuBERT paper (arXiv 2203.15610) and the released code, whose d
 """
 
 import json
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -44,6 +45,11 @@ def widening(choices: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...
     for widths in choices:
         ways = [(*way, width) for way in ways for width in widths if not way or width >= way[-1]]
     return tuple(ways)
+
+
+def _span(window: int | None) -> float:
+    """How far a window reaches: `None` is everything."""
+    return math.inf if window is None else window
 
 
 def _positive(name: str, value: Any) -> float:
@@ -124,6 +130,8 @@ class Subnet(JsonValue):
         intermediate_size: FFN units of each layer.
         head_dim: size of one head. It belongs to the supernet and is the same for all its subnets.
         conv_dim: channels of each convolution of the feature encoder, `None` for all that there are. Not in the paper.
+        attention_window: for each layer, how many frames of 20 ms on each side a frame attends to, `None` for all.
+            `None` if all layers attend to everything, as in the paper.
     """
 
     hidden_size: int
@@ -131,6 +139,7 @@ class Subnet(JsonValue):
     intermediate_size: tuple[int, ...]
     head_dim: int = 64
     conv_dim: tuple[int, ...] | None = None
+    attention_window: tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_attention_heads", "intermediate_size", "conv_dim"):
@@ -147,6 +156,17 @@ class Subnet(JsonValue):
                 "subnet num_attention_heads and intermediate_size need one value for each layer, but have"
                 f" {len(self.num_attention_heads)} and {len(self.intermediate_size)}"
             )
+        if self.attention_window is not None:
+            self._set_attention_window(list(self.attention_window))
+
+    def _set_attention_window(self, windows: list[int | None]) -> None:
+        if len(windows) != self.num_hidden_layers:
+            raise ValueError(
+                f"subnet attention_window needs one value for each layer, but has {len(windows)} for"
+                f" {self.num_hidden_layers} layers"
+            )
+        checked = tuple(None if window is None else _whole("attention_window", window) for window in windows)
+        object.__setattr__(self, "attention_window", None if set(checked) == {None} else checked)
 
     @classmethod
     def uniform(
@@ -173,6 +193,9 @@ class Subnet(JsonValue):
         HuBERT derives the size of a head from `hidden_size / num_attention_heads` and has no attention wider than
         `hidden_size`.
         """
+        for layer, window in enumerate(self.attention_window or ()):
+            if window is not None:
+                return f"layer {layer} attends to no more than {window} frames on each side"
         if self.hidden_size % self.head_dim:
             return f"hidden_size={self.hidden_size} is not a multiple of the head size {self.head_dim}"
         for layer, heads in enumerate(self.num_attention_heads):
@@ -193,7 +216,7 @@ class Subnet(JsonValue):
         """Reads our keys, or those of the released code.
 
         The latter are `embed_dim`, `heads_num`, `atten_dim`, `ffn_embed`, `layer_num` and `slide_wsz`. Windows other
-        than `"global"` are refused.
+        than `"global"` are refused: what the released code does in them is not exact.
         """
         values = dict(values)
         if "embed_dim" in values:
@@ -220,14 +243,16 @@ class Subnet(JsonValue):
         return subnet
 
     def __str__(self) -> str:
-        def short(values: tuple[int, ...]) -> str:
-            return str(values[0]) if len(set(values)) == 1 else "-".join(map(str, values))
+        def short(values: tuple[int | None, ...]) -> str:
+            names = ["all" if value is None else str(value) for value in values]
+            return names[0] if len(set(names)) == 1 else "-".join(names)
 
         return (
             f"hidden_size={self.hidden_size}, num_hidden_layers={self.num_hidden_layers},"
             f" num_attention_heads={short(self.num_attention_heads)},"
             f" intermediate_size={short(self.intermediate_size)}"
             + (f", conv_dim={short(self.conv_dim)}" if self.conv_dim is not None else "")
+            + (f", attention_window={short(self.attention_window)}" if self.attention_window is not None else "")
         )
 
 
@@ -242,8 +267,8 @@ NAMED_SUBNETS = {
 class SearchSpace(JsonValue):
     """The subnets a supernet was trained for: every combination of the choices below.
 
-    Width and depth are chosen once for a subnet; heads and FFN ratio are chosen for each layer on its own, and so are
-    the channels of the convolutions, except that none has fewer than the one before it.
+    Width and depth are chosen once for a subnet; heads, FFN ratio and attention window are chosen for each layer on
+    its own, and so are the channels of the convolutions, except that none has fewer than the one before it.
 
     Args:
         hidden_size: widths to choose from.
@@ -253,6 +278,8 @@ class SearchSpace(JsonValue):
         head_dim: size of one head.
         conv_dim: for each convolution of the feature encoder, channels to choose from. With `None`, as in the paper,
             all subnets have all channels.
+        attention_window: windows to choose from, see `Subnet`. With `None`, as in the paper, all layers attend to
+            everything.
     """
 
     hidden_size: tuple[int, ...]
@@ -261,6 +288,7 @@ class SearchSpace(JsonValue):
     num_hidden_layers: tuple[int, ...]
     head_dim: int = 64
     conv_dim: tuple[tuple[int, ...], ...] | None = None
+    attention_window: tuple[int | None, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_attention_heads", "ffn_ratio", "num_hidden_layers"):
@@ -272,6 +300,11 @@ class SearchSpace(JsonValue):
         object.__setattr__(self, "head_dim", _whole("head_dim", self.head_dim))
         if self.conv_dim is not None:
             self._set_conv_dim(self.conv_dim)
+        if self.attention_window is not None:
+            windows = [None if item is None else _whole("attention_window", item) for item in self.attention_window]
+            if not windows:
+                raise ValueError("search space attention_window is a list of at least one choice, not empty")
+            object.__setattr__(self, "attention_window", tuple(sorted(set(windows), key=_span)))
         for width in self.hidden_size:
             for ratio in self.ffn_ratio:
                 if not (width * ratio).is_integer():
@@ -358,8 +391,8 @@ class SearchSpace(JsonValue):
 
     @property
     def num_subnets(self) -> int:
-        """Exact count: feature encoders x widths x sum over depths d of (ratios x heads) ** d."""
-        per_layer = len(self.ffn_ratio) * len(self.num_attention_heads)
+        """Exact count: feature encoders x widths x sum over depths d of (ratios x heads x windows) ** d."""
+        per_layer = len(self.ffn_ratio) * len(self.num_attention_heads) * len(self.attention_window or (None,))
         encoders = 1 if self.conv_dim is None else len(widening(self.conv_dim))
         return encoders * len(self.hidden_size) * sum(per_layer**depth for depth in self.num_hidden_layers)
 
@@ -423,14 +456,16 @@ class SearchSpace(JsonValue):
         width, depth = rng.choice(self.hidden_size), rng.choice(self.num_hidden_layers)
         heads = [rng.choice(self.num_attention_heads) for _ in range(depth)]
         ratios = [rng.choice(self.ffn_ratio) for _ in range(depth)]
-        return self._assemble(width, heads, ratios, self.sample_conv_dim(rng))
+        conv_dim = self.sample_conv_dim(rng)
+        windows = None if self.attention_window is None else [rng.choice(self.attention_window) for _ in range(depth)]
+        return self._assemble(width, heads, ratios, conv_dim, windows)
 
     def sample_conv_dim(self, rng: random.Random) -> tuple[int, ...] | None:
         """Draws channels of all convolutions, each way to choose them as likely as the others."""
         return None if self.conv_dim is None else rng.choice(widening(self.conv_dim))
 
     def mutate(self, subnet: Subnet, rng: random.Random | int | None = None, probability: float = 0.1) -> Subnet:
-        """A neighbour of `subnet`: every gene (width, depth, heads and ratio of each layer, channels of each
+        """A neighbour of `subnet`: every gene (width, depth, heads, ratio and window of each layer, channels of each
         convolution as far as its neighbours allow) is redrawn with `probability`."""
         rng = rng if isinstance(rng, random.Random) else random.Random(rng)
         subnet = self.resolve(subnet)
@@ -449,7 +484,11 @@ class SearchSpace(JsonValue):
         for layer, choices in enumerate(self.conv_dim or ()):
             low, high = (channels[layer - 1] if layer else 0), (*channels[layer + 1 :], max(choices))[0]
             channels[layer] = redraw(channels[layer], tuple(width for width in choices if low <= width <= high))
-        return self._assemble(width, heads, ratios, channels or None)
+        windows = None
+        if self.attention_window is not None:
+            windows = [*self._windows(subnet)[:depth], *(rng.choice(self.attention_window) for _ in added)]
+            windows = [redraw(window, self.attention_window) for window in windows]
+        return self._assemble(width, heads, ratios, channels or None, windows)
 
     def crossover(self, one: Subnet, other: Subnet, rng: random.Random | int | None = None) -> Subnet:
         """A child: each gene from one of the two parents. Layers only the deeper parent has come from that parent;
@@ -465,29 +504,42 @@ class SearchSpace(JsonValue):
                 (
                     rng.choice(parents).num_attention_heads[layer],
                     self._ratios(rng.choice(parents))[layer],
+                    None if self.attention_window is None else self._windows(rng.choice(parents))[layer],
                 )
             )
         conv_dim = None if self.conv_dim is None else rng.choice((one, other)).conv_dim
-        return self._assemble(width, [heads for heads, _ in layers], [ratio for _, ratio in layers], conv_dim)
+        heads, ratios, windows = map(list, zip(*layers, strict=True))
+        return self._assemble(width, heads, ratios, conv_dim, windows)
 
     def _extreme(self, choose: Any) -> Subnet:
         depth = choose(self.num_hidden_layers)
         heads, ratios = [choose(self.num_attention_heads)] * depth, [choose(self.ffn_ratio)] * depth
         conv_dim = None if self.conv_dim is None else [choose(layer) for layer in self.conv_dim]
-        return self._assemble(choose(self.hidden_size), heads, ratios, conv_dim)
+        windows = None if self.attention_window is None else [choose(self.attention_window, key=_span)] * depth
+        return self._assemble(choose(self.hidden_size), heads, ratios, conv_dim, windows)
 
     def _assemble(
-        self, width: int, heads: list[int], ratios: list[float], conv_dim: Iterable[int] | None = None
+        self,
+        width: int,
+        heads: list[int],
+        ratios: list[float],
+        conv_dim: Iterable[int] | None,
+        windows: Iterable[int | None] | None,
     ) -> Subnet:
         sizes = tuple(int(width * ratio) for ratio in ratios)
-        return Subnet(width, tuple(heads), sizes, self.head_dim, None if conv_dim is None else tuple(conv_dim))
+        channels = None if conv_dim is None else tuple(conv_dim)
+        return Subnet(width, tuple(heads), sizes, self.head_dim, channels, None if windows is None else tuple(windows))
+
+    @staticmethod
+    def _windows(subnet: Subnet) -> list[int | None]:
+        return list(subnet.attention_window or [None] * subnet.num_hidden_layers)
 
     @staticmethod
     def _ratios(subnet: Subnet) -> list[float]:
         return [size / subnet.hidden_size for size in subnet.intermediate_size]
 
     def _check(self, subnet: Subnet) -> None:
-        def require(name: str, value: int, choices: Iterable[float]) -> None:
+        def require(name: str, value: int | None, choices: Iterable[float | None]) -> None:
             if value not in (allowed := list(choices)):
                 raise ValueError(f"subnet {name}={value} is not in this search space: choose from {allowed}")
 
@@ -498,6 +550,8 @@ class SearchSpace(JsonValue):
         for layer in range(subnet.num_hidden_layers):
             require(f"num_attention_heads[{layer}]", subnet.num_attention_heads[layer], self.num_attention_heads)
             require(f"intermediate_size[{layer}]", subnet.intermediate_size[layer], sizes)
+            windows = (None,) if self.attention_window is None else self.attention_window
+            require(f"attention_window[{layer}]", self._windows(subnet)[layer], windows)
         if subnet.conv_dim is None:
             return
         if self.conv_dim is None:

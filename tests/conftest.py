@@ -34,6 +34,8 @@ SIX_DEEP = SearchSpace((16, 32, 48), (4, 8, 12), (2, 3, 4), (4, 5, 6), head_dim=
 TWO_DEEP = SearchSpace((16, 24, 48), (4, 6, 12), (2, 3.5, 4), (1, 2), head_dim=4)
 # The narrower feature encoders of ours
 NARROW = SearchSpace((16, 32, 48), (4, 8, 12), (2, 3, 4), (4, 5, 6), head_dim=4, conv_dim=((4, 8, 16),) * 7)
+# And attention to frames near by
+WINDOWED = SearchSpace((16, 32, 48), (4, 8, 12), (2, 4), (2,), head_dim=4, attention_window=(2, 9, 70, None))
 
 HEADS = {
     "AutoModel": LightHubertModel,
