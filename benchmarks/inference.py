@@ -146,8 +146,13 @@ def memory(row: str, form: str, folder: Path, threads: int) -> float:
         import onnxruntime  # noqa: F401
     before = psutil.Process().memory_info().rss / 2**20
     runner(row, form, folder)(noise(1, 15))
+    return most_memory() - before
+
+
+def most_memory() -> float:
+    """Mebibytes that this process held at most. `getrusage` would know what its parent held as well."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 2**10 - before  # getrusage would know what the parent held as well
+    return int(status["VmHWM"].split()[0]) / 2**10
 
 
 def noise(batch_size: int, seconds: float) -> np.ndarray:

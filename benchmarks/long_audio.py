@@ -1,0 +1,83 @@
+"""Minutes of audio in one call: time and memory of full attention, of windows, and of chunks.
+
+    python benchmarks/long_audio.py
+    python benchmarks/long_audio.py --minutes 1 5 --ways windows chunks
+
+Each measurement is a process of its own, with a_small and random weights: neither depends on them. Memory is the most
+that the process held over what it held before it knew the audio. Windows reach 5 s to either side in every layer.
+Chunks are 20 s, of which 2 s on either side are for context alone, eight at a time.
+"""
+
+import argparse
+import dataclasses
+import multiprocessing
+import time
+from collections.abc import Callable
+
+import torch
+from inference import A_SMALL, SAMPLING_RATE, most_memory
+from transformers.utils import logging
+
+from modeling_lighthubert import LightHubertConfig, LightHubertModel, SearchSpace
+
+
+WINDOW = 250
+"""Frames of 20 ms on each side."""
+
+
+def build(window: int | None) -> LightHubertModel:
+    windows = None if window is None else (window,) * A_SMALL.num_hidden_layers
+    subnet = dataclasses.replace(A_SMALL, attention_window=windows)
+    return LightHubertModel(LightHubertConfig(search_space=SearchSpace.small()).cut_to(subnet)).eval()
+
+
+def hear_in_chunks(model: LightHubertModel, audio: torch.Tensor, chunk: int = 20, stride: int = 2) -> None:
+    """Runs the model on all chunks. What is kept of their frames costs nothing."""
+    length, step = chunk * SAMPLING_RATE, (chunk - 2 * stride) * SAMPLING_RATE
+    pieces = [audio[:, start : start + length] for start in range(0, max(1, audio.shape[1] - step // 2), step)]
+    whole = [piece for piece in pieces if piece.shape[1] == length]
+    for start in range(0, len(whole), 8):
+        model(torch.cat(whole[start : start + 8]))
+    for piece in pieces[len(whole) :]:
+        model(piece)
+
+
+WAYS: dict[str, tuple[int | None, Callable[[LightHubertModel, torch.Tensor], object]]] = {
+    "full": (None, lambda model, audio: model(audio)),
+    "windows": (WINDOW, lambda model, audio: model(audio)),
+    "chunks": (None, hear_in_chunks),
+}
+"""Window of the model, and how it hears."""
+
+
+def measure(way: str, minutes: float, threads: int) -> tuple[float, float]:
+    """Seconds, and mebibytes."""
+    torch.set_num_threads(threads)
+    logging.set_verbosity_error()
+    window, hear = WAYS[way]
+    model = build(window)
+    with torch.inference_mode():
+        model(torch.randn(1, SAMPLING_RATE))
+        before = most_memory()
+        audio = torch.randn(1, int(60 * minutes * SAMPLING_RATE))
+        start = time.perf_counter()
+        hear(model, audio)
+        return time.perf_counter() - start, most_memory() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1, 5, 30], help="Lengths (default: 1 5 30).")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="What to measure (default: all).")
+    options = parser.parse_args()
+    print("| minutes | attention | real-time factor | MiB |")
+    print("|---|---|---|---|")
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as process:
+        for minutes in options.minutes:
+            for way in options.ways:
+                seconds, mebibytes = process.apply(measure, (way, minutes, torch.get_num_threads()))
+                print(f"| {minutes:g} | {way} | {seconds / 60 / minutes:.4f} | {mebibytes:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
