@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
 import torch
+from accelerate.state import AcceleratorState
 from conftest import stock_settings
 from datasets import Audio, Dataset
 from safetensors.torch import load_file
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+import run_distillation
 
 
 TRAINING = Path(__file__).parent.parent / "training"
@@ -89,7 +93,18 @@ def distillation(workshop: Path, output: str, *options: object) -> list[object]:
 
 
 def distil(workshop: Path, output: str, *options: object, processes: int = 1) -> Path:
-    run(*distillation(workshop, output, *options), processes=processes)
+    """One process is this one: a new one takes seconds to import what it needs."""
+    command = distillation(workshop, output, *options)
+    if processes > 1:
+        run(*command, processes=processes)
+        return workshop / output
+    AcceleratorState._reset_state(reset_partial_state=True)  # else it is still that of the run before
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, command)))
+        run_distillation.main()
+    torch.set_num_threads(threads)
     return workshop / output
 
 
