@@ -92,14 +92,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(workshop):
 def test_the_checkpoints_of_an_earlier_run_are_not_mixed_with_those_of_another(workshop):
     options = ("--max_steps", 2, "--save_steps", 1)
     distil(workshop, "earlier", *options)
-    with pytest.raises(AssertionError, match="has checkpoints of an earlier run, checkpoint-2 the newest"):
+    with pytest.raises(ValueError, match="has checkpoints of an earlier run, checkpoint-2 the newest"):
         distil(workshop, "earlier", *options)
 
 
 def test_a_changed_recipe_is_not_resumed(workshop):
     distil(workshop, "recipe", "--max_steps", 2, "--save_steps", 1)
     options = ("--max_steps", 2, "--learning_rate", 0.1, "--resume_from_checkpoint", "latest")
-    with pytest.raises(AssertionError, match="learning_rate was 0.0005 and is 0.1"):
+    with pytest.raises(ValueError, match="learning_rate was 0.0005 and is 0.1"):
         distil(workshop, "recipe", *options)
 
 

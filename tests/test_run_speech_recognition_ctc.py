@@ -108,7 +108,7 @@ def cut(shop) -> Path:
 def supernet(shop) -> Path:
     """The supernet, fine-tuned once for all."""
     data = ("--validation_file", shop / "speech.parquet", "--num_eval_subnets", 1, *SANDWICH)
-    return fine_tune(shop, "asr-supernet", "--once_for_all", *data, *LEARN, "--max_steps", 350)
+    return fine_tune(shop, "asr-supernet", "--once_for_all", *data, *LEARN, "--max_steps", 350, "--learning_rate", 3e-3)
 
 
 # What comes out
@@ -281,17 +281,8 @@ def test_the_output_layer_alone_is_trained_in_the_first_steps(shop):
 
 def test_in_place_distillation_adds_the_divergence_from_the_largest(shop):
     """A sum over true frames, for each of the 28 characters of the step, times its weight."""
-    shared = (
-        "--once_for_all",
-        "--max_steps",
-        1,
-        "--learning_rate",
-        0.0,
-        "--mask_time_prob",
-        0.0,
-        "--logging_steps",
-        1,
-    )
+    shared = ("--once_for_all", "--sampling", "uniform", "--num_random_subnets", 1, "--max_steps", 1)
+    shared += ("--learning_rate", 0.0, "--mask_time_prob", 0.0, "--logging_steps", 1)
     outputs = [fine_tune(shop, f"weight-{weight}", *shared, "--distillation_weight", weight) for weight in (0.0, 2.0)]
     (without, _), (taught, _) = (losses(output)[0] for output in outputs)
     model, processor = (one.from_pretrained(outputs[0]) for one in (AutoModelForCTC, Wav2Vec2Processor))

@@ -1,5 +1,5 @@
-"""The scripts, run as a user runs them: real files, a few steps of a tiny teacher on generated tones, and real processes
-where there are several."""
+"""The scripts, run as a user runs them: real files, a few steps of a tiny teacher on generated tones, and real
+processes where there are several."""
 
 import json
 import re
