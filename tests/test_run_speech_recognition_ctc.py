@@ -108,7 +108,8 @@ def cut(shop) -> Path:
 def supernet(shop) -> Path:
     """The supernet, fine-tuned once for all."""
     data = ("--validation_file", shop / "speech.parquet", "--num_eval_subnets", 1, *SANDWICH)
-    return fine_tune(shop, "asr-supernet", "--once_for_all", *data, *LEARN, "--max_steps", 350, "--learning_rate", 3e-3)
+    learn = (*LEARN, "--max_steps", 350, "--learning_rate", 3e-3)
+    return fine_tune(shop, "asr-supernet", "--once_for_all", *data, *learn)
 
 
 # What comes out
