@@ -124,12 +124,11 @@ class ElasticLinearFromBlocks(ElasticLinear):
         return outputs.unflatten(0, hidden_states.shape[:-1])
 
 
-class ElasticLayerNorm(ElasticLayer, nn.LayerNorm):
-    """A layer norm over the leading features: their affine weights, statistics over what is left."""
+class ElasticNorm(ElasticLayer, nn.Module):
+    """What norms share: their affine weights for the leading features."""
 
-    def __init__(self, normalized_shape: int, eps: float = 1e-5):
-        super().__init__(normalized_shape, eps=eps)
-        self.select(normalized_shape)
+    weight: nn.Parameter
+    bias: nn.Parameter
 
     def select(self, num_features: int) -> None:
         self.num_selected = num_features
@@ -138,9 +137,6 @@ class ElasticLayerNorm(ElasticLayer, nn.LayerNorm):
         """Weight and bias, each (selected features)."""
         return self.weight[: self.num_selected], self.bias[: self.num_selected]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (..., selected) -> (..., selected)
-        return F.layer_norm(hidden_states, (self.num_selected,), *self.selected(), self.eps)
-
     def num_selected_parameters(self) -> int:
         return 2 * self.num_selected
 
@@ -148,43 +144,34 @@ class ElasticLayerNorm(ElasticLayer, nn.LayerNorm):
         return f"{super().extra_repr()}, selected={self.num_selected}"
 
 
-class ElasticGroupNorm(ElasticLayer, nn.GroupNorm):
+class ElasticLayerNorm(ElasticNorm, nn.LayerNorm):
+    """A layer norm over the leading features: their affine weights, statistics over what is left."""
+
+    def __init__(self, normalized_shape: int, eps: float = 1e-5):
+        super().__init__(normalized_shape, eps=eps)
+        self.select(normalized_shape)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (..., selected) -> (..., selected)
+        return F.layer_norm(hidden_states, (self.num_selected,), *self.selected(), self.eps)
+
+
+class ElasticGroupNorm(ElasticNorm, nn.GroupNorm):
     """A group norm with a group for each channel, over the leading ones: each has statistics of its own."""
 
     def __init__(self, num_channels: int, eps: float = 1e-5):
         super().__init__(num_channels, num_channels, eps=eps)
         self.select(num_channels)
 
-    def select(self, num_channels: int) -> None:
-        self.num_selected = num_channels
-
-    def selected(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias, each (selected channels)."""
-        return self.weight[: self.num_selected], self.bias[: self.num_selected]
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (batch, selected, time), shape kept
         return F.group_norm(hidden_states, self.num_selected, *self.selected(), self.eps)
 
-    def num_selected_parameters(self) -> int:
-        return 2 * self.num_selected
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, selected={self.num_selected}"
-
-
-class ElasticBatchNorm1d(ElasticLayer, nn.BatchNorm1d):
+class ElasticBatchNorm1d(ElasticNorm, nn.BatchNorm1d):
     """A batch norm over the leading channels. A channel's statistics do not depend on how many others are used."""
 
     def __init__(self, num_features: int):
         super().__init__(num_features)
         self.select(num_features)
-
-    def select(self, num_features: int) -> None:
-        self.num_selected = num_features
-
-    def selected(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias, each (selected channels)."""
-        return self.weight[: self.num_selected], self.bias[: self.num_selected]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (batch, selected, time), shape kept
         mean, variance = self.running_mean[: self.num_selected], self.running_var[: self.num_selected]
@@ -196,12 +183,6 @@ class ElasticBatchNorm1d(ElasticLayer, nn.BatchNorm1d):
             "running_var": self.running_var[: self.num_selected],
             "num_batches_tracked": self.num_batches_tracked,
         }
-
-    def num_selected_parameters(self) -> int:
-        return 2 * self.num_selected
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, selected={self.num_selected}"
 
 
 class ElasticConv1d(ElasticLayer, nn.Conv1d):

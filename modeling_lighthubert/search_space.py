@@ -457,12 +457,16 @@ class SearchSpace(JsonValue):
         heads = [rng.choice(self.num_attention_heads) for _ in range(depth)]
         ratios = [rng.choice(self.ffn_ratio) for _ in range(depth)]
         conv_dim = self.sample_conv_dim(rng)
-        windows = None if self.attention_window is None else [rng.choice(self.attention_window) for _ in range(depth)]
-        return self._assemble(width, heads, ratios, conv_dim, windows)
+        return self._assemble(width, heads, ratios, conv_dim, self.sample_attention_window(depth, rng))
 
     def sample_conv_dim(self, rng: random.Random) -> tuple[int, ...] | None:
         """Draws channels of all convolutions, each way to choose them as likely as the others."""
         return None if self.conv_dim is None else rng.choice(widening(self.conv_dim))
+
+    def sample_attention_window(self, depth: int, rng: random.Random) -> tuple[int | None, ...] | None:
+        """Draws a window for each of `depth` layers."""
+        windows = self.attention_window
+        return None if windows is None else tuple(rng.choice(windows) for _ in range(depth))
 
     def mutate(self, subnet: Subnet, rng: random.Random | int | None = None, probability: float = 0.1) -> Subnet:
         """A neighbour of `subnet`: every gene (width, depth, heads, ratio and window of each layer, channels of each

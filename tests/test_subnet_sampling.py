@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from conftest import SIX_DEEP, TWO_DEEP
+from conftest import NARROW, SIX_DEEP, TWO_DEEP, WINDOWED
 
 from modeling_lighthubert import SearchSpace
 
@@ -50,6 +50,14 @@ def test_sizes_are_uniform_between_the_ends(space):
         assert subnet in space
         fifths[min(4, int(5 * (num_matrix_weights(subnet) - least) / (most - least)))] += 1
     assert all(100 < count < 300 for count in fifths), fifths
+
+
+@pytest.mark.parametrize(("space", "part"), [(NARROW, "conv_dim"), (WINDOWED, "attention_window")])
+def test_sizes_leave_convolutions_and_windows_to_chance(space, part):
+    rng = random.Random(0)
+    drawn = [sample_by_size(space, rng) for _ in range(100)]
+    assert all(subnet in space for subnet in drawn)
+    assert len({getattr(subnet, part) for subnet in drawn}) > 10
 
 
 def test_a_size_counts_the_matrices_of_the_layers():

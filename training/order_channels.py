@@ -27,7 +27,6 @@ from modeling_lighthubert import (
     LightHubertPreTrainedModel,
     SearchSpace,
 )
-from modeling_lighthubert.search_space import search_space_from
 
 from recipes import parse_recipe
 from speech_data import UNREADABLE, DataArguments, SpeechDataset, load_speech
@@ -46,7 +45,11 @@ class OrderingArguments:
 
 
 class Listener:
-    """Root mean squares of what layers read or write, feature by feature, while the model hears speech."""
+    """Mean squares of what layers read or write, feature by feature, added up while the model hears speech.
+
+    Attributes:
+        squares: float64 (num_features), by the name that is given.
+    """
 
     def __init__(self) -> None:
         self.squares: dict[str, torch.Tensor] = {}
@@ -176,7 +179,6 @@ def load_supernet(arguments: OrderingArguments) -> LightHubertPreTrainedModel:
     options = {}
     if space is not None:
         options["search_space"] = SearchSpace.from_json_file(space) if space.endswith(".json") else space
-        search_space_from(options["search_space"])
     has_heads = "LightHubertForPreTraining" in (config.architectures or ())
     return (LightHubertForPreTraining if has_heads else LightHubertModel).from_pretrained(source, **options)
 

@@ -63,7 +63,8 @@ def sample_by_size(search_space: SearchSpace, rng: random.Random) -> Subnet:
     With every choice uniform on its own, sizes pile up around those of each width, and the ends are almost never
     trained. Here a size is drawn first, then one of the widths and depths that can have it. Heads and ratios rise
     together from least to most, each along its own random path (a binomial quantile of the common level), up to the
-    level at which the size is met. Convolutions, which are few weights, are drawn on their own.
+    level at which the size is met. Convolutions, which are few weights, and windows, which
+    are none, are drawn on their own.
     """
     size = rng.uniform(num_matrix_weights(search_space.smallest), num_matrix_weights(search_space.largest))
 
@@ -91,7 +92,11 @@ def sample_by_size(search_space: SearchSpace, rng: random.Random) -> Subnet:
         low, high = (middle, high) if too_small else (low, middle)
     candidates = [subnet(width, level, at_layers) for level in (low, high)]
     nearest_one = min(candidates, key=lambda candidate: abs(num_matrix_weights(candidate) - size))
-    return dataclasses.replace(nearest_one, conv_dim=search_space.sample_conv_dim(rng))
+    return dataclasses.replace(
+        nearest_one,
+        conv_dim=search_space.sample_conv_dim(rng),
+        attention_window=search_space.sample_attention_window(depth, rng),
+    )
 
 
 def _quantile(choices: tuple, level: float, at: float):
