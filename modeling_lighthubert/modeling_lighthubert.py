@@ -52,7 +52,7 @@ from .elastic import (
 )
 from .feature_encoder import LightHubertFeatureEncoder
 from .search_space import SearchSpace, Subnet, kept_layers, search_space_from, subnet_from
-from .windowed_attention import windowed_attention
+from .windowed_attention import true_frames, windowed_attention
 
 
 def linear(
@@ -130,18 +130,6 @@ class LightHubertFeatureProjection(HubertFeatureProjection):
         if self.feat_proj_layer_norm:
             self.layer_norm.select(num_channels)
         self.projection.select(num_channels, hidden_size)
-
-
-def true_frames(attention_mask: Any) -> torch.Tensor | None:
-    """Which frames are not padding, bool (batch_size, num_frames), from the mask of an attention back end."""
-    if attention_mask is None:
-        return None
-    if not isinstance(attention_mask, torch.Tensor):
-        raise ValueError("windows of attention need attn_implementation sdpa, eager or flash_attention_2")
-    if attention_mask.ndim == 2:
-        return attention_mask.bool()
-    first_row = attention_mask[:, 0, 0]  # the first frame is never padding
-    return first_row if first_row.dtype == torch.bool else first_row == 0
 
 
 class LightHubertAttention(HubertAttention):
@@ -232,12 +220,11 @@ class LightHubertEncoder(HubertEncoder):
             subnet = config.selected_subnet()
             sizes = zip(subnet.num_attention_heads, subnet.intermediate_size, strict=True)
             self.layers = nn.ModuleList(self.layer_class(config, heads, size) for heads, size in sizes)
+            for layer, window in zip(self.layers, windows_of(subnet), strict=True):
+                layer.attention.window = window
         else:
             full = (config.num_attention_heads, config.intermediate_size)
             self.layers = ElasticLayerList(self.layer_class(config, *full) for _ in range(config.num_hidden_layers))
-        if config.search_space is None:
-            for layer, window in zip(self.layers, windows_of(config.selected_subnet()), strict=True):
-                layer.attention.window = window
         self.gradient_checkpointing = False
 
     def select(self, subnet: Subnet) -> None:

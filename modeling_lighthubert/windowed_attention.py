@@ -1,11 +1,29 @@
 """Attention to the frames near by, in memory that grows with the length and not with its square."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 
 BLOCK = 64
 """Frames that are computed together at least: narrow windows alone would be many small products."""
+
+
+def true_frames(attention_mask: Any) -> torch.Tensor | None:
+    """Which frames are not padding, bool (batch_size, num_frames), from the mask of an attention back end.
+
+    Raises:
+        ValueError: the back end has masks of its own kind (flex attention).
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError("windows of attention need attn_implementation sdpa, eager or flash_attention_2")
+    if attention_mask.ndim == 2:
+        return attention_mask.bool()
+    first_row = attention_mask[:, 0, 0]  # the first frame is never padding
+    return first_row if first_row.dtype == torch.bool else first_row == 0
 
 
 def windowed_attention(
