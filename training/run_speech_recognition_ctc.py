@@ -383,6 +383,7 @@ def main() -> None:
         write_card(model, arguments.model_name_or_path, describe(data_arguments, test_arguments), results, folder)
         if push_to_hub:
             push_folder(folder, training_arguments.hub_model_id)
+    trainer.accelerator.end_training()  # transformers leaves the process group, whose threads may abort the exit
 
 
 if __name__ == "__main__":
