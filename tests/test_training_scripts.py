@@ -158,6 +158,9 @@ def odd_teachers(workshop) -> Path:
         (("--learning_rate", 1e30, "--max_steps", 9), "the loss is nan at step"),
         (("--output_dir", "{}/speech.parquet/output"), "cannot be written"),
         (("--num_target_layers", 9), "num_target_layers=9, but the teacher has 2 layers"),
+        (("--progressive_shrinking_ratio", 0.5), "have the same feature encoder"),
+        (("--progressive_shrinking_ratio", 2), "has to be between 0 and 1"),
+        (("--freeze_feature_encoder", True, "--feature_encoder_learning_rate", 1e-4), "nothing there learns"),
         (("--per_device_train_batch_size", 0), "per_device_train_batch_size=0 has to be at least 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -187,3 +190,26 @@ def test_a_hub_that_cannot_be_reached_loses_nothing(workshop, monkeypatch):
     assert "unpushed could not be pushed" in output
     assert "hf_secret" not in output
     assert (workshop / "unpushed" / "model.safetensors").exists()
+
+
+# A feature encoder that is elastic
+
+
+def test_the_convolutions_learn_at_a_rate_of_their_own(workshop):
+    start = load_file(workshop / "teacher" / "model.safetensors")
+    output = distil(workshop, "slow-ear", "--max_steps", 1, "--feature_encoder_learning_rate", 1e-12)
+    trained = weights(output)
+    for name in ("feature_extractor.conv_layers.0.conv.weight", "encoder.layers.0.attention.q_proj.weight"):
+        moved = (trained[f"hubert.{name}"] - start[name]).abs().max()
+        assert moved < 1e-8 if "conv" in name else moved > 1e-6
+
+
+def test_progressive_shrinking_narrows_the_ear_when_its_share_of_the_steps_is_over(workshop):
+    """Before that, even the smallest subnet of a sandwich is one with the widest ear."""
+    (workshop / "elastic-ear.json").write_text(json.dumps(SPACE | {"conv_dim": [[8, 16]] * 7}))
+    options = ("--search_space", workshop / "elastic-ear.json", "--sampling", "sandwich", "--max_steps", 4)
+    output = distil(workshop, "shrinking", *options, "--progressive_shrinking_ratio", 0.5, "--logging_steps", 2)
+    before, after = (entry for entry in json.loads((output / "history.json").read_text()) if "loss" in entry)
+    assert "loss_largest" in before
+    assert "loss_smallest" not in before
+    assert "loss_smallest" in after

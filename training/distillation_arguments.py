@@ -61,6 +61,13 @@ class DistillationArguments:
             " student takes audio as the teacher does, raw or normalised."
         },
     )
+    progressive_shrinking_ratio: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the steps, from the first, in which all subnets have the widest feature encoder: width"
+            " and depth shrink first, then the ear (progressive shrinking, arXiv 1908.09791)."
+        },
+    )
     max_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Recordings in a batch, on each process."})
     per_device_train_batch_seconds: float | None = field(
@@ -75,6 +82,9 @@ class DistillationArguments:
         default=20.0, metadata={"help": "Longer recordings are cropped at random, in seconds."}
     )
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak of the schedule."})
+    feature_encoder_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak for the convolutions. Default: learning_rate."}
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
     warmup_ratio: float = field(
         default=0.08, metadata={"help": "Share of the steps that the rate rises; then it falls."}
@@ -121,6 +131,13 @@ class DistillationArguments:
                 raise ValueError(f"{name}={getattr(self, name)} has to be at least 1")
         if self.eval_steps is not None and self.eval_steps < 1:
             raise ValueError(f"eval_steps={self.eval_steps} has to be at least 1, or left out")
+        if not 0.0 <= self.progressive_shrinking_ratio <= 1.0:
+            raise ValueError(
+                f"progressive_shrinking_ratio={self.progressive_shrinking_ratio} has to be between 0 and 1"
+            )
+        fixed = self.freeze_feature_encoder or self.share_feature_encoder
+        if fixed and self.feature_encoder_learning_rate is not None:
+            raise ValueError("feature_encoder_learning_rate: the feature encoder is frozen, nothing there learns")
         if self.crop_seconds <= 0:
             raise ValueError(f"crop_seconds={self.crop_seconds} has to be above 0")
 

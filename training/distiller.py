@@ -24,7 +24,7 @@ from distillation import Teacher
 from distillation_arguments import DistillationArguments
 from distillation_step import evaluate, training_step
 from run_log import RunLog
-from subnet_sampling import draw_subnets, evaluation_subnets
+from subnet_sampling import draw_subnets, evaluation_subnets, with_widest_feature_encoder
 
 
 def subnet_class(space: SearchSpace | None, subnet: Subnet | None) -> str:
@@ -116,6 +116,8 @@ class Distiller:
         arguments, accelerator, space = self.arguments, self.accelerator, self.student.search_space
         process = accelerator.process_index if arguments.subnet_per_process else None
         subnets = draw_subnets(space, arguments.sampling, arguments.seed, step, arguments.num_random_subnets, process)
+        if step < arguments.progressive_shrinking_ratio * arguments.max_steps:
+            subnets = with_widest_feature_encoder(space, subnets)
         # dropout, too, follows from the step
         torch.manual_seed(random.Random(f"{arguments.seed}-{step}-{accelerator.process_index}").getrandbits(63))
         try:

@@ -79,7 +79,27 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
         student.set_subnet("largest")
     if arguments.freeze_feature_encoder or arguments.share_feature_encoder:
         student.freeze_feature_encoder()
+    if arguments.progressive_shrinking_ratio and getattr(student.search_space, "conv_dim", None) is None:
+        raise ValueError(
+            "progressive_shrinking_ratio: all subnets of the student have the same feature encoder, so there is none"
+            " to shrink. Leave it out, or give a --search_space with conv_dim"
+        )
     return student
+
+
+def build_optimizer(arguments: DistillationArguments, student: LightHubertForPreTraining) -> torch.optim.Optimizer:
+    """AdamW. The convolutions may have a learning rate of their own."""
+    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    rates = {False: arguments.learning_rate, True: arguments.feature_encoder_learning_rate or arguments.learning_rate}
+    groups = [
+        {
+            "params": [each for name, each in trained.items() if ("feature_extractor." in name) == is_of_ear],
+            "lr": rate,
+        }
+        for is_of_ear, rate in rates.items()
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, weight_decay=arguments.weight_decay, fused=True)
 
 
 def check_frame_rates(
@@ -297,12 +317,7 @@ def main() -> None:
     with accelerator.main_process_first():
         train_data, eval_data = (load_speech(data_arguments, training) for training in (True, False))
 
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in student.parameters() if parameter.requires_grad],
-        lr=arguments.learning_rate,
-        weight_decay=arguments.weight_decay,
-        fused=True,
-    )
+    optimizer = build_optimizer(arguments, student)
     scheduler = get_scheduler(
         arguments.lr_scheduler_type, optimizer, int(arguments.warmup_ratio * arguments.max_steps), arguments.max_steps
     )

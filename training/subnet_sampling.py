@@ -4,6 +4,7 @@ that a resumed run, and every process of a distributed one, draws the same."""
 import dataclasses
 import math
 import random
+from collections.abc import Sequence
 
 from modeling_lighthubert import SearchSpace, Subnet
 
@@ -41,6 +42,11 @@ def draw_subnets(
         return [sample_by_size(search_space, rng) for _ in range(num_random)]
     drawn = [search_space.sample(rng) for _ in range(num_random)]
     return drawn if sampling == "uniform" else [search_space.smallest, *drawn, search_space.largest]
+
+
+def with_widest_feature_encoder(search_space: SearchSpace, subnets: Sequence[Subnet]) -> list[Subnet]:
+    """The same transformers, all with the feature encoder of the largest subnet."""
+    return [dataclasses.replace(subnet, conv_dim=search_space.largest.conv_dim) for subnet in subnets]
 
 
 def evaluation_subnets(space: SearchSpace | None, num_random: int) -> dict[str, Subnet | None]:
