@@ -18,12 +18,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -93,7 +93,13 @@ class LearningArguments:
 
 
 class Learning:
-    """Runs variants, and measures what comes out."""
+    """Runs variants, and measures what comes out.
+
+    Attributes:
+        variants: what differs from the recipe, by name.
+    """
+
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = VARIANTS
 
     def __init__(self, arguments: LearningArguments):
         self.arguments, self.output = arguments, Path(arguments.output_dir).resolve()
@@ -136,7 +142,7 @@ class Learning:
 
     def run(self, variant: str, seed: int) -> dict[str, dict[str, float]]:
         """Distils `variant` and measures its subnets."""
-        folder, options = self.output / f"{variant.replace(' ', '-')}-{seed}", dict(VARIANTS[variant])
+        folder, options = self.output / f"{variant.replace(' ', '-')}-{seed}", dict(self.variants[variant])
         alone, stage1 = options.pop("alone", False), options.pop("stage1", False)
         start = options.pop("student_name_or_path", None)
         passes, recipe = self.arguments.passes, RECIPE | options
@@ -166,9 +172,13 @@ class Learning:
             "seed": seed,
             "output_dir": folder,
         }
-        options = {name: value for name, value in (dict(recipe) | shared).items() if value is not None}
-        words = [f"--{name}={value}" for name, value in options.items()]
-        command = [sys.executable, str(ROOT / "training/run_distillation.py"), *words]
+        self.run_script("run_distillation", dict(recipe) | shared)
+
+    @staticmethod
+    def run_script(name: str, options: Mapping[str, Any]) -> None:
+        """Runs a training script, with the options that are not `None`."""
+        words = [f"--{option}={value}" for option, value in options.items() if value is not None]
+        command = [sys.executable, str(ROOT / "training" / f"{name}.py"), *words]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if finished.returncode:
@@ -235,16 +245,11 @@ def margins(results: Results) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def main() -> None:
-    (arguments,) = HfArgumentParser(LearningArguments, description=__doc__).parse_args_into_dataclasses()
-    logging.set_verbosity_error()
-    disable_progress_bars()
-    torch.set_num_threads(1)
-    begin, learning = time.perf_counter(), Learning(arguments)
+def run_all(learning: Learning, seeds: Sequence[int], variants: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Makes every run that is not done, two at a time, and keeps each result as soon as it is there."""
     file = learning.output / "results.json"
     results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
-    variants = arguments.only or list(VARIANTS)
-    jobs = [(variant, seed) for seed in arguments.seeds for variant in ("controls", *variants)]
+    jobs = [(variant, seed) for seed in seeds for variant in ("controls", *variants)]
     jobs = [(variant, seed) for variant, seed in jobs if str(seed) not in results.get(variant, {})]
     writing = threading.Lock()
 
@@ -263,11 +268,23 @@ def main() -> None:
 
     with tqdm(total=len(jobs), desc="runs") as bar, ThreadPoolExecutor(max_workers=2) as workers:
         list(workers.map(work, jobs))
+    return results
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(LearningArguments, description=__doc__).parse_args_into_dataclasses()
+    prepare_process()
+    begin, learning = time.perf_counter(), Learning(arguments)
+    results = run_all(learning, arguments.seeds, arguments.only or list(VARIANTS))
     report = f"{tables(results)}\n\n{margins(results)}\n"
     (learning.output / "results.md").write_text(report)
-    print(
-        f"\n{report}\n{len(jobs)} runs in {(time.perf_counter() - begin) / 60:.0f} minutes; all in {learning.output}"
-    )
+    print(f"\n{report}\n{(time.perf_counter() - begin) / 60:.0f} minutes; all in {learning.output}")
+
+
+def prepare_process() -> None:
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    torch.set_num_threads(1)
 
 
 if __name__ == "__main__":
