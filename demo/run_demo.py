@@ -357,14 +357,15 @@ def distil(arguments: DemoArguments, train_file: Path, output_dir: Path, *option
     )  # fmt: skip
 
 
-def recognise(arguments: DemoArguments, start: Path, train: Speech, test: Speech, output_dir: Path) -> dict:
+def recognise(
+    arguments: DemoArguments, start: Path, train: Speech, test: Speech, output_dir: Path, *options: str
+) -> dict:
     """Fine-tunes `start` with CTC, and transcribes the test recordings in a process without our package."""
     run(
-        ROOT / "training/run_speech_recognition_ctc.py",
-        "--model_name_or_path", start, "--train_file", train.strings_file, "--output_dir", output_dir,
-        "--max_steps", str(arguments.ctc_steps), "--per_device_train_batch_size", "8", "--learning_rate", "1e-3",
-        "--warmup_steps", str(arguments.ctc_steps // 10), "--logging_steps", "50", "--save_strategy", "no",
-        "--report_to", "none", "--dataloader_num_workers", "1", "--seed", str(arguments.seed), "--use_cpu",
+        ROOT / "training/run_speech_recognition_ctc.py", "--config", ROOT / "training/configs/ctc_small_budget.yaml",
+        "--model_name_or_path", start, "--train_file", train.strings_file, "--validation_file", test.strings_file,
+        "--max_eval_samples", "10", "--max_steps", str(arguments.ctc_steps), "--seed", str(arguments.seed),
+        "--output_dir", output_dir, *options,
     )  # fmt: skip
     results = output_dir / "transcripts.json"
     run(ROOT / "demo/transcribe.py", output_dir, test.strings_file, "--output_file", results)
@@ -413,7 +414,10 @@ def main() -> None:
         supernet.extract_subnet(subnets["middle"]).save_pretrained(output / "middle")
         LightHubertModel(supernet.config.cut_to(subnets["middle"])).save_pretrained(output / "middle-random")
         distilled = recognise(arguments, output / "middle", train_speech, test_speech, output / "asr")
-        control = recognise(arguments, output / "middle-random", train_speech, test_speech, output / "asr-random")
+        control = recognise(
+            arguments, output / "middle-random", train_speech, test_speech, output / "asr-random",
+            "--freeze_feature_encoder", "False",
+        )  # fmt: skip
     ctc = [
         {"model": name, "wer": result["wer"], "cer": result["cer"]}
         for name, result in (("middle, distilled", distilled), ("middle, random weights", control))
