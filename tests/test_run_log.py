@@ -1,10 +1,11 @@
 """The log averages over steps, goes on where it stopped, and ends as a plot and a card."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from accelerate import Accelerator
-from conftest import TWO_DEEP, tiny_model
+from conftest import NARROW, TWO_DEEP, tiny_model
 
 from modeling_lighthubert import LightHubertForPreTraining
 
@@ -63,3 +64,11 @@ def test_the_card_says_what_the_student_is_and_learnt_from(tmp_path, space):
     assert "Distilled from the/teacher on some/speech" in card
     assert "| smallest | 0.2500 |" in card
     assert "{{" not in card and "None" not in card
+
+
+def test_the_card_lists_convolutions_and_windows_that_subnets_choose(tmp_path):
+    student = tiny_model(LightHubertForPreTraining, replace(NARROW, attention_window=(2, None)))
+    write_card(student, RECIPE, {}, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "Convolutions have 4/8/16 channels to choose from, none fewer than the one before it." in card
+    assert "attends to 2 or all frames on each side" in card
