@@ -1,0 +1,334 @@
+"""A search measures new subnets within its budget, finds better ones than chance does, and survives its processes."""
+
+import csv
+import json
+import random
+import re
+import signal
+import sqlite3
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from conftest import NARROW, SIX_DEEP, TWO_DEEP, WINDOWED, tiny_model
+from datasets import Audio, load_dataset
+from scripts import TRAINING, distil, start
+from transformers import AutoModel
+
+from modeling_lighthubert import LightHubertForCTC, LightHubertModel, SearchSpace, Subnet
+from modeling_lighthubert.profiling import macs_per_second
+
+import run_speech_recognition_ctc
+import run_subnet_search
+from metrics import CharacterErrorRate
+from recognizer import Recognizer
+from search_ledger import Ledger
+from speech_data import load_waveform
+from subnet_candidates import Budget, Candidates, SubnetCosts
+from subnet_search import Search
+
+
+SPACES = [
+    pytest.param(space, id=name)
+    for name, space in {"two-deep": TWO_DEEP, "six-deep": SIX_DEEP, "narrow": NARROW, "windowed": WINDOWED}.items()
+]
+
+
+# Candidates
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("head", [LightHubertModel, LightHubertForCTC])
+def test_costs_are_those_of_the_cut_model(head, space):
+    model, rng = tiny_model(head, space), random.Random(0)
+    selected, costs = model.subnet, SubnetCosts(model)
+    for subnet in [space.smallest, space.largest, *(space.sample(rng) for _ in range(10))]:
+        cut = model.extract_subnet(subnet)
+        assert costs(subnet) == {"params": cut.num_parameters(), "macs": macs_per_second(cut)}
+    assert model.subnet == selected
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_drawn_and_bred_subnets_are_within_the_budget(space):
+    costs = SubnetCosts(tiny_model(search_space=space))
+    ends = [costs(subnet) for subnet in (space.smallest, space.largest)]
+    low, high = (
+        {name: (1 - share) * ends[0][name] + share * ends[1][name] for name in ends[0]} for share in (0.3, 0.5)
+    )
+    budget = Budget({name: (low[name], high[name]) for name in low})
+    candidates, rng = Candidates(space, costs, budget), random.Random(0)
+    drawn = [candidates.draw(rng) for _ in range(20)]
+    for subnet in [*drawn, *(candidates.child(drawn, rng) for _ in range(20))]:
+        assert subnet in space
+        assert all(low[name] <= cost <= high[name] for name, cost in costs(subnet).items())
+
+
+def test_candidates_for_a_stock_hubert_are_all_exportable():
+    costs, rng = SubnetCosts(tiny_model(search_space=SIX_DEEP)), random.Random(0)
+    assert not all(SIX_DEEP.sample(rng).is_hubert_exportable for _ in range(20))
+    candidates = Candidates(SIX_DEEP, costs, Budget(hubert_exportable=True))
+    assert all(candidates.draw(rng).is_hubert_exportable for _ in range(20))
+
+
+def test_an_impossible_budget_says_what_the_least_is():
+    model = tiny_model()
+    least = model.num_subnet_parameters("smallest")
+    with pytest.raises(ValueError, match=re.escape(f"the smallest has {least:,}")):
+        Candidates(TWO_DEEP, SubnetCosts(model), Budget({"params": (0, least - 1)}))
+    with pytest.raises(ValueError, match="no subnet was found with at most .* parameters, at least .* MACs"):
+        most = {"params": (0, least), "macs": (SubnetCosts(model)(TWO_DEEP.largest)["macs"], float("inf"))}
+        Candidates(TWO_DEEP, SubnetCosts(model), Budget(most))
+
+
+# The search
+
+
+class DistanceFromTarget:
+    """An error that takes no time: how far each layer is from that of a target, on three shares of the data."""
+
+    name, num_shares = "distance", 3
+
+    def __init__(self, target: Subnet):
+        self.target, self.measured = target, list[Subnet]()
+
+    def errors(self, subnet: Subnet):
+        sizes = zip(subnet.num_attention_heads, self.target.num_attention_heads)
+        different = sum(heads != wanted for heads, wanted in sizes) + (subnet.hidden_size != self.target.hidden_size)
+        units = zip(subnet.intermediate_size, self.target.intermediate_size)
+        different += sum(abs(number - wanted) / wanted for number, wanted in units)
+        for share in range(3):
+            self.measured.append(subnet)
+            yield different + share / 10
+
+
+def search(folder: Path, seed: int = 0, **options) -> Search:
+    space = SIX_DEEP
+    candidates = Candidates(space, SubnetCosts(tiny_model(search_space=space)), options.pop("budget", Budget()))
+    fitness = DistanceFromTarget(space.sample(100 + seed))
+    with closing(Ledger(folder)) as ledger:
+        made = Search(candidates, fitness, ledger, seed=seed, **({"num_evaluations": 150} | options))
+        made.run()
+    return made
+
+
+def test_every_subnet_is_measured_once_and_within_the_budget(tmp_path):
+    budget = Budget({"params": (0, 20_000)})
+    made = search(tmp_path, objectives=["params"], population_size=10, budget=budget)
+    subnets = [each.subnet for each in made.evaluations]
+    assert len(subnets) == len(set(subnets)) == 150
+    model = tiny_model(search_space=SIX_DEEP)
+    assert max(model.num_subnet_parameters(subnet) for subnet in subnets) <= 20_000
+
+
+def hypervolume(made: Search) -> float:
+    """What the front dominates, of errors up to 20 and costs up to the most."""
+    most = made.candidates.costs(SIX_DEEP.largest)["params"]
+    area, error = 0.0, 20.0
+    for each in made.front("params"):
+        area += (error - made.error(each)) * (most - made.costs[each.number]["params"])
+        error = made.error(each)
+    return area
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_breeding_finds_better_subnets_than_drawing(tmp_path, seed):
+    drawn = search(tmp_path / "drawn", seed, num_evaluations=300, population_size=300)
+    evolved = search(tmp_path / "evolved", seed, num_evaluations=300, population_size=15)
+    assert evolved.error(evolved.best()) < drawn.error(drawn.best())
+    front = search(tmp_path / "front", seed, num_evaluations=300, population_size=15, objectives=["params"])
+    assert hypervolume(front) > hypervolume(drawn)
+
+
+def test_the_front_has_less_error_for_every_cost_more(tmp_path):
+    made = search(tmp_path, objectives=["params"], population_size=15)
+    points = [(made.candidates.costs(each.subnet)["params"], made.error(each)) for each in made.front("params")]
+    assert len(points) > 2
+    assert points == sorted(points)
+    assert [error for _, error in points] == sorted((error for _, error in points), reverse=True)
+    for each in made.complete:
+        cost, error = made.candidates.costs(each.subnet)["params"], made.error(each)
+        assert any(other_cost <= cost and other_error <= error for other_cost, other_error in points)
+
+
+def test_halving_measures_less_and_orders_what_it_stopped(tmp_path):
+    whole = search(tmp_path / "whole", population_size=15)
+    halved = search(tmp_path / "halved", population_size=15, successive_halving=True)
+    assert len(whole.fitness.measured) == 3 * 150
+    assert len(halved.fitness.measured) < 0.9 * 3 * 150
+    stopped = [each for each in halved.evaluations if len(each.errors) < 3]
+    assert stopped
+    # what a share adds is the same for all subnets here
+    assert all(halved.error(each) == pytest.approx(each.errors[0] + 0.2) for each in stopped)
+    assert halved.best() not in stopped
+
+
+def test_a_space_that_is_all_measured_ends_the_search(tmp_path):
+    model = tiny_model()
+    space = SearchSpace((16,), (4, 6), (2,), (1, 2), head_dim=4)
+    candidates = Candidates(space, SubnetCosts(tiny_model(search_space=space)), Budget())
+    assert model.search_space.num_subnets > space.num_subnets == 6
+    with closing(Ledger(tmp_path)) as ledger:
+        made = Search(candidates, DistanceFromTarget(space.largest), ledger)
+        made.run()
+    assert len(made.evaluations) == 6
+
+
+# Its ledger
+
+
+def test_a_search_goes_on_as_if_it_had_not_stopped(tmp_path):
+    options = {"objectives": ["params"], "population_size": 10}
+    whole = search(tmp_path / "whole", **options)
+    search(tmp_path / "parts", **options, num_evaluations=63)
+    rest = search(tmp_path / "parts", **options)
+    assert len(rest.fitness.measured) == 3 * (150 - 63)
+    assert [each.subnet for each in rest.evaluations] == [each.subnet for each in whole.evaluations]
+
+
+def test_a_subnet_is_claimed_by_one_process_and_taken_over_when_that_is_gone(tmp_path):
+    first, second = Ledger(tmp_path), Ledger(tmp_path)
+    assert first.claim(TWO_DEEP.largest, 2) == 1
+    assert second.claim(TWO_DEEP.largest, 2) is None
+    assert second.claim(TWO_DEEP.smallest, 2) == 2
+    assert first.claim(TWO_DEEP.sample(0), 2) is None  # enough
+    assert second.take_over() is None
+    first.alive.release()  # as the system does when a process ends
+    assert second.take_over() == (1, TWO_DEEP.largest)
+    assert second.take_over() is None
+    second.finish(1, [0.5, 0.25], 1.0)
+    assert [each.errors for each in second.finished()] == [(0.5, 0.25)]
+    second.close()
+
+
+# The script
+
+
+@pytest.fixture(scope="module")
+def supernet(workshop) -> Path:
+    return distil(workshop, "searched", "--max_steps", 2)
+
+
+def command(workshop: Path, supernet: Path, output: Path, *options: object) -> list[str]:
+    given = (
+        *("--model_name_or_path", supernet, "--teacher_name_or_path", workshop / "teacher", "--num_target_layers", 2),
+        *("--validation_file", workshop / "speech.parquet", "--output_dir", output, "--num_evaluations", 12),
+        *("--population_size", 4, "--per_device_eval_batch_size", 2, *options),
+    )
+    return [str(word) for word in (TRAINING / "run_subnet_search.py", *given)]
+
+
+def run_script(workshop: Path, supernet: Path, output: Path, *options: object) -> Path:
+    """In this process: a new one takes seconds to import what it needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command(workshop, supernet, output, *options))
+        run_subnet_search.main()
+    return output
+
+
+def num_finished(output: Path) -> int:
+    """Evaluations that the ledger has, while a search goes on."""
+    if not (output / "evaluations.sqlite3").exists():
+        return 0
+    with closing(sqlite3.connect(output / "evaluations.sqlite3")) as database:
+        try:
+            return database.execute("SELECT count(*) FROM evaluations WHERE errors IS NOT NULL").fetchone()[0]
+        except sqlite3.OperationalError:
+            return 0
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    with (output / "evaluations.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_search_leaves_the_best_subnet_the_front_and_a_plot(workshop, supernet, tmp_path):
+    output = run_script(workshop, supernet, tmp_path / "search", "--max_params", "20k")
+    results = json.loads((output / "results.json").read_text())
+    model = AutoModel.from_pretrained(supernet)
+    cut = model.extract_subnet(Subnet.from_json_file(output / "best.json"))
+    assert cut.num_parameters() == results["best"]["params"] <= 20_000
+    errors = [float(row["error"]) for row in rows(output) if row["on_all_data"] == "True"]
+    assert results["best"]["error"] == pytest.approx(min(errors))
+    assert len(rows(output)) == results["num_evaluations"]
+    assert set(results["named"]) == {"largest", "smallest"}
+    assert [Subnet.from_dict(row["subnet"]) for row in json.loads((output / "front.json").read_text())]
+    assert (output / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_error_of_a_subnet_is_what_distillation_measures(workshop, supernet, tmp_path):
+    output = run_script(workshop, supernet, tmp_path / "search", "--num_evaluations", 1, "--algorithm", "random")
+    measured = json.loads((supernet / "eval_results.json").read_text())
+    named = json.loads((output / "results.json").read_text())["named"]
+    for name in ("largest", "smallest"):
+        assert named[name]["error"] == pytest.approx(measured[f"eval_loss_{name}"], abs=1e-5)
+
+
+def test_a_model_that_was_fine_tuned_once_for_all_is_searched_by_its_character_errors(workshop, supernet, tmp_path):
+    asr = tmp_path / "asr"
+    words = ("--model_name_or_path", supernet, "--once_for_all", "--train_file", workshop / "speech.parquet")
+    words += ("--output_dir", asr, "--max_steps", 2, "--use_cpu", "--report_to", "none", "--save_strategy", "no")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, ("run_speech_recognition_ctc.py", *words))))
+        run_speech_recognition_ctc.main()
+    output = run_script(workshop, asr, tmp_path / "search", "--fitness", "ctc", "--num_evaluations", 2)
+    recognizer = Recognizer.from_pretrained(asr, str(output / "best.json"))
+    speech = load_dataset("parquet", data_files=str(workshop / "speech.parquet"), split="train")
+    waveforms = [load_waveform(audio, 16_000) for audio in speech.cast_column("audio", Audio(decode=False))["audio"]]
+    texts = [transcript.text for transcript in recognizer.transcribe(waveforms)]
+    expected = CharacterErrorRate().compute(predictions=texts, references=list(speech["text"]))["cer"]
+    assert json.loads((output / "results.json").read_text())["best"]["error"] == pytest.approx(expected)
+
+
+def test_a_supernet_is_searched_by_a_linear_probe(workshop, supernet, tmp_path):
+    """High and low tones are easy to tell apart."""
+    options = ("--fitness", "probe", "--train_file", workshop / "speech.parquet", "--label_column_name", "text")
+    output = run_script(workshop, supernet, tmp_path / "search", *options, "--num_evaluations", 2)
+    assert json.loads((output / "results.json").read_text())["best"]["error"] == 0.0
+
+
+def test_a_killed_search_repeats_and_loses_nothing(workshop, supernet, tmp_path):
+    output = tmp_path / "killed"
+    options = ("--num_evaluations", 30)
+    process = start(*command(workshop, supernet, output, *options))
+    while process.poll() is None and num_finished(output) < 5:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = num_finished(output)
+    assert 5 <= before < 30
+    run_script(workshop, supernet, output, *options)
+    run_script(workshop, supernet, tmp_path / "undisturbed", *options)
+    assert [row["subnet"] for row in rows(output)] == [row["subnet"] for row in rows(tmp_path / "undisturbed")]
+
+
+def test_two_processes_share_a_search(workshop, supernet, tmp_path):
+    words = command(workshop, supernet, tmp_path / "shared", "--num_evaluations", 30)
+    processes = [start(*words) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    subnets = [row["subnet"] for row in rows(tmp_path / "shared")]
+    assert len(subnets) == len(set(subnets)) == 30
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max_params", "many"), "'many' is no number"),
+        (("--max_params", "1k"), "the smallest has"),
+        (("--population_size", 1), "population_size=1 at least 2"),
+        (("--validation_file", "{}/nothing.parquet"), "nothing.parquet does not exist"),
+        (("--model_name_or_path", "{}/teacher"), "lacks ["),
+        (("--fitness", "ctc"), "is no CTC model with its processor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_to_a_search_ends_with_its_reason(workshop, supernet, tmp_path, options, message):
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        run_script(workshop, supernet, tmp_path / "bad", *(str(option).format(workshop) for option in options))
+
+
+def test_another_search_in_the_same_folder_is_refused(workshop, supernet, tmp_path):
+    output = run_script(workshop, supernet, tmp_path / "search", "--num_evaluations", 2)
+    with pytest.raises(ValueError, match="has evaluations of a search with seed=0, not 1"):
+        run_script(workshop, supernet, output, "--seed", 1)

@@ -1,0 +1,297 @@
+"""Finds the best subnet for a budget, and what each more costs.
+
+    python training/run_subnet_search.py --model_name_or_path supernet --validation_file test.parquet \\
+        --teacher_name_or_path facebook/hubert-base-ls960 --max_params 27M --objectives macs --output_dir search
+    python training/run_subnet_search.py --model_name_or_path asr-supernet --validation_file test.parquet \\
+        --fitness ctc --max_macs 2.5G --algorithm evolution --output_dir search
+
+`best.json` is the best subnet, for `set_subnet` and `--subnet`. The same command goes on with a search that was
+stopped, and started once more at the same time it makes the search with two processes.
+"""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import optuna
+from accelerate import Accelerator
+from transformers import AutoFeatureExtractor, AutoModelForCTC, HfArgumentParser, Wav2Vec2Processor
+
+from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, LightHubertPreTrainedModel
+
+from batches import DistillationCollator, Recording
+from distillation import ObjectiveArguments
+from distillation_arguments import DistillationArguments
+from probing import make_batches
+from recipes import parse_recipe
+from run_distillation import build_teacher, check_frame_rates
+from search_fitness import CTCError, DistillationLoss, Fitness, ProbeError
+from search_ledger import Evaluation, Ledger
+from speech_data import UNREADABLE, DataArguments, load_speech, load_waveform
+from subnet_candidates import COSTS, Budget, Candidates, SubnetCosts
+from subnet_search import Search
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+
+@dataclass
+class SearchArguments:
+    """What is searched, by what, and how long."""
+
+    model_name_or_path: str = field(metadata={"help": "Supernet: distilled, or fine-tuned once for all."})
+    output_dir: str = field(metadata={"help": "Folder for the search and its results."})
+    fitness: str = field(
+        default="distillation",
+        metadata={
+            "help": "Error of a subnet: distillation loss (no labels needed), character error rate of a CTC model, or"
+            " the error of a linear probe for --label_column_name.",
+            "choices": ("distillation", "ctc", "probe"),
+        },
+    )
+    teacher_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model that the supernet was distilled from, for the distillation loss."}
+    )
+    text_column_name: str = field(default="text", metadata={"help": "Column with the transcripts, for ctc."})
+    label_column_name: str = field(default="label", metadata={"help": "Column with the labels, for probe."})
+    algorithm: str = field(
+        default="nsga2",
+        metadata={
+            "help": "nsga2 looks for the least error at every cost in --objectives, evolution for the least error (the"
+            " paper's), random draws.",
+            "choices": ("nsga2", "evolution", "random"),
+        },
+    )
+    objectives: list[str] = field(
+        default_factory=lambda: ["macs"],
+        metadata={"help": "Costs that nsga2 minimises beside the error.", "choices": tuple(COSTS)},
+    )
+    max_params: str | None = field(default=None, metadata={"help": "Most parameters of the cut model, such as 27M."})
+    min_params: str | None = field(default=None, metadata={"help": "Least parameters."})
+    max_macs: str | None = field(default=None, metadata={"help": "Most MACs per second of audio, such as 2.5G."})
+    min_macs: str | None = field(default=None, metadata={"help": "Least MACs."})
+    hubert_exportable: bool = field(
+        default=False, metadata={"help": "Only subnets that a stock HuBERT can hold exactly."}
+    )
+    num_evaluations: int = field(default=1000, metadata={"help": "Subnets to measure, by all processes together."})
+    population_size: int = field(default=50, metadata={"help": "Subnets of a generation."})
+    successive_halving: bool = field(
+        default=False,
+        metadata={"help": "Stop where a quarter or half of the data says that a subnet is worse than half of others."},
+    )
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Recordings in a batch."})
+    seed: int = field(default=0, metadata={"help": "Of everything random."})
+
+    def __post_init__(self) -> None:
+        if self.num_evaluations < 1 or self.population_size < 2:
+            raise ValueError(
+                f"num_evaluations={self.num_evaluations} has to be at least 1, population_size={self.population_size}"
+                " at least 2"
+            )
+        if self.fitness == "distillation" and self.teacher_name_or_path is None:
+            raise ValueError("the distillation loss needs --teacher_name_or_path; ctc and probe do without")
+
+    @property
+    def budget(self) -> Budget:
+        """Raises ValueError: a limit that is no number."""
+        limits = {}
+        for name in COSTS:
+            least, most = (getattr(self, f"{end}_{name}") for end in ("min", "max"))
+            if least is not None or most is not None:
+                limits[name] = (number(least or "0"), number(most or "inf"))
+        return Budget(limits, self.hubert_exportable)
+
+
+FREE_TO_CHANGE = {"output_dir", "num_evaluations", "per_device_eval_batch_size", "preprocessing_num_workers"}
+"""Options that do not change what is searched."""
+
+
+def number(text: str) -> float:
+    """`27M` as 27 million, `2.5G` as 2.5 thousand million."""
+    scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1.0)
+    try:
+        return float(text if scale == 1.0 else text[:-1]) * scale
+    except ValueError:
+        raise ValueError(f"{text!r} is no number: give one such as 500k, 27M or 2.5G") from None
+
+
+def readable_recordings(
+    data_arguments: DataArguments, training: bool, sampling_rate: int, column: str | None = None
+) -> tuple[list[np.ndarray], list[Any]]:
+    """Waveforms and, of a column, its values. What cannot be read is left out, and counted.
+
+    Raises:
+        ValueError: no data, or nothing that can be read.
+    """
+    speech = load_speech(data_arguments, training, () if column is None else (column,))
+    if speech is None:
+        raise ValueError("there is no speech to measure on: name it with --validation_file or --eval_split_name")
+    waveforms, values, unreadable = [], [], 0
+    for row in speech:
+        try:
+            waveforms.append(load_waveform(row[data_arguments.audio_column_name], sampling_rate))
+            values.append(None if column is None else row[column])
+        except UNREADABLE:
+            unreadable += 1
+    if unreadable:
+        print(f"{unreadable} of {len(speech)} recordings cannot be read, and are left out")
+    if not waveforms:
+        raise ValueError("none of the recordings can be read")
+    return waveforms, values
+
+
+def build_fitness(
+    arguments: SearchArguments, objective: ObjectiveArguments, data_arguments: DataArguments
+) -> tuple[LightHubertPreTrainedModel, Fitness]:
+    """The supernet, and how good its subnets are.
+
+    Raises:
+        ValueError: a model without the head that the fitness needs.
+    """
+    source, size = arguments.model_name_or_path, arguments.per_device_eval_batch_size
+    if arguments.fitness == "distillation":
+        return distillation_loss(arguments, objective, data_arguments)
+    if arguments.fitness == "ctc":
+        try:
+            processor = Wav2Vec2Processor.from_pretrained(source)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{source} is no CTC model with its processor: fine-tune it first ({error})") from error
+        model = AutoModelForCTC.from_pretrained(source)
+        extractor = processor.feature_extractor
+        waveforms, references = readable_recordings(
+            data_arguments, False, extractor.sampling_rate, arguments.text_column_name
+        )
+        return model, CTCError(model, processor, make_batches(waveforms, extractor, size), references)
+    model, extractor = LightHubertModel.from_pretrained(source), AutoFeatureExtractor.from_pretrained(source)
+    parts = []
+    for training in (True, False):
+        waveforms, labels = readable_recordings(
+            data_arguments, training, extractor.sampling_rate, arguments.label_column_name
+        )
+        parts.append((make_batches(waveforms, extractor, size), labels))
+    return model, ProbeError(model, *parts)
+
+
+def distillation_loss(
+    arguments: SearchArguments, objective: ObjectiveArguments, data_arguments: DataArguments
+) -> tuple[LightHubertForPreTraining, DistillationLoss]:
+    """As `run_distillation.py` measures it."""
+    teacher, teacher_extractor = build_teacher(
+        DistillationArguments(arguments.output_dir, arguments.teacher_name_or_path), objective
+    )
+    student, report = LightHubertForPreTraining.from_pretrained(arguments.model_name_or_path, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{arguments.model_name_or_path} lacks {missing}: the distillation loss needs a supernet with its"
+            " prediction heads, as run_distillation.py leaves it"
+        )
+    extractor = AutoFeatureExtractor.from_pretrained(arguments.model_name_or_path)
+    check_frame_rates(student, teacher, (extractor, teacher_extractor))
+    collator = DistillationCollator(extractor, teacher_extractor, student.base_model.samples_per_first_frame)
+    waveforms, _ = readable_recordings(data_arguments, False, extractor.sampling_rate)
+    recordings = [Recording((0, index), str(index), waveform) for index, waveform in enumerate(waveforms)]
+    size = arguments.per_device_eval_batch_size
+    batches = [collator(recordings[start : start + size]) for start in range(0, len(recordings), size)]
+    return student, DistillationLoss(student, teacher, batches, Accelerator(cpu=True))
+
+
+def named_subnets(search: Search, model: LightHubertPreTrainedModel) -> dict[str, dict[str, float]]:
+    """Error and costs of the subnets that have a name, within the budget or not."""
+    rows = {}
+    for name, subnet in model.search_space.named.items():
+        *_, error = search.fitness.errors(subnet)
+        rows[name] = {"error": error} | search.candidates.costs(subnet)
+    return rows
+
+
+def write_results(search: Search, model: LightHubertPreTrainedModel, folder: Path, cost: str) -> dict[str, Any]:
+    """`best.json`, `front.json`, `results.json`, `evaluations.csv` and `front.png`."""
+
+    def row_of(evaluation: Evaluation) -> dict[str, Any]:
+        return {"error": search.error(evaluation)} | search.candidates.costs(evaluation.subnet)
+
+    best, named = search.best(), named_subnets(search, model)
+    best.subnet.to_json_file(folder / "best.json")
+    front = [row_of(each) | {"subnet": each.subnet.to_dict()} for each in search.front(cost)]
+    (folder / "front.json").write_text(json.dumps(front, indent=2) + "\n")
+    results = {
+        "fitness": search.fitness.name,
+        "num_evaluations": len(search.evaluations),
+        "seconds": sum(each.seconds for each in search.evaluations),
+        "best": row_of(best) | {"subnet": best.subnet.to_dict()},
+        "named": named,
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with (folder / "evaluations.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["number", "error", *COSTS, "on_all_data", "seconds", "subnet"])
+        for each in search.evaluations:
+            complete = len(each.errors) == search.fitness.num_shares
+            writer.writerow(
+                [each.number, *row_of(each).values(), complete, each.seconds, each.subnet.to_json_string()]
+            )
+    plot_front(search, named, cost, folder / "front.png")
+    return results
+
+
+def plot_front(search: Search, named: Mapping[str, Mapping[str, float]], cost: str, path: Path) -> None:
+    """Error against cost of all that was measured, the front, and the subnets with a name."""
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+
+    def points(evaluations: Sequence[Evaluation]) -> list[tuple[float, float]]:
+        return [(search.candidates.costs(each.subnet)[cost], search.error(each)) for each in evaluations]
+
+    axes.scatter(*zip(*points(search.complete), strict=True), s=8, alpha=0.4, label="measured")
+    axes.plot(*zip(*points(search.front(cost)), strict=True), "k.-", label="front")
+    for name, row in named.items():
+        axes.plot(row[cost], row["error"], "r*")
+        axes.annotate(name, (row[cost], row["error"]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=COSTS[cost], ylabel=search.fitness.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    kinds = (SearchArguments, ObjectiveArguments, DataArguments)
+    arguments, objective, data_arguments = parsed = parse_recipe(HfArgumentParser(kinds, description=__doc__))
+    settings = {name: value for part in parsed for name, value in asdict(part).items() if name not in FREE_TO_CHANGE}
+    budget, folder = arguments.budget, Path(arguments.output_dir)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    model, fitness = build_fitness(arguments, objective, data_arguments)
+    if model.search_space is None:
+        raise ValueError(f"{arguments.model_name_or_path} is no supernet: there is nothing to choose")
+    shipped = model if arguments.fitness == "ctc" else model.base_model  # prediction heads are no part of the model
+    candidates = Candidates(model.search_space, SubnetCosts(shipped), budget)
+    is_random = arguments.algorithm == "random"
+    with closing(Ledger(folder)) as ledger:
+        ledger.check_settings(settings)
+        search = Search(
+            candidates,
+            fitness,
+            ledger,
+            objectives=arguments.objectives if arguments.algorithm == "nsga2" else (),
+            population_size=max(2, arguments.num_evaluations) if is_random else arguments.population_size,
+            num_evaluations=arguments.num_evaluations,
+            successive_halving=arguments.successive_halving,
+            seed=arguments.seed,
+        )
+        search.run()
+        results = write_results(search, model, folder, arguments.objectives[0])
+    best = results["best"]
+    costs = ", ".join(f"{best[name]:,.0f} {text}" for name, text in COSTS.items())
+    print(f"{fitness.name} {best['error']:.4f}, {costs}")
+    print(f"best.json, front.json, front.png and evaluations.csv are in {folder}")
+
+
+if __name__ == "__main__":
+    main()

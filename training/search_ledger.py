@@ -1,0 +1,130 @@
+"""The ledger of a search: which subnets are measured, by whom, and what came out; it survives all of them."""
+
+import json
+import sqlite3
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from modeling_lighthubert import Subnet
+
+
+class Evaluation(NamedTuple):
+    """What was measured of a subnet.
+
+    Attributes:
+        number: of the evaluation, from 1.
+        errors: after each share of the data; `None` where it stopped before.
+        seconds: that it took.
+    """
+
+    number: int
+    subnet: Subnet
+    errors: tuple[float, ...]
+    seconds: float
+
+
+class Ledger:
+    """Evaluations in an SQLite file, shared by processes of one machine, and whole after a kill at any moment.
+
+    A subnet is claimed before it is measured, and claimed once. What a process claimed that is gone is measured by
+    another, or by the next.
+
+    Args:
+        folder: for the file, and for a lock that this process holds as long as it lives.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.owner = folder, uuid.uuid4().hex
+        self.alive = FileLock(folder / f"process-{self.owner}.lock")
+        self.alive.acquire()
+        self.database = sqlite3.connect(folder / "evaluations.sqlite3", timeout=60, isolation_level=None)
+        self.database.execute("PRAGMA journal_mode=WAL")
+        self.database.execute(
+            "CREATE TABLE IF NOT EXISTS evaluations (number INTEGER PRIMARY KEY, subnet TEXT UNIQUE NOT NULL,"
+            " owner TEXT NOT NULL, errors TEXT, seconds REAL, finished INTEGER UNIQUE)"
+        )
+        self.database.execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+
+    def close(self) -> None:
+        self.database.close()
+        self.alive.release()
+        Path(self.alive.lock_file).unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        """Evaluations that are made or being made."""
+        return self.database.execute("SELECT count(*) FROM evaluations").fetchone()[0]
+
+    def __contains__(self, subnet: Subnet) -> bool:
+        row = self.database.execute("SELECT 1 FROM evaluations WHERE subnet = ?", (subnet.to_json_string(),))
+        return row.fetchone() is not None
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Keeps the settings of a new search, and compares them with those of one that goes on.
+
+        Raises:
+            ValueError: evaluations in the file were made with others.
+        """
+        for name, value in settings.items():
+            text = json.dumps(value)
+            self.database.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (name, text))
+            (kept,) = self.database.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+            if kept != text:
+                raise ValueError(
+                    f"{self.folder} has evaluations of a search with {name}={kept}, not {text}: give the same,"
+                    " or another --output_dir"
+                )
+
+    def claim(self, subnet: Subnet, most: int) -> int | None:
+        """The number of the evaluation that this process is to make; `None` if there are `most` of them already, or
+        another has claimed the subnet."""
+        claimed = self.database.execute(
+            "INSERT OR IGNORE INTO evaluations (subnet, owner)"
+            " SELECT ?, ? WHERE (SELECT count(*) FROM evaluations) < ?",
+            (subnet.to_json_string(), self.owner, most),
+        )
+        return claimed.lastrowid if claimed.rowcount else None
+
+    def take_over(self) -> tuple[int, Subnet] | None:
+        """An evaluation that a process began which is gone."""
+        unfinished = self.database.execute("SELECT number, subnet, owner FROM evaluations WHERE errors IS NULL")
+        for number, subnet, owner in unfinished.fetchall():
+            if owner == self.owner or self._is_alive(owner):
+                continue
+            taken = self.database.execute(
+                "UPDATE evaluations SET owner = ? WHERE number = ? AND owner = ?", (self.owner, number, owner)
+            )
+            if taken.rowcount:
+                return number, Subnet.from_json_string(subnet)
+        return None
+
+    def _is_alive(self, owner: str) -> bool:
+        lock = FileLock(self.folder / f"process-{owner}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+        return False
+
+    def finish(self, number: int, errors: Sequence[float], seconds: float) -> None:
+        self.database.execute(
+            "UPDATE evaluations SET errors = ?, seconds = ?, finished = (SELECT count(finished) FROM evaluations)"
+            " WHERE number = ?",
+            (json.dumps(list(errors)), seconds, number),
+        )
+
+    def finished(self, after: int = 0) -> list[Evaluation]:
+        """What is measured, in that order, without the first `after`."""
+        rows = self.database.execute(
+            "SELECT number, subnet, errors, seconds FROM evaluations WHERE finished >= ? ORDER BY finished", (after,)
+        )
+        return [
+            Evaluation(number, Subnet.from_json_string(subnet), tuple(json.loads(errors)), seconds)
+            for number, subnet, errors, seconds in rows
+        ]
