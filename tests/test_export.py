@@ -1,21 +1,23 @@
 """A stock HuBERT made from a cut model answers like it, or is refused with the layer that stands in the way."""
 
 import random
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import SMALL, answer, noise, tiny_model
-from transformers import AutoModelForCTC, HubertForCTC
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC, HubertForCTC, Wav2Vec2FeatureExtractor
 
 from modeling_lighthubert import (
     LightHubertForCTC,
+    LightHubertForPreTraining,
     LightHubertForSequenceClassification,
     LightHubertForXVector,
     LightHubertModel,
     SearchSpace,
 )
-from modeling_lighthubert.export import to_hubert
+from modeling_lighthubert.export import load, main, to_hubert
 
 
 # widths that are multiples of the head size, and heads that always fit into the narrowest
@@ -92,3 +94,65 @@ def test_units_cannot_be_filled_up_where_zero_does_not_stay_zero():
 def test_a_head_that_hubert_does_not_have_is_refused():
     with pytest.raises(ValueError, match="no HuBERT like LightHubertForXVector"):
         to_hubert(tiny_model(LightHubertForXVector, EXPORTABLE))
+
+
+# The command
+
+
+@pytest.fixture
+def supernet(tmp_path):
+    """A folder with a supernet that was fine-tuned, and its feature extractor."""
+    tiny_model(LightHubertForCTC, EXPORTABLE).save_pretrained(tmp_path / "supernet")
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "supernet")
+    return tmp_path / "supernet"
+
+
+@pytest.mark.parametrize("form", ["transformers", "hubert"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_command_exports_a_subnet_and_says_what_it_costs(supernet, tmp_path, capsys, waveform, form, dtype):
+    subnet = EXPORTABLE.sample(1)
+    subnet.to_json_file(tmp_path / "best.json")
+    words = ["--subnet", tmp_path / "best.json", "--format", form, "--dtype", dtype, "--output_dir", tmp_path / "out"]
+    main(list(map(str, [supernet, *words, "--repeats", 1])))
+    said = capsys.readouterr().out
+    exported = AutoModelForCTC.from_pretrained(tmp_path / "out", dtype="auto")
+    assert exported.config.model_type == ("hubert" if form == "hubert" else "lighthubert")
+    assert exported.dtype == getattr(torch, dtype)
+    expected = answer(LightHubertForCTC.from_pretrained(supernet).extract_subnet(subnet), waveform)
+    found = answer(exported.eval(), waveform.to(exported.dtype)).float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == "float32" else 0.2 * expected.std())
+    difference = float(re.search(r"on noise: (\S+) of", said).group(1))
+    assert 0 <= difference < (1e-5 if dtype == "float32" else 0.1)
+    assert re.search(r"times that of the cut model", said)
+    assert AutoFeatureExtractor.from_pretrained(tmp_path / "out").sampling_rate == 16_000
+
+
+def test_what_distillation_left_is_exported_without_its_heads(tmp_path):
+    tiny_model(LightHubertForPreTraining, EXPORTABLE).save_pretrained(tmp_path / "supernet")
+    main([str(tmp_path / "supernet"), "--output_dir", str(tmp_path / "out"), "--subnet", "smallest", "--repeats", "1"])
+    exported = AutoModel.from_pretrained(tmp_path / "out")
+    assert type(exported) is LightHubertModel
+    assert exported.subnet == EXPORTABLE.smallest
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--quantize", "int8"], "--quantize is for --format onnx"),
+        (["--format", "onnx", "--dtype", "bfloat16"], "--dtype is not for --format onnx"),
+    ],
+)
+def test_options_of_an_export_that_make_no_sense_are_explained(supernet, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit):
+        main([str(supernet), "--output_dir", str(tmp_path), *words])
+    assert message in capsys.readouterr().err
+
+
+def test_a_subnet_of_one_model_and_a_stranger_are_refused(tmp_path):
+    cut = tiny_model(LightHubertForCTC, EXPORTABLE).extract_subnet("smallest")
+    cut.save_pretrained(tmp_path / "cut")
+    with pytest.raises(ValueError, match="is one model, no supernet to choose from"):
+        load(str(tmp_path / "cut"), "smallest")
+    to_hubert(cut).save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match="is a HubertForCTC: export a LightHuBERT"):
+        load(str(tmp_path / "stock"))

@@ -7,7 +7,7 @@ from conftest import answer, noise, tiny_model
 from transformers import AutoConfig
 
 from modeling_lighthubert import LightHubertForCTC, LightHubertModel, SearchSpace, onnx_export
-from modeling_lighthubert.export import to_hubert
+from modeling_lighthubert.export import main, to_hubert
 from modeling_lighthubert.onnx_export import to_onnx
 
 
@@ -81,3 +81,15 @@ def test_a_file_that_answers_differently_is_not_written(exported, tmp_path, monk
 def test_an_unknown_quantisation_is_refused(tmp_path):
     with pytest.raises(ValueError, match="quantize='int4' is not known: choose 'int8' or None"):
         to_onnx(make("cut CTC"), tmp_path, quantize="int4")
+
+
+def test_the_command_exports_eight_bits(exported, tmp_path, monkeypatch, capsys):
+    model, folder = exported
+    if not isinstance(model, LightHubertForCTC):
+        pytest.skip("the command exports models of ours")
+    monkeypatch.setattr(onnx_export, "_write", lambda _, file: file.write_bytes((folder / "model.onnx").read_bytes()))
+    model.save_pretrained(tmp_path / "cut")
+    words = ["--format", "onnx", "--quantize", "int8", "--repeats", "1", "--output_dir", str(tmp_path / "out")]
+    main([str(tmp_path / "cut"), *words])
+    assert "model_int8.onnx" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model_int8.onnx").exists()

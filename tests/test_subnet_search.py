@@ -9,6 +9,7 @@ import sqlite3
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from modeling_lighthubert.profiling import macs_per_second
 
 import run_speech_recognition_ctc
 import run_subnet_search
+from latency_table import LatencyTable, covering, parts_of
 from metrics import CharacterErrorRate
 from recognizer import Recognizer
 from search_ledger import Ledger
@@ -80,6 +82,29 @@ def test_an_impossible_budget_says_what_the_least_is():
     with pytest.raises(ValueError, match="no subnet was found with at most .* parameters, at least .* MACs"):
         most = {"params": (0, least), "macs": (SubnetCosts(model)(TWO_DEEP.largest)["macs"], float("inf"))}
         Candidates(TWO_DEEP, SubnetCosts(model), Budget(most))
+
+
+# Latency
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_what_is_measured_has_every_part_of_every_subnet(space):
+    measured, rng = {part for subnet in covering(space) for part in parts_of(subnet)}, random.Random(0)
+    for subnet in [space.smallest, space.largest, *(space.sample(rng) for _ in range(50))]:
+        assert measured.issuperset(parts_of(subnet))
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_the_latency_of_a_subnet_is_that_of_its_parts(tmp_path, norm):
+    space = replace(TWO_DEEP, hidden_size=(16,), conv_dim=((8, 16),) * 7)
+    model = tiny_model(search_space=space, feat_extract_norm=norm)
+    LatencyTable.measure(model, seconds=0.1, repeats=3, num_checks=2).to_json_file(tmp_path / "latency.json")
+    table = LatencyTable.from_json_file(tmp_path / "latency.json")
+    assert all(milliseconds > 0 for milliseconds in table.milliseconds.values())
+    subnet = space.sample(0)
+    assert table(subnet) == pytest.approx(sum(table.milliseconds[part] for part in parts_of(subnet)))
+    assert SubnetCosts(model, table)(subnet)["latency_ms"] == table(subnet)
+    assert 0 < table.error < 10
 
 
 # The search
@@ -255,6 +280,15 @@ def test_a_search_leaves_the_best_subnet_the_front_and_a_plot(workshop, supernet
     assert set(results["named"]) == {"largest", "smallest"}
     assert [Subnet.from_dict(row["subnet"]) for row in json.loads((output / "front.json").read_text())]
     assert (output / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_search_keeps_to_milliseconds_of_a_table_that_it_measures_once(workshop, supernet, tmp_path, capsys):
+    options = ("--max_latency_ms", 10_000, "--latency_seconds", 0.1, "--num_evaluations", 2)
+    for _ in range(2):
+        output = run_script(workshop, supernet, tmp_path / "search", *options)
+    assert capsys.readouterr().out.count("whole models differ by") == 1
+    best, table = json.loads((output / "results.json").read_text())["best"], output / "latency.json"
+    assert best["latency_ms"] == LatencyTable.from_json_file(table)(Subnet.from_json_file(output / "best.json"))
 
 
 def test_the_error_of_a_subnet_is_what_distillation_measures(workshop, supernet, tmp_path):

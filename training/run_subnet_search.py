@@ -28,6 +28,7 @@ from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, Li
 from batches import DistillationCollator, Recording
 from distillation import ObjectiveArguments
 from distillation_arguments import DistillationArguments
+from latency_table import LatencyTable
 from probing import make_batches
 from recipes import parse_recipe
 from run_distillation import build_teacher, check_frame_rates
@@ -77,6 +78,12 @@ class SearchArguments:
     min_params: str | None = field(default=None, metadata={"help": "Least parameters."})
     max_macs: str | None = field(default=None, metadata={"help": "Most MACs per second of audio, such as 2.5G."})
     min_macs: str | None = field(default=None, metadata={"help": "Least MACs."})
+    max_latency_ms: str | None = field(
+        default=None,
+        metadata={"help": "Most milliseconds for a clip on this machine, by a table of parts that is measured first."},
+    )
+    min_latency_ms: str | None = field(default=None, metadata={"help": "Least milliseconds."})
+    latency_seconds: float = field(default=5.0, metadata={"help": "Length of the clip."})
     hubert_exportable: bool = field(
         default=False, metadata={"help": "Only subnets that a stock HuBERT can hold exactly."}
     )
@@ -107,6 +114,10 @@ class SearchArguments:
             if least is not None or most is not None:
                 limits[name] = (number(least or "0"), number(most or "inf"))
         return Budget(limits, self.hubert_exportable)
+
+    @property
+    def needs_latency(self) -> bool:
+        return "latency_ms" in {*self.objectives, *self.budget.limits}
 
 
 FREE_TO_CHANGE = {"output_dir", "num_evaluations", "per_device_eval_batch_size", "preprocessing_num_workers"}
@@ -202,6 +213,17 @@ def distillation_loss(
     return student, DistillationLoss(student, teacher, batches, Accelerator(cpu=True))
 
 
+def latency_table(arguments: SearchArguments, model: LightHubertPreTrainedModel, folder: Path) -> LatencyTable:
+    """`latency.json` in the folder of the search, measured if it is not there yet."""
+    file = folder / "latency.json"
+    if not file.exists():
+        table = LatencyTable.measure(model, arguments.latency_seconds)
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_json_file(file)
+        print(f"whole models differ by {table.error:.1%} in the median from the latencies in {file}")
+    return LatencyTable.from_json_file(file)
+
+
 def named_subnets(search: Search, model: LightHubertPreTrainedModel) -> dict[str, dict[str, float]]:
     """Error and costs of the subnets that have a name, within the budget or not."""
     rows = {}
@@ -231,7 +253,7 @@ def write_results(search: Search, model: LightHubertPreTrainedModel, folder: Pat
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     with (folder / "evaluations.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["number", "error", *COSTS, "on_all_data", "seconds", "subnet"])
+        writer.writerow(["number", *row_of(best), "on_all_data", "seconds", "subnet"])
         for each in search.evaluations:
             complete = len(each.errors) == search.fitness.num_shares
             writer.writerow(
@@ -271,7 +293,8 @@ def main() -> None:
     if model.search_space is None:
         raise ValueError(f"{arguments.model_name_or_path} is no supernet: there is nothing to choose")
     shipped = model if arguments.fitness == "ctc" else model.base_model  # prediction heads are no part of the model
-    candidates = Candidates(model.search_space, SubnetCosts(shipped), budget)
+    latency = latency_table(arguments, shipped, folder) if arguments.needs_latency else None
+    candidates = Candidates(model.search_space, SubnetCosts(shipped, latency), budget)
     is_random = arguments.algorithm == "random"
     with closing(Ledger(folder)) as ledger:
         ledger.check_settings(settings)
@@ -288,7 +311,7 @@ def main() -> None:
         search.run()
         results = write_results(search, model, folder, arguments.objectives[0])
     best = results["best"]
-    costs = ", ".join(f"{best[name]:,.0f} {text}" for name, text in COSTS.items())
+    costs = ", ".join(f"{best[name]:,.0f} {text}" for name, text in COSTS.items() if name in best)
     print(f"{fitness.name} {best['error']:.4f}, {costs}")
     print(f"best.json, front.json, front.png and evaluations.csv are in {folder}")
 

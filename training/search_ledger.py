@@ -17,7 +17,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         number: of the evaluation, from 1.
-        errors: after each share of the data; `None` where it stopped before.
+        errors: after each share of the data; fewer where it was stopped.
         seconds: that it took.
     """
 

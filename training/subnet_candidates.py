@@ -8,8 +8,10 @@ from functools import cache
 from modeling_lighthubert import LightHubertPreTrainedModel, SearchSpace, Subnet
 from modeling_lighthubert.profiling import profile_subnet
 
+from latency_table import LatencyTable
 
-COSTS = {"params": "parameters", "macs": "MACs per second of audio"}
+
+COSTS = {"params": "parameters", "macs": "MACs per second of audio", "latency_ms": "ms for a clip on this machine"}
 """What a subnet costs, by name."""
 
 
@@ -17,10 +19,13 @@ class SubnetCosts:
     """Parameters, and MACs per second of audio in clips of a second, of any subnet of a supernet.
 
     What `profile_subnet` says in milliseconds is added up here from few different layers: a search asks for thousands.
+
+    Args:
+        latency: with it, milliseconds for a clip are a cost, too.
     """
 
-    def __init__(self, model: LightHubertPreTrainedModel):
-        self.model, self.space = model, model.search_space
+    def __init__(self, model: LightHubertPreTrainedModel, latency: LatencyTable | None = None):
+        self.model, self.space, self.latency = model, model.search_space, latency
         self.profile = cache(self._profile)
 
     def __call__(self, subnet: Subnet) -> dict[str, float]:
@@ -31,7 +36,8 @@ class SubnetCosts:
         least = (self.space.num_attention_heads[0], int(width * self.space.ffn_ratio[0]), None)
         parts = [self.profile(width, subnet.conv_dim, least)[0]]
         parts += [self.profile(width, widest, layer)[1] for layer in layers]
-        return {name: sum(part[name] for part in parts) for name in COSTS}
+        costs = {name: sum(part[name] for part in parts) for name in ("params", "macs")}
+        return costs if self.latency is None else costs | {"latency_ms": self.latency(subnet)}
 
     def _profile(
         self, width: int, conv_dim: tuple[int, ...] | None, layer: tuple[int, int, int | None]
