@@ -10,8 +10,9 @@ CODE := modeling_lighthubert training demo benchmarks tests
 demo: $(ENVIRONMENT)  ## The whole way, on the speech and the teacher in demo/. ARGS are passed on.
 	$(BIN)/python demo/run_demo.py $(ARGS)
 
+# files in the order of their names: by number of tests, the demonstration, few and long, would come last and alone
 test: $(ENVIRONMENT)
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quality: $(ENVIRONMENT)
 	$(BIN)/ruff check $(CODE)
