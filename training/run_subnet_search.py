@@ -120,7 +120,7 @@ class SearchArguments:
         return "latency_ms" in {*self.objectives, *self.budget.limits}
 
 
-FREE_TO_CHANGE = {"output_dir", "num_evaluations", "per_device_eval_batch_size", "preprocessing_num_workers"}
+FREE_TO_CHANGE = {"output_dir", "num_evaluations", "preprocessing_num_workers"}
 """Options that do not change what is searched."""
 
 
