@@ -3,11 +3,12 @@
     python benchmarks/narrow_ear.py
     python benchmarks/narrow_ear.py --train_file digits-train.parquet --test_file digits-test.parquet
 
-As `learning.py`: every run distils the teacher of the demonstration by training/configs/small_budget.yaml with as many
-passes, and is measured by probes and R2. Here the convolutions learn, and in all variants but the first
-subnets choose their channels as well: a quarter, a half, three quarters or all, layer by layer. `within 40 %` is the
-best of subnets at no more than 40 % of the MACs of the middle one: that with the least loss, on training speech, of
-random ones. Controls are slices of the teacher, with channels in order of importance and not, and random weights.
+As `learning.py`: every run distils the teacher of the demonstration by training/configs/small_budget.yaml, and is
+measured by probes and R2. Here the convolutions learn, and in all variants but the first subnets choose their channels
+as well. All variants have the same budget, in MACs: forward and backward passes of student and teacher, of `--passes`
+steps with the full ear. `within 40 %` is the best of subnets at no more than 40 % of the MACs of the middle one: that
+with the least loss, on training speech, of random ones. Controls are slices of the teacher, with channels in order of
+importance and not, and random weights.
 """
 
 import dataclasses
@@ -27,7 +28,6 @@ from inference import Runner, alternating_times, noise, speed_up
 from learning import (
     RECIPE,
     ROOT,
-    SPACE,
     TEACHER,
     Learning,
     LearningArguments,
@@ -38,29 +38,42 @@ from learning import (
 )
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
-from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, Subnet
-from modeling_lighthubert.profiling import macs_per_second
+from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, SearchSpace, Subnet
+from modeling_lighthubert.profiling import profile_subnet
 
 from distillation_step import evaluate
 from run_demo import markdown_table
+from subnet_sampling import draw_subnets
 
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 
-ELASTIC = {"elastic": True}
-ORDERED = {"elastic": True, "ordered": True}
+QUARTERS, HALVES = (1, 2, 3, 4), (2, 3, 4)
+WARM = {"parts": HALVES, "warm_up": 100, "feature_encoder_learning_rate": 1e-3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full ear": {},
-    "elastic": ELASTIC,
-    "elastic, ordered": ORDERED,
-    "elastic, ordered, ear learns at 1e-3": ORDERED | {"feature_encoder_learning_rate": 1e-3},
-    "elastic, ordered, shrinking from the middle": ORDERED | {"progressive_shrinking_ratio": 0.5},
-    "elastic, ordered, frozen": ORDERED | {"freeze_feature_encoder": True},
+    "from a quarter": {"parts": QUARTERS},
+    "from a quarter, ordered": {"parts": QUARTERS, "ordered": True},
+    "from a half, ordered": {"parts": HALVES, "ordered": True},
+    "from a half, ordered, shrinking from the middle": {
+        "parts": HALVES,
+        "ordered": True,
+        "progressive_shrinking_ratio": 0.5,
+    },
+    "from a half, warmed up": WARM,
+    "from a half, ordered, warmed up": WARM | {"ordered": True},
+    "from a half, ordered, warmed up, frozen": {
+        "parts": HALVES,
+        "ordered": True,
+        "warm_up": 100,
+        "freeze_feature_encoder": True,
+    },
 }
-"""What differs from the recipe, as options of the training script; besides, `elastic`: subnets choose the channels of
-the convolutions, and `ordered`: by importance first."""
+"""What differs from the recipe, as options of the training script; besides, `parts`: quarters of the channels that
+subnets choose from for each convolution, `ordered`: by importance first, and `warm_up`: steps in which convolutions
+and projection of narrow ears learn to give what those of the teacher do."""
 BUDGET = 0.4
 """MACs, of those of the middle subnet with the full ear."""
 
@@ -85,29 +98,51 @@ class NarrowEar(Learning):
     def __init__(self, arguments: EarArguments):
         super().__init__(arguments)
         self.num_candidates = arguments.num_candidates
+        self.spaces = {None: self.space} | {parts: self.elastic_space(parts) for parts in (QUARTERS, HALVES)}
+        for parts, space in self.spaces.items():
+            space.to_json_file(self.space_file(parts))
         widest = self.teacher.model.config.conv_dim
-        self.elastic = dataclasses.replace(
-            self.space, conv_dim=tuple(tuple(width * part // 4 for part in (1, 2, 3, 4)) for width in widest)
-        )
-        self.elastic_file = self.output / "search_space.json"
-        self.elastic.to_json_file(self.elastic_file)
         half = tuple(width // 2 for width in widest)
         self.narrow = {
             f"{name}, half the ear": dataclasses.replace(self.subnets[name], conv_dim=half)
             for name in ("middle", "smallest")
         }
-        self.supernet = LightHubertModel.from_pretrained(TEACHER, search_space=self.elastic)
+        self.supernet = LightHubertModel.from_pretrained(TEACHER, search_space=self.spaces[QUARTERS])
         self.ordered = self.output / "ordered"
         if not (self.ordered / "model.safetensors").exists():
-            options = {"model_name_or_path": TEACHER, "search_space": self.elastic_file}
+            options = {"model_name_or_path": TEACHER, "search_space": self.space_file(QUARTERS)}
             options |= {"train_file": self.train_file, "output_dir": self.ordered}
             self.run_script("order_channels", options)
 
+    def elastic_space(self, parts: tuple[int, ...]) -> SearchSpace:
+        """With those quarters of the teacher's channels to choose from, for each convolution."""
+        widest = self.teacher.model.config.conv_dim
+        choices = tuple(tuple(width * part // 4 for part in parts) for width in widest)
+        return dataclasses.replace(self.space, conv_dim=choices)
+
+    def space_file(self, parts: tuple[int, ...] | None) -> Path:
+        return self.output / f"search_space{'-'.join(map(str, ('', *(parts or ()))))}.json"
+
     def macs(self, subnet: Subnet) -> float:
         """MACs per second of audio."""
+        return sum(self.macs_of_parts(subnet))
+
+    def macs_of_parts(self, subnet: Subnet) -> tuple[float, float]:
+        """Of the convolutions, and of the rest."""
         with torch.device("meta"):
-            model = LightHubertModel(self.supernet.config.cut_to(self.elastic.resolve(subnet)))
-        return macs_per_second(model)
+            model = LightHubertModel(self.supernet.config.cut_to(self.spaces[QUARTERS].resolve(subnet)))
+        costs = profile_subnet(model, seconds=1.0)
+        of_convolutions = sum(cost.macs for cost in costs if cost.part == "feature encoder")
+        return of_convolutions, sum(cost.macs for cost in costs) - of_convolutions
+
+    def macs_of_step(self, parts: tuple[int, ...] | None, frozen: bool = False, warms_up: bool = False) -> float:
+        """MACs of a training step for a second of audio, in the mean over what is drawn: a backward pass takes twice
+        its forward pass, the teacher has none. In a warm-up, student and teacher have their convolutions alone."""
+        drawn = (draw_subnets(self.spaces[parts], RECIPE["sampling"], 0, step)[0] for step in range(100))
+        teacher, of_student = self.macs_of_parts(self.space.largest), []
+        for ear, rest in map(self.macs_of_parts, drawn):
+            of_student.append((1 if frozen else 3) * ear + (0 if warms_up else 3 * rest))
+        return statistics.mean(of_student) + (teacher[0] if warms_up else sum(teacher))
 
     def controls(self, seed: int) -> dict[str, dict[str, float]]:
         """Untrained slices of the teacher, and random weights."""
@@ -137,25 +172,33 @@ class NarrowEar(Learning):
     def run(self, variant: str, seed: int) -> dict[str, dict[str, float]]:
         """Distils `variant` and measures its subnets."""
         folder, options = self.folder(variant, seed), dict(VARIANTS[variant])
-        elastic, ordered = options.pop("elastic", False), options.pop("ordered", False)
-        recipe = RECIPE | {"share_feature_encoder": False, "max_steps": self.arguments.passes} | options
-        recipe["search_space"] = self.elastic_file if elastic else SPACE
-        self.distil(recipe | {"student_name_or_path": self.ordered if ordered else None}, seed, folder)
+        parts, warm_up, start = options.pop("parts", None), options.pop("warm_up", 0), None
+        if options.pop("ordered", False):
+            start = self.ordered
+        recipe = RECIPE | {"share_feature_encoder": False, "search_space": self.space_file(parts)}
+        budget = self.arguments.passes * self.macs_of_step(None)
+        if warm_up:
+            first = {"target": "feature_encoder", "max_steps": warm_up, "student_name_or_path": start}
+            start = folder.with_name(f"{folder.name}-warm")
+            self.distil(recipe | first, seed, start)
+            budget -= warm_up * self.macs_of_step(parts, warms_up=True)
+        steps = int(budget / self.macs_of_step(parts, options.get("freeze_feature_encoder", False)))
+        self.distil(recipe | options | {"student_name_or_path": start, "max_steps": steps}, seed, folder)
         trained = LightHubertForPreTraining.from_pretrained(folder)
         with self.measuring:
             subnets = dict(self.subnets)
-            if elastic:
+            if parts is not None:
                 subnets |= self.narrow | {"within 40 %": self.best_within_budget(trained)}
             return {
-                name: self.measured(trained.hubert.extract_subnet(subnet), subnet) for name, subnet in subnets.items()
+                name: {"steps": steps} | self.measured(trained.hubert.extract_subnet(subnet), subnet)
+                for name, subnet in subnets.items()
             }
 
-    @cached_property
-    def candidates(self) -> list[Subnet]:
-        """Random subnets that use between 80 and 100 % of the budget."""
+    def candidates(self, space: SearchSpace) -> list[Subnet]:
+        """Random subnets that use between 80 and 100 % of the budget for MACs."""
         rng, budget, found = random.Random(0), BUDGET * self.macs(self.subnets["middle"]), []
         while len(found) < self.num_candidates:
-            subnet = self.elastic.sample(rng)
+            subnet = space.sample(rng)
             if 0.8 * budget <= self.macs(subnet) <= budget:
                 found.append(subnet)
         return found
@@ -170,7 +213,7 @@ class NarrowEar(Learning):
             }
             for batch in self.bench.train_frames[::4]
         ]
-        candidates = {str(number): subnet for number, subnet in enumerate(self.candidates)}
+        candidates = {str(number): subnet for number, subnet in enumerate(self.candidates(trained.search_space))}
         losses = evaluate(trained, self.teacher, batches, candidates, Accelerator(cpu=True))
         return candidates[min(losses, key=losses.__getitem__)]
 
@@ -182,9 +225,12 @@ def table(results: Results) -> str:
     for variant, runs in results.items():
         for name in next(iter(runs.values())):
             found = [run[name] for run in runs.values()]
-            cells = [variant, name, f"{statistics.mean(row['macs'] for row in found) / 1e6:.1f}"]
+            steps = found[0].get("steps", "")
+            cells = [variant, name, str(steps), f"{statistics.mean(row['macs'] for row in found) / 1e6:.1f}"]
             rows.append(cells + [summary([row[each] for row in found], percent=each != "r2") for each in measures])
-    return markdown_table(("", "subnet", "MMAC/s", *("R2" if each == "r2" else each for each in measures)), rows)
+    return markdown_table(
+        ("", "subnet", "steps", "MMAC/s", *("R2" if each == "r2" else each for each in measures)), rows
+    )
 
 
 def any_run(results: Results) -> Mapping[str, Mapping[str, float]]:
@@ -199,7 +245,7 @@ def mean(results: Results, variant: str, subnet: str, measure: str = "r2") -> fl
 def margins(results: Results) -> str:
     """What the benchmark asks for, in the mean of the seeds."""
     lines = []
-    for variant in [name for name in results if name.startswith("elastic")]:
+    for variant in [name for name in results if name.startswith("from")]:
         half = "middle, half the ear"
         gaps = [f"{mean(results, variant, half) - mean(results, 'full ear', 'middle'):+.3f} in R2 (bar -0.030)"]
         for probe in ("digit", "speaker"):
@@ -232,7 +278,7 @@ def speed_ups(ear: NarrowEar, variant: str, rows: Mapping[str, Mapping[str, Any]
 
 def plot(ear: NarrowEar, results: Results, seed: int, path: Path) -> None:
     """R2, and accuracy of the probes, against speed: subnets with the full ear, and of the best elastic variant."""
-    elastic = [variant for variant in results if variant.startswith("elastic")]
+    elastic = [variant for variant in results if variant.startswith("from")]
     best = max(elastic, key=lambda variant: mean(results, variant, "middle, half the ear"))
     labels = {"r2": "R2 of the target", "digit": "digit probe, accuracy", "speaker": "speaker probe, accuracy"}
     measures = [measure for measure in labels if measure in any_run(results)["teacher"]]

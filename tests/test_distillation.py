@@ -1,5 +1,7 @@
 """Targets, masks, losses and the draw of subnets are what the paper and the docstrings say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from transformers import (
     WhisperModel,
 )
 
-from modeling_lighthubert import LightHubertForPreTraining, SearchSpace
+from modeling_lighthubert import LightHubertForPreTraining, SearchSpace, Subnet
 
 from distillation import (
     ObjectiveArguments,
@@ -186,13 +188,13 @@ def test_every_objective_trains_every_subnet(options):
     assert torch.isfinite(student.prediction_heads[0].weight.grad).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"cosine_weight": 1.0}])
+@pytest.mark.parametrize("options", [{}, {"cosine_weight": 1.0}, {"target": "feature_encoder"}])
 @torch.no_grad()
 def test_a_padded_batch_gives_the_mean_over_the_same_clips_alone(options):
     student, batch, teacher = tiny_student(), padded_batch(), tiny_teacher(loss_frames="all", **options)
     answer = teacher(batch["teacher_input_values"], batch["attention_mask"])
     frames = true_frames(student, 18, batch["attention_mask"])
-    mask = frames & (torch.arange(18) % 3 == 0)
+    mask = frames & ((torch.arange(18) % 3 == 0) | (teacher.objective.target == "feature_encoder"))
     together = student_loss(student, batch, answer, mask, teacher.objective)
     alone, count = 0.0, 0
     for row, samples in enumerate((6000, 3200)):
@@ -204,9 +206,47 @@ def test_a_padded_batch_gives_the_mean_over_the_same_clips_alone(options):
     assert float(together) == pytest.approx(alone / count, abs=1e-5)
 
 
+@pytest.mark.parametrize(("model", "config", "changes"), FAMILIES)
+@torch.no_grad()
+def test_the_target_of_a_warm_up_is_what_goes_into_the_position_convolution(model, config, changes):
+    teacher, batch = tiny_teacher(model, config, changes, target="feature_encoder"), padded_batch()
+    inputs = []
+    handle = teacher.model.feature_projection.register_forward_hook(lambda _, given, output: inputs.append(output))
+    teacher.model(batch["teacher_input_values"], batch["attention_mask"])
+    handle.remove()
+    expected = inputs[0][0] if isinstance(inputs[0], tuple) else inputs[0]
+    answer = teacher(batch["teacher_input_values"], batch["attention_mask"])
+    frames = true_frames(teacher.model, 18, batch["attention_mask"])  # the model empties the others
+    torch.testing.assert_close(answer.targets[0][frames], expected[frames])
+
+
+def test_a_warm_up_trains_narrow_convolutions_and_asks_nothing_of_those_of_the_teacher():
+    """The error of a subnet is that of the first of its teacher's features, in true frames."""
+    space = replace(TWO_DEEP, conv_dim=((8, 16),) * 7)
+    teacher, batch, student = tiny_teacher(target="feature_encoder"), padded_batch(), tiny_student(space)
+    batch["input_values"] = batch["teacher_input_values"]
+    answer = teacher(batch["teacher_input_values"], batch["attention_mask"])
+    base = student.hubert
+    base.feature_extractor.load_state_dict(teacher.model.feature_extractor.state_dict())
+    base.feature_projection.load_state_dict(teacher.model.feature_projection.state_dict())
+    mask = torch.zeros(2, 18, dtype=torch.bool)
+    for width in space.hidden_size:
+        subnet = Subnet.uniform(width, 1, 4, 2 * width, head_dim=4)
+        student.set_subnet(replace(subnet, conv_dim=(16,) * 7))
+        assert student_loss(student, batch, answer, mask, teacher.objective) < 1e-10
+        student.set_subnet(replace(subnet, conv_dim=(8,) * 7))
+        loss = student_loss(student, batch, answer, mask, teacher.objective)
+        features = base.feature_projection(base.feature_extractor(batch["input_values"]).transpose(1, 2))
+        frames = true_frames(student, 18, batch["attention_mask"])
+        expected = (features - answer.targets[0][..., :width])[frames].square().mean()
+        torch.testing.assert_close(loss, expected)
+        assert loss > 1e-3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"target": "feature_encoder", "target_layers": [1]}, "feature_encoder has no layers"),
         ({"target_layers": [0]}, "feed_forward are counted from 1"),
         ({"target_layers": []}, "counted from 1"),
         ({"mask_time_prob": 1.5}, "between 0 and 1"),

@@ -109,6 +109,28 @@ def test_a_shared_feature_encoder_trains_what_a_frozen_one_does(workshop):
             assert torch.equal(shared[name], start[name.removeprefix("hubert.")])
 
 
+@pytest.fixture(scope="module")
+def narrow_space(workshop) -> Path:
+    """Half of the channels, or all."""
+    file = workshop / "narrow-ear.json"
+    file.write_text(json.dumps(SPACE | {"conv_dim": [[8, 16]] * 7}))
+    return file
+
+
+def test_a_warm_up_teaches_the_convolutions_and_nothing_else(workshop, narrow_space):
+    options = ("--search_space", narrow_space, "--target", "feature_encoder")
+    at_start = distil(workshop, "cold", *options, "--max_steps", 1, "--learning_rate", 0)
+    output = distil(workshop, "warm", *options, "--max_steps", 20, "--learning_rate", 1e-2)
+    before, after = weights(at_start), weights(output)
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all("feature_extractor." in name or "feature_projection." in name for name in changed)
+    losses = [json.loads((folder / "eval_results.json").read_text()) for folder in (at_start, output)]
+    assert losses[0]["eval_loss_largest"] < 1e-6  # it is the teacher
+    assert losses[1]["eval_loss_smallest"] < 0.8 * losses[0]["eval_loss_smallest"]
+    distil(workshop, "after-warm", "--search_space", narrow_space, "--student_name_or_path", output, "--max_steps", 1)
+
+
 def test_a_run_shows_how_it_went(workshop):
     """Losses by class of subnet and on held-out speech in the history, on the plot, in TensorBoard, on the card."""
     options = ("--max_steps", 6, "--sampling", "sandwich", "--logging_steps", 2, "--eval_steps", 4)
@@ -161,6 +183,7 @@ def odd_teachers(workshop) -> Path:
         (("--progressive_shrinking_ratio", 0.5), "have the same feature encoder"),
         (("--progressive_shrinking_ratio", 2), "has to be between 0 and 1"),
         (("--freeze_feature_encoder", True, "--feature_encoder_learning_rate", 1e-4), "nothing there learns"),
+        (("--target", "feature_encoder", "--freeze_feature_encoder", True), "frozen or shared has nothing to learn"),
         (("--per_device_train_batch_size", 0), "per_device_train_batch_size=0 has to be at least 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -178,7 +201,7 @@ def test_the_student_is_pushed_to_the_hub_without_its_checkpoints(workshop, monk
             monkeypatch.setenv(name, value)
         options = ("--max_steps", 2, "--save_steps", 1, "--push_to_hub", "--hub_model_id", "me/student")
         run(*distillation(workshop, "pushed", *options))  # a new process, for these are read at import
-    files = set(hub.repositories["me/student"])
+    files = set(hub.repositories["me/student"].files())
     assert {"model.safetensors", "config.json", "README.md", "loss.png", "modeling_lighthubert.py"} <= files
     assert not [name for name in files if "checkpoint" in name]
 

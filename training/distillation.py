@@ -34,8 +34,10 @@ class ObjectiveArguments:
     target: str = field(
         default="feed_forward",
         metadata={
-            "help": "Part of a teacher's layer: its feed-forward output before the residual, or its hidden states.",
-            "choices": ("feed_forward", "hidden_states"),
+            "help": "Part of a teacher's layer: its feed-forward output before the residual, or its hidden states. Or"
+            " what its feature encoder and projection give: warms up the convolutions of narrow subnets, and nothing"
+            " else learns.",
+            "choices": ("feed_forward", "hidden_states", "feature_encoder"),
         },
     )
     num_target_layers: int = field(
@@ -71,6 +73,13 @@ class ObjectiveArguments:
             raise ValueError(f"target_layers={self.target_layers}: {self.target} are counted from {first}")
         if not 0.0 <= self.mask_time_prob <= 1.0:
             raise ValueError(f"mask_time_prob={self.mask_time_prob} has to be between 0 and 1")
+        if self.target == "feature_encoder":
+            if self.target_layers is not None or self.temporal_relation_weight > 0 or self.cosine_weight > 0:
+                raise ValueError(
+                    "the target feature_encoder has no layers: leave out target_layers, cosine_weight and"
+                    " temporal_relation_weight"
+                )
+            self.loss_frames = "all"  # masks come after the feature encoder
         if self.loss_frames == "masked" and self.mask_time_prob == 0.0:
             raise ValueError("no frame would count: loss_frames='masked' needs mask_time_prob above 0")
 
@@ -83,7 +92,8 @@ class TeacherAnswer(NamedTuple):
     """What the student learns from.
 
     Attributes:
-        targets: one for each prediction head, (batch_size, num_frames, hidden_size) in fp32; zeros on padding.
+        targets: one for each prediction head, (batch_size, num_frames, hidden_size) in fp32; zeros on padding, but for
+            the output of the projection, where that is the target.
         hidden_states: of every layer, the same shape; empty if the objective has no use for them.
         conv_features: output of the feature encoder, (batch_size, conv_dim, num_frames).
     """
@@ -142,6 +152,10 @@ class Teacher(nn.Module):
             input_values: (batch_size, num_samples), as the teacher's own feature extractor gives them.
             attention_mask: (batch_size, num_samples), 1 for samples of the recording.
         """
+        objective = self.objective
+        if objective.target == "feature_encoder":
+            conv_features = self.model.feature_extractor(input_values.to(self.model.dtype))
+            return TeacherAnswer((projected(self.model, conv_features).float(),), (), conv_features)
         layers = list(self.model.encoder.layers)
         outputs: dict[int | str, torch.Tensor] = {}
 
@@ -151,7 +165,6 @@ class Teacher(nn.Module):
 
             return hook
 
-        objective = self.objective
         wants_states = objective.target == "hidden_states" or objective.temporal_relation_weight > 0
         with ExitStack() as hooks:
             handle = self.model.feature_extractor.register_forward_hook(keep("conv_features"))
@@ -172,6 +185,12 @@ class Teacher(nn.Module):
             targets = [torch.stack(targets).mean(dim=0)]
         states = states[1:] if objective.temporal_relation_weight > 0 else ()
         return TeacherAnswer(tuple(targets), states, outputs["conv_features"])
+
+
+def projected(model: PreTrainedModel, conv_features: torch.Tensor) -> torch.Tensor:
+    """What the first layer is made of: the projection of `conv_features`, (batch_size, num_frames, hidden_size)."""
+    outputs = model.feature_projection(conv_features.transpose(1, 2))
+    return outputs[0] if isinstance(outputs, tuple) else outputs  # wav2vec 2.0 gives what it normalised as well
 
 
 def true_frames(model: PreTrainedModel, num_frames: int, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -308,6 +327,8 @@ def student_loss(
         mask_time_indices: bool (batch_size, num_frames), frames that the student does not see.
         conv_features: of this batch, where the student's frozen feature encoder need not compute them once more.
     """
+    if objective.target == "feature_encoder":
+        return feature_encoder_loss(student, batch, answer)
     wants_states = objective.temporal_relation_weight > 0
     encoder = student.hubert.feature_extractor
     with nullcontext() if conv_features is None else answering(encoder, conv_features):
@@ -330,6 +351,20 @@ def student_loss(
         for state, layer in zip(states, layers, strict=True)
     ]
     return loss + objective.temporal_relation_weight * torch.stack(relations).mean()
+
+
+def feature_encoder_loss(
+    student: LightHubertForPreTraining, batch: dict[str, torch.Tensor], answer: TeacherAnswer
+) -> torch.Tensor:
+    """Mean squared difference between the student's projected features and the teacher's. A subnet that is narrower
+    than the teacher learns the first of its features.
+
+    It is ours, for narrow feature encoders: benchmarks/narrow_ear.py says what it is worth.
+    """
+    features = projected(student.hubert, student.hubert.feature_extractor(batch["input_values"])).float()
+    frames = true_frames(student, features.shape[1], batch["attention_mask"])
+    target = answer.targets[0][..., : features.shape[-1]][frames]
+    return F.mse_loss(features[frames], target)
 
 
 def count_frames(objective: ObjectiveArguments, mask: torch.Tensor, num_frames: Sequence[int]) -> int:
