@@ -27,6 +27,7 @@ from latency_table import LatencyTable, covering, parts_of
 from metrics import CharacterErrorRate
 from recognizer import Recognizer
 from search_ledger import Ledger
+from search_report import importances
 from speech_data import load_waveform
 from subnet_candidates import Budget, Candidates, SubnetCosts
 from subnet_search import Search
@@ -299,15 +300,23 @@ def test_the_error_of_a_subnet_is_what_distillation_measures(workshop, supernet,
         assert named[name]["error"] == pytest.approx(measured[f"eval_loss_{name}"], abs=1e-5)
 
 
-def test_a_model_that_was_fine_tuned_once_for_all_is_searched_by_its_character_errors(workshop, supernet, tmp_path):
-    asr = tmp_path / "asr"
+@pytest.fixture(scope="module")
+def once_for_all(workshop, supernet, tmp_path_factory) -> Path:
+    """Fine-tuned for characters."""
+    asr = tmp_path_factory.mktemp("once-for-all") / "asr"
     words = ("--model_name_or_path", supernet, "--once_for_all", "--train_file", workshop / "speech.parquet")
     words += ("--output_dir", asr, "--max_steps", 2, "--use_cpu", "--report_to", "none", "--save_strategy", "no")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", list(map(str, ("run_speech_recognition_ctc.py", *words))))
         run_speech_recognition_ctc.main()
-    output = run_script(workshop, asr, tmp_path / "search", "--fitness", "ctc", "--num_evaluations", 2)
-    recognizer = Recognizer.from_pretrained(asr, str(output / "best.json"))
+    return asr
+
+
+def test_a_model_that_was_fine_tuned_once_for_all_is_searched_by_its_character_errors(
+    workshop, once_for_all, tmp_path
+):
+    output = run_script(workshop, once_for_all, tmp_path / "search", "--fitness", "ctc", "--num_evaluations", 2)
+    recognizer = Recognizer.from_pretrained(once_for_all, str(output / "best.json"))
     speech = load_dataset("parquet", data_files=str(workshop / "speech.parquet"), split="train")
     waveforms = [load_waveform(audio, 16_000) for audio in speech.cast_column("audio", Audio(decode=False))["audio"]]
     texts = [transcript.text for transcript in recognizer.transcribe(waveforms)]
@@ -320,6 +329,51 @@ def test_a_supernet_is_searched_by_a_linear_probe(workshop, supernet, tmp_path):
     options = ("--fitness", "probe", "--train_file", workshop / "speech.parquet", "--label_column_name", "text")
     output = run_script(workshop, supernet, tmp_path / "search", *options, "--num_evaluations", 2)
     assert json.loads((output / "results.json").read_text())["best"]["error"] == 0.0
+
+
+@pytest.mark.parametrize("fitness", ["distillation", "ctc"])
+def test_a_report_says_what_matters_and_how_subnets_do_after_further_training(
+    workshop, supernet, once_for_all, tmp_path, fitness
+):
+    given = ("--fitness", fitness, "--report", "--report_subnets", 4, "--report_steps", 3)
+    given += ("--train_file", workshop / "speech.parquet", "--report_learning_rate", 1e-2)
+    searched = once_for_all if fitness == "ctc" else supernet
+    plain = rows(run_script(workshop, searched, tmp_path / "search", "--fitness", fitness))
+    output = run_script(workshop, searched, tmp_path / "search", *given)
+    assert rows(output) == plain  # training has left the supernet as it was, and nothing was measured again
+    report = json.loads((output / "report.json").read_text())
+    assert sum(report["importance"].values()) == pytest.approx(1.0)
+    for part in report["front"].values():
+        assert sum(part["heads"].values()) == pytest.approx(1.0)
+        assert sum(part["ratios"].values()) == pytest.approx(1.0)
+    trained = report["further_training"]
+    assert len(trained["subnets"]) == 4
+    before = [each["supernet"] for each in trained["subnets"]]
+    assert before == sorted(before)
+    if fitness == "distillation":
+        assert all(each["trained"] < each["supernet"] for each in trained["subnets"])
+    assert -1 <= trained["spearman"] <= 1 or fitness == "ctc"  # all subnets may have the same characters wrong
+    assert f"{trained['spearman']:.2f}" in (output / "report.md").read_text()
+    assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+class WidthAlone:
+    """An error that is the width and nothing else."""
+
+    name, num_shares = "width", 1
+
+    def errors(self, subnet: Subnet):
+        yield float(subnet.hidden_size)
+
+
+def test_importance_goes_to_the_choice_that_makes_the_error(tmp_path):
+    candidates = Candidates(SIX_DEEP, SubnetCosts(tiny_model(search_space=SIX_DEEP)), Budget())
+    with closing(Ledger(tmp_path)) as ledger:
+        made = Search(candidates, WidthAlone(), ledger, num_evaluations=60)
+        made.run()
+    shares = importances(made, SIX_DEEP)
+    assert next(iter(shares)) == "hidden_size"
+    assert shares["hidden_size"] > 0.9
 
 
 def test_a_killed_search_repeats_and_loses_nothing(workshop, supernet, tmp_path):

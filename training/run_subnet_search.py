@@ -11,7 +11,8 @@ stopped, and started once more at the same time it makes the search with two pro
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,20 +21,29 @@ from typing import Any
 import matplotlib
 import numpy as np
 import optuna
+import torch
 from accelerate import Accelerator
 from transformers import AutoFeatureExtractor, AutoModelForCTC, HfArgumentParser, Wav2Vec2Processor
 
-from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, LightHubertPreTrainedModel
+from modeling_lighthubert import (
+    LightHubertForCTC,
+    LightHubertForPreTraining,
+    LightHubertModel,
+    LightHubertPreTrainedModel,
+)
 
 from batches import DistillationCollator, Recording
+from ctc_data import CTCCollator
 from distillation import ObjectiveArguments
 from distillation_arguments import DistillationArguments
+from distillation_step import prepare_lesson
 from latency_table import LatencyTable
 from probing import make_batches
 from recipes import parse_recipe
 from run_distillation import build_teacher, check_frame_rates
 from search_fitness import CTCError, DistillationLoss, Fitness, ProbeError
 from search_ledger import Evaluation, Ledger
+from search_report import FurtherTraining, write_report
 from speech_data import UNREADABLE, DataArguments, load_speech, load_waveform
 from subnet_candidates import COSTS, Budget, Candidates, SubnetCosts
 from subnet_search import Search
@@ -94,6 +104,16 @@ class SearchArguments:
         metadata={"help": "Stop where a quarter or half of the data says that a subnet is worse than half of others."},
     )
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Recordings in a batch."})
+    report: bool = field(
+        default=False,
+        metadata={
+            "help": "Write report.md: which choices matter, what the front is made of, and how well the error of"
+            " subnets foretells that after further training, on the training part of the data (not for probe)."
+        },
+    )
+    report_subnets: int = field(default=8, metadata={"help": "Subnets that are trained further, at least 3."})
+    report_steps: int = field(default=100, metadata={"help": "Steps of that, for each."})
+    report_learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of that."})
     seed: int = field(default=0, metadata={"help": "Of everything random."})
 
     def __post_init__(self) -> None:
@@ -101,6 +121,11 @@ class SearchArguments:
             raise ValueError(
                 f"num_evaluations={self.num_evaluations} has to be at least 1, population_size={self.population_size}"
                 " at least 2"
+            )
+        if self.report and (self.report_subnets < 3 or self.report_steps < 1):
+            raise ValueError(
+                f"report_subnets={self.report_subnets} has to be at least 3, report_steps={self.report_steps} at"
+                " least 1"
             )
         if self.fitness == "distillation" and self.teacher_name_or_path is None:
             raise ValueError("the distillation loss needs --teacher_name_or_path; ctc and probe do without")
@@ -120,7 +145,10 @@ class SearchArguments:
         return "latency_ms" in {*self.objectives, *self.budget.limits}
 
 
-FREE_TO_CHANGE = {"output_dir", "num_evaluations", "preprocessing_num_workers"}
+FREE_TO_CHANGE = {
+    *("output_dir", "num_evaluations", "preprocessing_num_workers"),
+    *("report", "report_subnets", "report_steps", "report_learning_rate", "train_file", "max_train_samples"),
+}
 """Options that do not change what is searched."""
 
 
@@ -160,26 +188,17 @@ def readable_recordings(
 
 def build_fitness(
     arguments: SearchArguments, objective: ObjectiveArguments, data_arguments: DataArguments
-) -> tuple[LightHubertPreTrainedModel, Fitness]:
-    """The supernet, and how good its subnets are.
+) -> tuple[LightHubertPreTrainedModel, Fitness, FurtherTraining | None]:
+    """The supernet, how good its subnets are, and what trains them further for the report, if any does.
 
     Raises:
         ValueError: a model without the head that the fitness needs.
     """
-    source, size = arguments.model_name_or_path, arguments.per_device_eval_batch_size
     if arguments.fitness == "distillation":
         return distillation_loss(arguments, objective, data_arguments)
     if arguments.fitness == "ctc":
-        try:
-            processor = Wav2Vec2Processor.from_pretrained(source)
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{source} is no CTC model with its processor: fine-tune it first ({error})") from error
-        model = AutoModelForCTC.from_pretrained(source)
-        extractor = processor.feature_extractor
-        waveforms, references = readable_recordings(
-            data_arguments, False, extractor.sampling_rate, arguments.text_column_name
-        )
-        return model, CTCError(model, processor, make_batches(waveforms, extractor, size), references)
+        return ctc_error(arguments, data_arguments)
+    source, size = arguments.model_name_or_path, arguments.per_device_eval_batch_size
     model, extractor = LightHubertModel.from_pretrained(source), AutoFeatureExtractor.from_pretrained(source)
     parts = []
     for training in (True, False):
@@ -187,13 +206,57 @@ def build_fitness(
             data_arguments, training, extractor.sampling_rate, arguments.label_column_name
         )
         parts.append((make_batches(waveforms, extractor, size), labels))
-    return model, ProbeError(model, *parts)
+    return model, ProbeError(model, *parts), None
+
+
+def further_training(
+    arguments: SearchArguments,
+    model: LightHubertPreTrainedModel,
+    batches: Sequence[Any],
+    loss: Callable[[Any], torch.Tensor],
+) -> FurtherTraining:
+    return FurtherTraining(
+        model, loss, batches, arguments.report_steps, arguments.report_learning_rate, arguments.seed
+    )
+
+
+def ctc_error(
+    arguments: SearchArguments, data_arguments: DataArguments
+) -> tuple[LightHubertForCTC, CTCError, FurtherTraining | None]:
+    """Of a model that was fine-tuned once for all; further training is with CTC."""
+    source, size = arguments.model_name_or_path, arguments.per_device_eval_batch_size
+    try:
+        processor = Wav2Vec2Processor.from_pretrained(source)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{source} is no CTC model with its processor: fine-tune it first ({error})") from error
+    model = AutoModelForCTC.from_pretrained(source)
+    extractor = processor.feature_extractor
+
+    def transcribed(training: bool) -> tuple[list[np.ndarray], list[Any]]:
+        return readable_recordings(data_arguments, training, extractor.sampling_rate, arguments.text_column_name)
+
+    waveforms, references = transcribed(training=False)
+    fitness = CTCError(model, processor, make_batches(waveforms, extractor, size), references)
+    if not arguments.report:
+        return model, fitness, None
+    items = [
+        {"input_values": waveform, "labels": processor.tokenizer(text).input_ids, "name": ""}
+        for waveform, text in zip(*transcribed(training=True), strict=True)
+    ]
+    random.Random(arguments.seed).shuffle(items)
+    collator = CTCCollator(processor)
+    batches = [collator(items[start : start + size]) for start in range(0, len(items), size)]
+
+    def loss(batch: dict[str, Any]) -> torch.Tensor:
+        return model(batch["input_values"], batch["attention_mask"], labels=batch["labels"]).loss
+
+    return model, fitness, further_training(arguments, model, batches, loss)
 
 
 def distillation_loss(
     arguments: SearchArguments, objective: ObjectiveArguments, data_arguments: DataArguments
-) -> tuple[LightHubertForPreTraining, DistillationLoss]:
-    """As `run_distillation.py` measures it."""
+) -> tuple[LightHubertForPreTraining, DistillationLoss, FurtherTraining | None]:
+    """As `run_distillation.py` measures it; further training is distillation."""
     teacher, teacher_extractor = build_teacher(
         DistillationArguments(arguments.output_dir, arguments.teacher_name_or_path), objective
     )
@@ -206,11 +269,24 @@ def distillation_loss(
     extractor = AutoFeatureExtractor.from_pretrained(arguments.model_name_or_path)
     check_frame_rates(student, teacher, (extractor, teacher_extractor))
     collator = DistillationCollator(extractor, teacher_extractor, student.base_model.samples_per_first_frame)
-    waveforms, _ = readable_recordings(data_arguments, False, extractor.sampling_rate)
-    recordings = [Recording((0, index), str(index), waveform) for index, waveform in enumerate(waveforms)]
-    size = arguments.per_device_eval_batch_size
-    batches = [collator(recordings[start : start + size]) for start in range(0, len(recordings), size)]
-    return student, DistillationLoss(student, teacher, batches, Accelerator(cpu=True))
+    accelerator, size = Accelerator(cpu=True), arguments.per_device_eval_batch_size
+
+    def batches(training: bool) -> list[dict[str, torch.Tensor]]:
+        waveforms, _ = readable_recordings(data_arguments, training, extractor.sampling_rate)
+        recordings = [Recording((0, index), str(index), waveform) for index, waveform in enumerate(waveforms)]
+        if training:
+            random.Random(arguments.seed).shuffle(recordings)
+        made = (collator(recordings[start : start + size]) for start in range(0, len(recordings), size))
+        return [batch for batch in made if "visits" in batch]
+
+    fitness = DistillationLoss(student, teacher, batches(training=False), accelerator)
+    if not arguments.report:
+        return student, fitness, None
+    lessons = [
+        prepare_lesson(student, teacher, batch, arguments.seed, accelerator)
+        for batch in batches(training=True)[: arguments.report_steps]
+    ]
+    return student, fitness, further_training(arguments, student, lessons, lambda each: each.loss(student, teacher))
 
 
 def latency_table(arguments: SearchArguments, model: LightHubertPreTrainedModel, folder: Path) -> LatencyTable:
@@ -289,7 +365,7 @@ def main() -> None:
     settings = {name: value for part in parsed for name, value in asdict(part).items() if name not in FREE_TO_CHANGE}
     budget, folder = arguments.budget, Path(arguments.output_dir)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    model, fitness = build_fitness(arguments, objective, data_arguments)
+    model, fitness, training = build_fitness(arguments, objective, data_arguments)
     if model.search_space is None:
         raise ValueError(f"{arguments.model_name_or_path} is no supernet: there is nothing to choose")
     shipped = model if arguments.fitness == "ctc" else model.base_model  # prediction heads are no part of the model
@@ -310,6 +386,10 @@ def main() -> None:
         )
         search.run()
         results = write_results(search, model, folder, arguments.objectives[0])
+        if arguments.report:
+            write_report(
+                search, model.search_space, folder, arguments.objectives[0], training, arguments.report_subnets
+            )
     best = results["best"]
     costs = ", ".join(f"{best[name]:,.0f} {text}" for name, text in COSTS.items() if name in best)
     print(f"{fitness.name} {best['error']:.4f}, {costs}")
