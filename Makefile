@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.installed
-CODE := modeling_lighthubert training demo benchmarks tests
+CODE := modeling_lighthubert training demo benchmarks model_cards tests
 
 .PHONY: demo test quality style clean
 

@@ -39,6 +39,7 @@ sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "training")]
 from modeling_lighthubert import LightHubertModel, SearchSpace  # noqa: E402
 
 from distillation import ObjectiveArguments, Teacher  # noqa: E402
+from probing import Batch  # noqa: E402
 from run_demo import (  # noqa: E402
     NUM_TARGET_LAYERS,
     Bench,
@@ -183,6 +184,19 @@ class Learning:
         finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if finished.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-3000:]}")
+
+
+def to_distil(batches: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
+    """Batches with what a distillation loss needs besides: what the teacher hears, which is the same, and a number for
+    the mask of each recording."""
+    return [
+        {
+            **batch,
+            "teacher_input_values": batch["input_values"],
+            "visits": torch.tensor([[0, row] for row in range(len(batch["input_values"]))]),
+        }
+        for batch in batches
+    ]
 
 
 Results = Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]

@@ -35,6 +35,7 @@ from learning import (
     prepare_process,
     run_all,
     summary,
+    to_distil,
 )
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
@@ -205,14 +206,7 @@ class NarrowEar(Learning):
 
     def best_within_budget(self, trained: LightHubertForPreTraining) -> Subnet:
         """The candidate with the least loss on recordings to train on."""
-        batches = [
-            {
-                **batch,
-                "teacher_input_values": batch["input_values"],
-                "visits": torch.tensor([[0, row] for row in range(len(batch["input_values"]))]),
-            }
-            for batch in self.bench.train_frames[::4]
-        ]
+        batches = to_distil(self.bench.train_frames[::4])
         candidates = {str(number): subnet for number, subnet in enumerate(self.candidates(trained.search_space))}
         losses = evaluate(trained, self.teacher, batches, candidates, Accelerator(cpu=True))
         return candidates[min(losses, key=losses.__getitem__)]

@@ -29,7 +29,6 @@ import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
 from datasets import Audio, Dataset, disable_progress_bars, load_dataset  # noqa: E402
-from huggingface_hub import ModelCard, ModelCardData  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModel,
     AutoModelForCTC,
@@ -56,6 +55,7 @@ from probing import (  # noqa: E402
     ridge_r2,
 )
 from speech_data import load_waveform  # noqa: E402
+from subnet_card import FACTS_FILE, render_card, subnet_facts  # noqa: E402
 
 
 matplotlib.use("Agg")
@@ -318,31 +318,19 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_card(folder: Path, arguments: DemoArguments, name: str, results: str) -> None:
-    """Fills the model card template for the fine-tuned subnet."""
-    model = AutoModelForCTC.from_pretrained(folder)
-    card = ModelCard.from_template(
-        ModelCardData(
-            language="en",
-            license="apache-2.0",
-            library_name="transformers",
-            pipeline_tag="automatic-speech-recognition",
-            tags=["speech", "hubert", "lighthubert"],
-        ),
-        template_path=ROOT / "model_cards/template.md",
-        name=f"lighthubert-demo-{name}",
-        task="speech recognition with CTC",
-        supernet="the supernet of the demonstration",
-        teacher=arguments.teacher.removeprefix(f"{ROOT}/"),
-        subnet=model.subnet,
-        num_parameters=model.num_parameters(),
-        macs_per_second=macs_per_second(model),
-        example_import="pipeline",
-        example='folder = "path/to/this/folder"\n'
-        'recogniser = pipeline("automatic-speech-recognition", model=folder, trust_remote_code=True)\n'
-        'recogniser("recording.wav")["text"]',
-        training_data=f"`{Path(arguments.train_file).name}`, tested on `{Path(arguments.test_file).name}`.",
-        results=results,
+def write_card(folder: Path, arguments: DemoArguments, name: str, result: dict) -> None:
+    """The card of the fine-tuned subnet, and the facts that it is made of."""
+    facts = subnet_facts(AutoModelForCTC.from_pretrained(folder), "the supernet of the demonstration")
+    facts["teacher"] = arguments.teacher.removeprefix(f"{ROOT}/")
+    facts["results"] = [{"metric": metric, "value": result[metric]} for metric in ("wer", "cer")]
+    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+    card = render_card(
+        facts,
+        f"lighthubert-demo-{name}",
+        "apache-2.0",
+        f"`{Path(arguments.train_file).name}`, tested on `{Path(arguments.test_file).name}`.",
+        dataset=Path(arguments.test_file).name,
+        language="en",
         limits="A demonstration: it has learnt the words of its small training set, and no others.",
     )
     card.save(folder / "README.md")
@@ -427,7 +415,7 @@ def main() -> None:
     (output / "results.md").write_text(f"{table}\n\n{ctc_table}\n", encoding="utf-8")
     (output / "results.json").write_text(json.dumps({"models": rows, "ctc": ctc}, indent=2) + "\n")
     plot(rows, output / "accuracy-against-macs.png")
-    write_card(output / "asr", arguments, "middle", ctc_table)
+    write_card(output / "asr", arguments, "middle", distilled)
     print(f"\n{table}\n\n{ctc_table}\n")
     print(f"All of it is in {arguments.output_dir}; {time.perf_counter() - start:.0f} s in all.")
 

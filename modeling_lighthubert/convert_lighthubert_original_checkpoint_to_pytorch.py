@@ -249,7 +249,7 @@ def trim(model: Supernet) -> Supernet:
 
 MODEL_CARD = """---
 library_name: transformers
-license: apache-2.0
+license: mit
 tags: [speech, hubert, lighthubert, once-for-all]
 ---
 

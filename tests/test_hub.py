@@ -27,9 +27,7 @@ print(json.dumps([model.subnet.hidden_size, model.search_space.num_subnets, extr
 @pytest.fixture
 def hub():
     with loopback_hub() as hub:
-        hub.repositories["mechanicalsea/lighthubert"] = {
-            "lighthubert_small.pt": (GOLDEN / "checkpoint.pt").read_bytes()
-        }
+        hub.add("mechanicalsea/lighthubert", {"lighthubert_small.pt": (GOLDEN / "checkpoint.pt").read_bytes()})
         yield hub
 
 
@@ -48,7 +46,7 @@ def test_a_checkpoint_on_the_hub_is_converted_pushed_and_loaded_from_there(hub, 
         hub, tmp_path, "mechanicalsea/lighthubert/lighthubert_small.pt", "--push_to_hub", "me/lighthubert"
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    pushed = hub.repositories["me/lighthubert"]
+    pushed = hub.repositories["me/lighthubert"].files()
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} <= set(pushed)
     assert "modeling_lighthubert.py" in pushed
     assert b"7,800,136,704 subnets" in pushed["README.md"]

@@ -214,7 +214,7 @@ def test_the_model_is_pushed_to_the_hub_with_its_card_and_without_its_checkpoint
             monkeypatch.setenv(name, value)
         data = ("--validation_file", shop / "speech.parquet", "--save_strategy", "steps", "--save_steps", 1)
         run(SCRIPT, *options(shop, "pushed-asr", *data, "--push_to_hub", "--hub_model_id", "me/asr"))
-    files = set(hub.repositories["me/asr"])
+    files = set(hub.repositories["me/asr"].files())
     assert {"model.safetensors", "config.json", "processor_config.json", "vocab.json", "README.md"} <= files
     assert not [name for name in files if "checkpoint" in name]
 

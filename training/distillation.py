@@ -36,7 +36,7 @@ class ObjectiveArguments:
         metadata={
             "help": "Part of a teacher's layer: its feed-forward output before the residual, or its hidden states. Or"
             " what its feature encoder and projection give: warms up the convolutions of narrow subnets, and nothing"
-            " else learns.",
+            " else learns; the teacher is what the student starts from.",
             "choices": ("feed_forward", "hidden_states", "feature_encoder"),
         },
     )

@@ -1,0 +1,202 @@
+"""What the search finds, and what it costs beside the forward passes.
+
+    python benchmarks/search.py
+    python benchmarks/search.py --train_file digits-train.parquet --test_file digits-test.parquet
+
+A supernet is distilled from the teacher of the demonstration by training/configs/small_budget.yaml. Then, by seed:
+
+- NSGA-II and random search measure as many subnets by their distillation loss on training speech, and the area that
+  their fronts dominate is compared. Both look for little loss at few MACs;
+- evolution looks for the best subnet of the size of the uniform middle one, at most its parameters and at least 98 %
+  of them, and both are measured on test speech, which the search has not seen.
+
+At last the wall time of 1000 evaluations is taken, and that of the bare forward passes for some of the same subnets,
+taking turns with evaluations.
+"""
+
+import json
+import statistics
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from learning import RECIPE, ROOT, SPACE, Learning, LearningArguments, prepare_process, summary, to_distil
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from modeling_lighthubert import LightHubertForPreTraining, Subnet
+
+from run_demo import markdown_table
+from search_fitness import DistillationLoss, heard
+from search_ledger import Ledger
+from subnet_candidates import Budget, Candidates, SubnetCosts
+from subnet_search import Search
+
+
+SIZE = 0.98
+"""Least parameters of the subnet that is compared with the uniform one, of those of the latter."""
+
+
+@dataclass
+class SearchingArguments(LearningArguments):
+    """What is searched, and how long."""
+
+    output_dir: str = field(
+        default=str(ROOT / "benchmarks/output/search"), metadata={"help": "Folder for runs and results."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "A search for each."})
+    num_evaluations: int = field(default=200, metadata={"help": "Subnets that each search measures."})
+    num_timed: int = field(default=1000, metadata={"help": "Evaluations whose wall time is taken."})
+    num_batches: int = field(default=4, metadata={"help": "Batches of 16 recordings that a search measures on."})
+
+
+class Searching(Learning):
+    """A supernet, and searches in it."""
+
+    def __init__(self, arguments: SearchingArguments):
+        super().__init__(arguments)
+        self.arguments: SearchingArguments = arguments
+        supernet = self.output / "supernet"
+        if not (supernet / "model.safetensors").exists():
+            self.distil(RECIPE | {"search_space": SPACE, "max_steps": arguments.passes}, 0, supernet)
+        self.student = LightHubertForPreTraining.from_pretrained(supernet)
+        every = -(-len(self.bench.train_frames) // arguments.num_batches)
+        self.fitness, self.held_out = (
+            DistillationLoss(self.student, self.teacher, to_distil(batches), Accelerator(cpu=True))
+            for batches in (self.bench.train_frames[::every], self.bench.test_frames)
+        )
+
+    def search(self, name: str, seed: int, budget: Budget | None = None, **options: Any) -> Search:
+        """A search that is kept in a folder of its own, so that it is made once."""
+        candidates = Candidates(self.space, SubnetCosts(self.student.base_model), budget or Budget())
+        options = {"num_evaluations": self.arguments.num_evaluations} | options
+        with closing(Ledger(self.output / f"{name}-{seed}")) as ledger:
+            search = Search(candidates, self.fitness, ledger, seed=seed, **options)
+            search.run()
+        return search
+
+    def error_on_test(self, subnet: Subnet) -> float:
+        *_, error = self.held_out.errors(subnet)
+        return error
+
+
+def hypervolume(search: Search, most_error: float, most_macs: float) -> float:
+    """Share of the area below `most_error` and `most_macs` that the front dominates."""
+    area, error = 0.0, most_error
+    for each in search.front("macs"):
+        if search.error(each) < error:
+            area += (error - search.error(each)) * (most_macs - search.costs[each.number]["macs"])
+            error = search.error(each)
+    return area / most_error / most_macs
+
+
+def compare_fronts(searching: Searching) -> list[dict[str, float]]:
+    """Hypervolume of both searches, by seed."""
+    rows, number = [], searching.arguments.num_evaluations
+    smallest, largest = searching.space.smallest, searching.space.largest
+    *_, most_error = searching.fitness.errors(smallest)
+    most_macs = SubnetCosts(searching.student.base_model)(largest)["macs"]
+    for seed in searching.arguments.seeds:
+        drawn = searching.search("random", seed, population_size=number)
+        bred = searching.search("nsga2", seed, objectives=["macs"], population_size=20)
+        volumes = {
+            name: hypervolume(each, most_error, most_macs) for name, each in (("random", drawn), ("nsga2", bred))
+        }
+        rows.append(volumes)
+    return rows
+
+
+def compare_with_uniform(searching: Searching) -> list[dict[str, float]]:
+    """Loss on test speech of the subnet that was found and of the uniform one, by seed."""
+    uniform, rows = searching.subnets["middle"], []
+    costs = SubnetCosts(searching.student.base_model)
+    size = costs(uniform)["params"]
+    for seed in searching.arguments.seeds:
+        budget = Budget({"params": (SIZE * size, size)})
+        found = searching.search("sized", seed, budget, population_size=20).best().subnet
+        rows.append(
+            {
+                "found": searching.error_on_test(found),
+                "uniform": searching.error_on_test(uniform),
+                "parameters": costs(found)["params"] / size,
+                "macs": costs(found)["macs"] / costs(uniform)["macs"],
+            }
+        )
+    return rows
+
+
+def time_search(searching: Searching) -> dict[str, float]:
+    """Minutes for `num_timed` evaluations, and what an evaluation takes over its forward passes."""
+    begin = time.perf_counter()
+    search = searching.search(
+        f"timed-{begin:.0f}", 0, objectives=["macs"], num_evaluations=searching.arguments.num_timed
+    )
+    minutes = (time.perf_counter() - begin) / 60
+    within, beside = [], 60 * minutes - sum(each.seconds for each in search.evaluations)
+    for each in tqdm(search.evaluations[:: max(1, len(search.evaluations) // 50)], desc="timing"):
+        times = []
+        for evaluate in (bare_passes, lambda fitness, subnet: list(fitness.errors(subnet))):
+            start = time.perf_counter()
+            evaluate(searching.fitness, each.subnet)
+            times.append(time.perf_counter() - start)
+        within.append(times[1] / times[0])
+    evaluations = sum(each.seconds for each in search.evaluations)
+    return {
+        "minutes": minutes,
+        "evaluation over forward passes": statistics.median(within),
+        "search over evaluations": 1 + beside / evaluations,
+    }
+
+
+@torch.no_grad()
+def bare_passes(fitness: DistillationLoss, subnet: Subnet) -> None:
+    """The student's answers to all batches, convolutions computed before, and no loss."""
+    fitness.student.select_unchecked(subnet)
+    for lesson in fitness.lessons:
+        with heard(fitness.student, lesson.conv_features):
+            fitness.student(lesson.batch["input_values"], lesson.batch["attention_mask"], lesson.mask)
+
+
+def report(results: dict[str, Any]) -> str:
+    """Markdown."""
+    fronts, sized, timed = results["fronts"], results["sized"], results["timed"]
+    rows = [[name, summary([row[name] for row in fronts], percent=True), ""] for name in ("random", "nsga2")] + [
+        [name, "", summary([row[name] for row in sized], percent=False)] for name in ("uniform", "found")
+    ]
+    won = sum(row["nsga2"] > row["random"] for row in fronts)
+    better = sum(row["found"] < row["uniform"] for row in sized)
+    lines = [
+        markdown_table(("", "hypervolume, %", "loss on test speech"), rows),
+        "",
+        f"- NSGA-II dominates more than random search in {won} of {len(fronts)} seeds (bar 4 of 5)",
+        f"- the found subnet is better than the uniform one in {better} of {len(sized)} seeds (bar 3 of 3), with"
+        f" {statistics.mean(row['parameters'] for row in sized):.3f} times its parameters and"
+        f" {statistics.mean(row['macs'] for row in sized):.3f} times its MACs",
+        f"- {timed['minutes']:.1f} minutes for {results['num_timed']} evaluations (bar 5); an evaluation takes"
+        f" {timed['evaluation over forward passes']:.3f} times its forward passes, the search"
+        f" {timed['search over evaluations']:.3f} times its evaluations (together at most 1.05)",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(SearchingArguments, description=__doc__).parse_args_into_dataclasses()
+    prepare_process()
+    searching = Searching(arguments)
+    results = {
+        "fronts": compare_fronts(searching),
+        "sized": compare_with_uniform(searching),
+        "timed": time_search(searching),
+        "num_timed": arguments.num_timed,
+    }
+    (searching.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    text = report(results)
+    (searching.output / "results.md").write_text(text + "\n")
+    print(f"\n{text}\nall in {searching.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Writes the cards in this folder: of the conversions of the three released checkpoints, and of the demonstration.
+
+    python model_cards/render.py                          # all cards, from the JSON files beside them
+    python model_cards/render.py --facts                  # the JSON files of the released checkpoints as well
+    python model_cards/render.py --demo demo/output/asr   # that of the demonstration as well, from what it left
+
+Every figure in a card is from its JSON file. Those of the released checkpoints are counted from their shapes; no
+weights are needed.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent / "training"))
+
+from modeling_lighthubert import LightHubertConfig, LightHubertModel, SearchSpace, Subnet  # noqa: E402
+from modeling_lighthubert.profiling import macs_per_second  # noqa: E402
+
+from subnet_card import FACTS_FILE, render_card  # noqa: E402
+
+
+RELEASED = {"lighthubert-base": "base", "lighthubert-small": "small", "lighthubert-stage1": None}
+"""Space of each checkpoint, `None` where it is one model."""
+DEMO = "lighthubert-demo"
+
+
+def released_facts(name: str) -> dict[str, Any]:
+    """What a converted checkpoint is, counted from its shape; supernets are trimmed."""
+    preset = RELEASED[name]
+    space = getattr(SearchSpace, preset)() if preset else None
+    config = LightHubertConfig(search_space=space, mask_time_prob=0.65)
+    with torch.device("meta"):
+        model = LightHubertModel(config.trimmed() if space else config)
+    subnets = space.named if space else {"this model": model.subnet}
+    return {
+        "checkpoint": f"{name.replace('-', '_')}.pt",
+        "num_parameters": model.num_parameters(),
+        "num_subnets": space.num_subnets if space else None,
+        "space": space.to_dict() if space else None,
+        "subnets": [described(each, subnet, model) for each, subnet in subnets.items()],
+    }
+
+
+def described(name: str, subnet: Subnet, model: LightHubertModel) -> dict[str, Any]:
+    """A row of the card: the named subnets have the same heads and FFN units in all layers."""
+    return {
+        "name": name,
+        "hidden_size": subnet.hidden_size,
+        "num_hidden_layers": subnet.num_hidden_layers,
+        "num_attention_heads": subnet.num_attention_heads[0],
+        "intermediate_size": subnet.intermediate_size[0],
+        "num_parameters": model.num_subnet_parameters(subnet if model.search_space else None),
+        "macs_per_second": macs_per_second(model, subnet),
+    }
+
+
+def render_released(name: str, facts: dict[str, Any]) -> ModelCard:
+    return ModelCard.from_template(
+        ModelCardData(
+            language="en",
+            license="mit",  # of the authors' repository
+            library_name="transformers",
+            pipeline_tag="feature-extraction",
+            tags=["speech", "hubert", "lighthubert", *(["once-for-all"] if facts["num_subnets"] else [])],
+        ),
+        template_path=FOLDER / "released.md",
+        name=name,
+        **facts,
+    )
+
+
+def render_demo(facts: dict[str, Any]) -> ModelCard:
+    return render_card(
+        facts,
+        DEMO,
+        "apache-2.0",
+        "Spoken digits of a synthesiser, in `demo/speech/train.parquet`; tested on `demo/speech/test.parquet`.",
+        dataset="generated spoken digits",
+        language="en",
+        limits="A demonstration: it has learnt the words of its small training set, and no others.",
+    )
+
+
+def render(name: str, facts: dict[str, Any]) -> ModelCard:
+    return render_demo(facts) if name == DEMO else render_released(name, facts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--facts", action="store_true", help="Count the released checkpoints anew.")
+    parser.add_argument("--demo", type=Path, metavar="FOLDER", help="Fine-tuned model of a demonstration.")
+    options = parser.parse_args()
+    facts = {name: released_facts(name) for name in RELEASED} if options.facts else {}
+    if options.demo:
+        facts[DEMO] = json.loads((options.demo / FACTS_FILE).read_text())
+    for name, content in facts.items():
+        (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    for file in sorted(FOLDER.glob("*.json")):
+        render(file.stem, json.loads(file.read_text())).save(file.with_suffix(".md"))
+        print(file.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()

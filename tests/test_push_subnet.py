@@ -1,0 +1,229 @@
+"""A subnet goes to a Hub with an honest card, once, and from there into programs with and without our package."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import NARROW, run_without_package, tiny_model
+from hub_server import Hub, loopback_hub
+from huggingface_hub import HfApi, ModelCard, constants
+from scripts import TRAINING, distil
+
+from modeling_lighthubert import LightHubertForCTC, LightHubertForSequenceClassification, LightHubertModel
+
+import push_subnet
+from subnet_card import read_results, render_card, subnet_facts
+
+
+REPOSITORY = "me/small"
+SPEED = {
+    "seconds": 5.0,
+    "real_time_factor": 0.0123,
+    "times_the_largest": 3.21,
+    "dtype": "float32",
+    "threads": 2,
+    "machine": "a computer",
+    "torch": "2.0",
+}
+PACKAGE = """
+import json, sys
+import modeling_lighthubert
+from transformers import AutoModel
+
+print(json.dumps(AutoModel.from_pretrained(sys.argv[1], revision=sys.argv[2]).num_parameters()))
+"""
+REMOTE_CODE = """
+import json
+from transformers import AutoFeatureExtractor, AutoModel
+
+model = AutoModel.from_pretrained("me/small", revision="v1", trust_remote_code=True)
+extractor = AutoFeatureExtractor.from_pretrained("me/small", revision="v1")
+print(json.dumps([type(model).__module__.split(".")[0], model.num_parameters(), extractor.do_normalize]))
+"""
+STOCK = """
+import json
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("me/small")
+print(json.dumps([type(model).__name__, model.config.model_type]))
+"""
+
+
+@pytest.fixture(scope="module")
+def supernet(workshop) -> Path:
+    return distil(workshop, "published", "--max_steps", 1)
+
+
+@pytest.fixture
+def hub():
+    with loopback_hub() as hub:
+        yield hub
+
+
+def options(source: Path, *given: object) -> list[str]:
+    words = ("--model_name_or_path", source, "--repo_id", REPOSITORY, "--training_data", "Tones.", "--license", "mit")
+    return [str(word) for word in (TRAINING / "push_subnet.py", *words, "--repeats", 1, *given)]
+
+
+@pytest.fixture
+def push(hub, supernet, tmp_path, monkeypatch, capfd):
+    """Runs the script in this process; what comes back is its exit status and all that it said."""
+    monkeypatch.setenv("HF_TOKEN", hub.environment["HF_TOKEN"])
+    # what the environment said is read at import
+    monkeypatch.setattr(push_subnet, "HfApi", partial(HfApi, endpoint=hub.url))
+    for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(tmp_path)}.items():
+        monkeypatch.setattr(constants, name, value)
+
+    def run(*given: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", options(supernet, *given))
+        status = 0
+        try:
+            push_subnet.main()
+        except SystemExit as error:
+            status = error.code
+        said = "".join(capfd.readouterr())
+        assert "hf_secret" not in said
+        return status, said
+
+    return run
+
+
+def push_as_a_user(hub: Hub, folder: Path, source: Path, *given: object) -> tuple[int, str]:
+    """The same in a process of its own."""
+    environment = {**os.environ, **hub.environment, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf")}
+    command = [sys.executable, *options(source, *given)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "hf_secret" not in finished.stdout + finished.stderr
+    return finished.returncode, finished.stdout + finished.stderr
+
+
+def test_a_pushed_subnet_is_loaded_by_its_tag_with_and_without_the_package(hub, supernet, tmp_path):
+    given = ("--subnet", "smallest", "--tag", "v1", "--private")
+    status, output = push_as_a_user(hub, tmp_path, supernet, *given)
+    assert status == 0, output
+    assert f"{hub.url}/{REPOSITORY}/commit/" in output
+    repository = hub.repositories[REPOSITORY]
+    assert repository.private
+    assert {"model.safetensors", "preprocessor_config.json", "README.md", "facts.json"} <= set(repository.files("v1"))
+    assert not any(b"hf_secret" in content for content in repository.files().values())
+    parameters = LightHubertModel.from_pretrained(supernet).num_subnet_parameters("smallest")
+    environment = hub.environment | {"HF_HUB_OFFLINE": "0"}
+    assert run_without_package(REMOTE_CODE, tmp_path, environment=environment) == [
+        "transformers_modules",
+        parameters,
+        True,
+    ]
+    environment |= {"HF_HOME": str(tmp_path / "hf-package")}
+    loaded = subprocess.check_output([sys.executable, "-c", PACKAGE, REPOSITORY, "v1"], env=os.environ | environment)
+    assert json.loads(loaded) == parameters
+
+
+def test_pushing_the_same_once_more_makes_no_commit(hub, push):
+    for _ in range(2):
+        status, output = push("--subnet", "smallest")
+        assert status == 0, output
+    assert len(hub.repositories[REPOSITORY].commits) == 2  # an empty one, and ours
+
+
+def test_another_model_is_left_alone_unless_told(hub, push):
+    hub.add(REPOSITORY, {"config.json": b"{}", "pytorch_model.bin": b"theirs"})
+    status, output = push("--subnet", "smallest")
+    assert status == 1
+    assert "me/small (main) holds another model" in output
+    assert "Traceback" not in output
+    assert hub.repositories[REPOSITORY].files() == {"config.json": b"{}", "pytorch_model.bin": b"theirs"}
+    status, output = push("--subnet", "smallest", "--create_pr")
+    assert status == 0, output
+    assert f"{hub.url}/{REPOSITORY}/discussions/1" in output
+    assert set(hub.repositories[REPOSITORY].files()) == {"config.json", "pytorch_model.bin"}
+    assert "model.safetensors" in hub.repositories[REPOSITORY].files("refs/pr/1")
+    status, output = push("--subnet", "smallest", "--overwrite")
+    assert status == 0, output
+    assert "pytorch_model.bin" not in hub.repositories[REPOSITORY].files()
+
+
+def test_each_branch_holds_a_model_of_its_own_and_tags_do_not_move(hub, push, tmp_path):
+    status, output = push("--subnet", "smallest", "--format", "hubert", "--tag", "v1")
+    assert status == 0, output
+    status, output = push("--subnet", "largest", "--format", "hubert")
+    assert status == 1
+    assert "holds another model" in output
+    status, output = push("--subnet", "largest", "--format", "hubert", "--revision", "large", "--overwrite")
+    assert status == 0, output
+    repository = hub.repositories[REPOSITORY]
+    sizes = {ref: len(repository.files(ref)["model.safetensors"]) for ref in ("v1", "main", "large")}
+    assert sizes["v1"] == sizes["main"] < sizes["large"]
+    status, output = push(*("--subnet", "largest", "--format", "hubert"), *("--revision", "large", "--tag", "v1"))
+    assert status == 1
+    assert "tags do not move" in output
+    environment = hub.environment | {"HF_HUB_OFFLINE": "0"}
+    assert run_without_package(STOCK, tmp_path, environment=environment) == ["HubertModel", "hubert"]
+
+
+@pytest.mark.parametrize("moment", ["upload", "commit"])
+def test_a_connection_that_is_lost_leaves_the_last_commit_and_the_same_command_goes_on(hub, push, moment, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the attempts of the client
+    hub.cuts_off = moment
+    status, output = push("--subnet", "smallest")
+    assert status == 1
+    assert "It is at its last commit: give the same command once more" in output
+    assert "Traceback" not in output
+    assert hub.repositories[REPOSITORY].files() == {}
+    hub.cuts_off = None
+    status, output = push("--subnet", "smallest")
+    assert status == 0, output
+    assert "model.safetensors" in hub.repositories[REPOSITORY].files()
+
+
+# The card
+
+
+@pytest.mark.parametrize("form", ["transformers", "hubert"])
+@pytest.mark.parametrize("head", [LightHubertModel, LightHubertForCTC, LightHubertForSequenceClassification])
+def test_a_card_says_what_the_model_is_and_its_metadata_is_valid(head, form):
+    model = tiny_model(head, replace(NARROW, attention_window=(9, None))).extract_subnet("smallest")
+    facts = subnet_facts(model, "me/supernet", form) | {
+        "teacher": "me/teacher",
+        "speed": SPEED,
+        "results": [{"metric": "wer", "value": 0.1234}],
+    }
+    card = render_card(facts, REPOSITORY, "mit", "Tones.", dataset="tones", language="en")
+    read = ModelCard(str(card))  # parses the metadata anew
+    assert read.data.license == "mit"
+    assert read.data.pipeline_tag == facts["pipeline_tag"]
+    assert read.data.eval_results[0].metric_value == 0.1234
+    text = " ".join(read.text.split())
+    for figure in (f"{model.num_parameters():,}", "0.0123", "3.21", "4, 4, 4", "me/supernet", "me/teacher", "Tones."):
+        assert figure in text
+    assert ("trust_remote_code" in text) is (form == "transformers")
+    assert ("modeling_lighthubert" in text) is (form == "transformers")
+
+
+def test_results_are_read_from_what_a_search_and_a_training_run_leave(tmp_path):
+    subnet = NARROW.smallest.to_dict()
+    search, run = tmp_path / "results.json", tmp_path / "eval_results.json"
+    search.write_text(json.dumps({"fitness": "distillation loss", "best": {"subnet": subnet, "error": 0.5}}))
+    run.write_text(json.dumps({"eval_wer": 0.25, "eval_runtime": 3.0, "eval_samples_per_second": 2.0, "epoch": 1.0}))
+    assert read_results([str(search), str(run)], subnet) == [
+        {"metric": "distillation loss", "value": 0.5},
+        {"metric": "wer", "value": 0.25},
+    ]
+    with pytest.raises(ValueError, match="is about another subnet"):
+        read_results([str(search)], NARROW.largest.to_dict())
+    run.write_text("{}")
+    with pytest.raises(ValueError, match="has no figures"):
+        read_results([str(run)], subnet)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_results([str(tmp_path / "nothing.json")], subnet)
+
+
+def test_a_subnet_without_a_licence_is_not_published(supernet):
+    arguments = push_subnet.PushArguments(str(supernet), REPOSITORY, "Tones.", subnet="smallest")
+    with pytest.raises(ValueError, match="names no licence: give --license"):
+        push_subnet.publish(arguments)
