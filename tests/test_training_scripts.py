@@ -134,7 +134,7 @@ def test_a_warm_up_teaches_the_convolutions_and_nothing_else(workshop, narrow_sp
 def test_a_supernet_warms_up_its_own_narrow_convolutions(workshop, narrow_space):
     """Where it is no longer what its first teacher was, as after stage 1."""
     trained = distil(workshop, "stage-1", "--search_space", narrow_space, "--max_steps", 2, "--learning_rate", 1e-2)
-    own = ("--teacher_name_or_path", trained, "--student_name_or_path", trained)
+    own = ("--teacher_name_or_path", trained, "--student_name_or_path", trained, "--search_space", narrow_space)
     output = distil(workshop, "own-ear", *own, "--target", "feature_encoder", "--max_steps", 1, "--learning_rate", 0)
     losses = json.loads((output / "eval_results.json").read_text())
     assert losses["eval_loss_largest"] < 1e-6 < losses["eval_loss_smallest"]

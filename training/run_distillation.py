@@ -65,7 +65,8 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
         "teacher_hidden_size": teacher.hidden_size,
         "num_prediction_heads": teacher.objective.num_prediction_heads,
         "layerdrop": 0.0,
-        **({} if space is None else {"search_space": space}),
+        # the subnet that is selected where the student starts from may not be in another space
+        **({} if space is None else {"search_space": space, "subnet": None}),
         **({} if arguments.feat_extract_norm is None else {"feat_extract_norm": arguments.feat_extract_norm}),
     }
     if arguments.student_name_or_path == "random":

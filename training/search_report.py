@@ -52,7 +52,7 @@ def choices(space: SearchSpace, subnet: Subnet) -> dict[str, float]:
 def importances(search: Search, space: SearchSpace) -> dict[str, float]:
     """Share of the variance of the error that each choice explains, by Optuna's fANOVA, the largest first.
 
-    Choices that were the same in all evaluations are left out.
+    Choices that were the same in all evaluations are left out; where all errors are, too, there is nothing to say.
     """
     rows = [choices(space, each.subnet) for each in search.complete]
     ends = {name: (min(row[name] for row in rows), max(row[name] for row in rows)) for name in rows[0]}
@@ -61,7 +61,7 @@ def importances(search: Search, space: SearchSpace) -> dict[str, float]:
         for name, ends_of in ends.items()
         if len(set(ends_of)) > 1
     }
-    if not distributions:
+    if not distributions or len(set(map(search.error, search.complete))) < 2:
         return {}
     study = optuna.create_study()
     for row, each in zip(rows, search.complete, strict=True):
@@ -164,7 +164,7 @@ def spread(search: Search, number: int) -> list[Evaluation]:
 
 
 def rank_correlation(search: Search, training: FurtherTraining, num_subnets: int) -> dict[str, Any]:
-    """Spearman's, of the error in the supernet and the error after further training.
+    """Spearman's, of the error in the supernet and the error after further training; `None` where all are equal.
 
     Raises:
         ValueError: too few evaluations for that many subnets.
@@ -173,12 +173,13 @@ def rank_correlation(search: Search, training: FurtherTraining, num_subnets: int
         raise ValueError(f"{len(search.complete)} evaluations are too few for a report on {num_subnets} subnets")
     chosen = spread(search, num_subnets)
     before, after = [search.error(each) for each in chosen], training.errors(search, chosen)
-    result = spearmanr(before, after)
+    varies = len(set(before)) > 1 and len(set(after)) > 1
+    correlation, probability = spearmanr(before, after) if varies else (None, None)
     rows = [
         {"subnet": each.subnet.to_dict(), **search.costs[each.number], "supernet": one, "trained": other}
         for each, one, other in zip(chosen, before, after, strict=True)
     ]
-    return {"spearman": float(result.statistic), "p": float(result.pvalue), "steps": training.steps, "subnets": rows}
+    return {"spearman": correlation, "p": probability, "steps": training.steps, "subnets": rows}
 
 
 def write_report(
@@ -226,8 +227,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines += ["", "## After further training", ""]
         lines += [
             f"{len(trained['subnets'])} subnets from the best to the worst, each trained alone for"
-            f" {trained['steps']} steps: Spearman's rank correlation {trained['spearman']:.2f}"
-            f" (p = {trained['p']:.2g}).",
+            f" {trained['steps']} steps: {in_words(trained)}.",
             "",
             "| parameters | error in the supernet | after training |",
             "|---|---|---|",
@@ -236,6 +236,13 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"| {each['params']:,} | {each['supernet']:.4f} | {each['trained']:.4f} |" for each in trained["subnets"]
         ]
     return "\n".join(lines) + "\n"
+
+
+def in_words(trained: Mapping[str, Any]) -> str:
+    """The rank correlation."""
+    if trained["spearman"] is None:
+        return "no rank correlation, for all errors are the same"
+    return f"Spearman's rank correlation {trained['spearman']:.2f} (p = {trained['p']:.2g})"
 
 
 def row(title: str, cells: Sequence[str]) -> str:
@@ -262,7 +269,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         points = [(each["supernet"], each["trained"]) for each in trained["subnets"]]
         panels[2].plot(*zip(*points, strict=True), "o")
         panels[2].set(xlabel="error in the supernet", ylabel="after further training")
-        panels[2].set_title(f"rank correlation {trained['spearman']:.2f}")
+        panels[2].set_title(in_words(trained))
         panels[2].grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
