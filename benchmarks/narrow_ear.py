@@ -288,8 +288,9 @@ def plot(ear: NarrowEar, results: Results, seed: int, path: Path) -> None:
     for axes, measure in zip(panels[0], measures, strict=True):
         axes.plot(1, mean(results, "controls", "teacher", measure), "k*", markersize=11, label="teacher")
         axes.set(xlabel="speed, times that of the teacher", ylabel=labels[measure])
+        axes.margins(x=0.25)
         axes.grid(alpha=0.3)
-    panels[0][0].legend()
+    panels[0][0].legend(loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
