@@ -171,7 +171,8 @@ def onnx_runner(file: Path) -> Runner:
 
 def speed_up(reference: Runner, exported: Runner, seconds: float, repeats: int) -> tuple[float, float]:
     """How many times faster the export is, the median of ratios, both taking turns; and the seconds that it takes."""
-    audio, times = torch.randn(1, int(16_000 * seconds)), []
+    audio = torch.randn(1, int(16_000 * seconds))
+    times: list[list[float]] = []
     for _ in range(repeats + 1):
         times.append([])
         for run in (reference, exported):
