@@ -290,8 +290,8 @@ def plot(ear: NarrowEar, results: Results, seed: int, path: Path) -> None:
         axes.set(xlabel="speed, times that of the teacher", ylabel=labels[measure])
         axes.margins(x=0.25)
         axes.grid(alpha=0.3)
-    panels[0][0].legend(loc="lower left")
-    figure.tight_layout()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="upper center", ncols=3)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
