@@ -32,7 +32,7 @@ def output(tmp_path_factory) -> Path:
     run(
         ROOT / "demo/run_demo.py",
         *("--train_file", folder / "digits.parquet", "--test_file", folder / "digits.parquet"),
-        *("--output_dir", folder / "output", "--max_probe_recordings", 60),
+        *("--output_dir", folder / "output", "--max_probe_recordings", 24),
         *("--stage1_steps", 2, "--stage2_steps", 2, "--ctc_steps", 2),
     )
     return folder / "output"

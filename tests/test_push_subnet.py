@@ -50,7 +50,7 @@ STOCK = """
 import json
 from transformers import AutoModel
 
-model = AutoModel.from_pretrained("me/small")
+model = AutoModel.from_pretrained("me/small", revision="large")
 print(json.dumps([type(model).__name__, model.config.model_type]))
 """
 
@@ -149,17 +149,21 @@ def test_another_model_is_left_alone_unless_told(hub, push):
 
 
 def test_each_branch_holds_a_model_of_its_own_and_tags_do_not_move(hub, push, tmp_path):
-    status, output = push("--subnet", "smallest", "--format", "hubert", "--tag", "v1")
+    status, output = push("--subnet", "smallest", "--tag", "v1")
     assert status == 0, output
-    status, output = push("--subnet", "largest", "--format", "hubert")
+    stock = ("--subnet", "largest", "--format", "hubert")
+    status, output = push(*stock)
     assert status == 1
     assert "holds another model" in output
-    status, output = push("--subnet", "largest", "--format", "hubert", "--revision", "large", "--overwrite")
+    status, output = push(*stock, "--revision", "large")
     assert status == 0, output
     repository = hub.repositories[REPOSITORY]
-    sizes = {ref: len(repository.files(ref)["model.safetensors"]) for ref in ("v1", "main", "large")}
-    assert sizes["v1"] == sizes["main"] < sizes["large"]
-    status, output = push(*("--subnet", "largest", "--format", "hubert"), *("--revision", "large", "--tag", "v1"))
+    assert repository.files("v1") == repository.files("main")
+    sizes = {ref: len(repository.files(ref)["model.safetensors"]) for ref in ("main", "large")}
+    assert sizes["main"] < sizes["large"]
+    assert "modeling_lighthubert.py" in repository.files("main")
+    assert not [name for name in repository.files("large") if name.endswith(".py")]
+    status, output = push(*stock, "--revision", "large", "--tag", "v1")
     assert status == 1
     assert "tags do not move" in output
     environment = hub.environment | {"HF_HUB_OFFLINE": "0"}
@@ -216,11 +220,44 @@ def test_results_are_read_from_what_a_search_and_a_training_run_leave(tmp_path):
     ]
     with pytest.raises(ValueError, match="is about another subnet"):
         read_results([str(search)], NARROW.largest.to_dict())
+    run.write_text(json.dumps({"eval_wer": 0.25, "eval_wer_smallest": 0.3, "eval_wer_largest": 0.2}))
+    assert read_results([str(run)], subnet, ["smallest"]) == [{"metric": "wer", "value": 0.3}]
+    with pytest.raises(ValueError, match="has no figures of this subnet"):
+        read_results([str(run)], subnet, [])
     run.write_text("{}")
     with pytest.raises(ValueError, match="has no figures"):
         read_results([str(run)], subnet)
     with pytest.raises(ValueError, match="cannot be read"):
         read_results([str(tmp_path / "nothing.json")], subnet)
+
+
+def test_a_card_has_no_figures_of_other_subnets(hub, push, supernet):
+    results = json.loads((supernet / "eval_results.json").read_text())
+    assert results["eval_loss_smallest"] != results["eval_loss_largest"]
+    status, output = push("--subnet", "smallest", "--results", supernet / "eval_results.json")
+    assert status == 0, output
+    files = hub.repositories[REPOSITORY].files()
+    figures = [{"metric": "loss", "value": results["eval_loss_smallest"]}]
+    assert json.loads(files["facts.json"])["results"] == figures
+    (result,) = ModelCard(files["README.md"].decode()).data.eval_results
+    assert result.metric_value == round(results["eval_loss_smallest"], 4)
+
+
+def test_a_repository_whose_facts_lack_the_speed_is_measured(hub, push):
+    status, output = push("--subnet", "smallest")
+    assert status == 0, output
+    repository = hub.repositories[REPOSITORY]
+    facts = json.loads(repository.files()["facts.json"])
+    del facts["speed"]
+    repository.commit(repository.files() | {"facts.json": json.dumps(facts).encode()}, "main")
+    status, output = push("--subnet", "smallest")
+    assert status == 0, output
+    assert "speed" in json.loads(repository.files()["facts.json"])
+
+
+def test_a_token_that_a_hub_sends_back_is_not_shown(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert push_subnet.without_token("refused: Bearer hf_secret") == "refused: Bearer ***"
 
 
 def test_a_subnet_without_a_licence_is_not_published(supernet):

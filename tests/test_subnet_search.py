@@ -7,6 +7,7 @@ import re
 import signal
 import sqlite3
 import sys
+import threading
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -228,6 +229,26 @@ def test_a_subnet_is_claimed_by_one_process_and_taken_over_when_that_is_gone(tmp
     second.close()
 
 
+def test_a_search_ends_with_what_others_are_still_measuring(tmp_path):
+    """Else the process that ends first would write results without it, perhaps after those of the other."""
+    claimed, claiming = SIX_DEEP.sample(1000), threading.Event()
+
+    def measure_slowly() -> None:
+        with closing(Ledger(tmp_path)) as ledger:
+            number = ledger.claim(claimed, 5)
+            claiming.set()
+            time.sleep(1)
+            ledger.finish(number, [1.0, 1.1, 1.2], 1.0)
+
+    other = threading.Thread(target=measure_slowly)
+    other.start()
+    claiming.wait()
+    made = search(tmp_path, num_evaluations=5)
+    other.join()
+    assert len(made.evaluations) == 5
+    assert claimed in [each.subnet for each in made.evaluations]
+
+
 # The script
 
 
@@ -414,6 +435,19 @@ def test_two_processes_share_a_search(workshop, supernet, tmp_path):
 def test_bad_input_to_a_search_ends_with_its_reason(workshop, supernet, tmp_path, options, message):
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         run_script(workshop, supernet, tmp_path / "bad", *(str(option).format(workshop) for option in options))
+
+
+def test_other_training_speech_is_another_search_by_probes_and_the_same_by_any_other_error(
+    workshop, supernet, tmp_path
+):
+    speech, other = workshop / "speech.parquet", tmp_path / "other.parquet"
+    other.write_bytes(speech.read_bytes())
+    probe = ("--fitness", "probe", "--label_column_name", "text", "--num_evaluations", 1)
+    output = run_script(workshop, supernet, tmp_path / "probe", *probe, "--train_file", speech)
+    with pytest.raises(ValueError, match="has evaluations of a search with train_file"):
+        run_script(workshop, supernet, output, *probe, "--train_file", other)
+    output = run_script(workshop, supernet, tmp_path / "loss", "--num_evaluations", 1)
+    run_script(workshop, supernet, output, "--num_evaluations", 1, "--train_file", other)
 
 
 def test_another_search_in_the_same_folder_is_refused(workshop, supernet, tmp_path):

@@ -131,6 +131,13 @@ def test_a_warm_up_teaches_the_convolutions_and_nothing_else(workshop, narrow_sp
     distil(workshop, "after-warm", "--search_space", narrow_space, "--student_name_or_path", output, "--max_steps", 1)
 
 
+def test_a_student_may_start_from_the_folder_of_another_space(workshop, narrow_space):
+    """Whose selected subnet is none of its own."""
+    first = distil(workshop, "first-space", "--search_space", narrow_space, "--max_steps", 1)
+    second = distil(workshop, "second-space", "--student_name_or_path", first, "--max_steps", 1)
+    assert AutoModel.from_pretrained(second).search_space.conv_dim is None
+
+
 def test_a_supernet_warms_up_its_own_narrow_convolutions(workshop, narrow_space):
     """Where it is no longer what its first teacher was, as after stage 1."""
     trained = distil(workshop, "stage-1", "--search_space", narrow_space, "--max_steps", 2, "--learning_rate", 1e-2)

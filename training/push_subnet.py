@@ -24,6 +24,7 @@ from transformers import AutoConfig, HfArgumentParser
 from transformers.utils import logging
 
 from modeling_lighthubert.export import copy_processor, load, save, torch_runner
+from modeling_lighthubert.search_space import search_space_from
 
 from recipes import parse_recipe
 from subnet_card import FACTS_FILE, measured_speed, read_results, render_card, subnet_facts
@@ -95,6 +96,7 @@ class Publication:
     Attributes:
         model: cut.
         facts: what its card is made of.
+        replaces: whether files of another model have to go.
     """
 
     def __init__(self, arguments: PushArguments):
@@ -104,12 +106,17 @@ class Publication:
         if license is None:
             raise ValueError(f"the card of {source} names no licence: give --license, such as apache-2.0")
         self.license = license
-        self.is_supernet = getattr(AutoConfig.from_pretrained(source), "search_space", None) is not None
+        space = getattr(AutoConfig.from_pretrained(source), "search_space", None)
+        self.space = None if space is None else search_space_from(space)
         self.model = load(source, arguments.subnet)
         name = arguments.supernet_name or (Path(source).resolve().name if Path(source).exists() else source)
         self.facts = subnet_facts(self.model, name, arguments.format)
         self.facts |= {"teacher": arguments.teacher} if arguments.teacher else {}
-        self.facts["results"] = read_results(arguments.results, self.facts["subnet"])
+        names = None
+        if self.space is not None:
+            names = [name for name, subnet in self.space.named.items() if subnet == self.model.subnet]
+        self.facts["results"] = read_results(arguments.results, self.facts["subnet"], names)
+        self.replaces = arguments.overwrite
 
     def published(self) -> dict[str, Any] | None:
         """The facts of the model that the branch holds; `None` if it holds none.
@@ -120,7 +127,10 @@ class Publication:
         arguments, revision = self.arguments, self.arguments.revision or "main"
         try:
             names = {file.rfilename for file in self.api.repo_info(arguments.repo_id, revision=revision).siblings}
-        except (RepositoryNotFoundError, RevisionNotFoundError):
+        except RepositoryNotFoundError:
+            return None
+        except RevisionNotFoundError:
+            self.replaces = True  # a new branch begins with what main holds
             return None
         if FACTS_FILE in names:
             file = self.api.hf_hub_download(arguments.repo_id, FACTS_FILE, revision=revision)
@@ -157,11 +167,12 @@ class Publication:
         arguments = self.arguments
         exported, file = save(self.model, folder, arguments.format, getattr(torch, arguments.dtype), None)
         copy_processor(arguments.model_name_or_path, folder)
-        self.facts["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        if published is not None and published["sha256"] == self.facts["sha256"]:
+        with file.open("rb") as weights:
+            self.facts["sha256"] = hashlib.file_digest(weights, "sha256").hexdigest()
+        if published is not None and published.get("sha256") == self.facts["sha256"] and "speed" in published:
             self.facts["speed"] = published["speed"]
         else:
-            largest = torch_runner(load(arguments.model_name_or_path, "largest" if self.is_supernet else None))
+            largest = torch_runner(load(arguments.model_name_or_path, None if self.space is None else "largest"))
             self.facts["speed"] = measured_speed(exported, largest, arguments.dtype, arguments.repeats)
         (folder / FACTS_FILE).write_text(json.dumps(self.facts, indent=2) + "\n")
         card = render_card(
@@ -192,7 +203,7 @@ class Publication:
             folder_path=folder,
             revision=arguments.revision,
             create_pr=arguments.create_pr,
-            delete_patterns="*" if arguments.overwrite else None,
+            delete_patterns="*" if self.replaces else None,
             commit_message=f"LightHuBERT subnet, {self.facts['num_parameters']:,} parameters",
         )
         if arguments.tag:

@@ -88,8 +88,6 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
                 f"target feature_encoder: the student is {student.config.hidden_size} wide and the teacher"
                 f" {teacher.hidden_size}, so there is not enough to learn from"
             )
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_("feature_extractor." in name or "feature_projection." in name)
     if arguments.progressive_shrinking_ratio and getattr(student.search_space, "conv_dim", None) is None:
         raise ValueError(
             "progressive_shrinking_ratio: all subnets of the student have the same feature encoder, so there is none"

@@ -147,9 +147,11 @@ class SearchArguments:
 
 FREE_TO_CHANGE = {
     *("output_dir", "num_evaluations", "preprocessing_num_workers"),
-    *("report", "report_subnets", "report_steps", "report_learning_rate", "train_file", "max_train_samples"),
+    *("report", "report_subnets", "report_steps", "report_learning_rate"),
 }
 """Options that do not change what is searched."""
+OF_TRAINING_SPEECH = {"train_file", "train_split_name", "max_train_samples"}
+"""Options that change a search by linear probes alone; the others train on that speech for the report."""
 
 
 def number(text: str) -> float:
@@ -362,7 +364,8 @@ def plot_front(search: Search, named: Mapping[str, Mapping[str, float]], cost: s
 def main() -> None:
     kinds = (SearchArguments, ObjectiveArguments, DataArguments)
     arguments, objective, data_arguments = parsed = parse_recipe(HfArgumentParser(kinds, description=__doc__))
-    settings = {name: value for part in parsed for name, value in asdict(part).items() if name not in FREE_TO_CHANGE}
+    free = FREE_TO_CHANGE | (set() if arguments.fitness == "probe" else OF_TRAINING_SPEECH)
+    settings = {name: value for part in parsed for name, value in asdict(part).items() if name not in free}
     budget, folder = arguments.budget, Path(arguments.output_dir)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     model, fitness, training = build_fitness(arguments, objective, data_arguments)

@@ -59,10 +59,6 @@ class Ledger:
         """Evaluations that are made or being made."""
         return self.database.execute("SELECT count(*) FROM evaluations").fetchone()[0]
 
-    def __contains__(self, subnet: Subnet) -> bool:
-        row = self.database.execute("SELECT 1 FROM evaluations WHERE subnet = ?", (subnet.to_json_string(),))
-        return row.fetchone() is not None
-
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Keeps the settings of a new search, and compares them with those of one that goes on.
 

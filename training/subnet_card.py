@@ -16,7 +16,7 @@ from modeling_lighthubert.profiling import macs_per_second
 
 CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 FACTS_FILE = "facts.json"
-TASKS: dict[type, tuple[str | None, str]] = {
+TASKS: dict[type, tuple[str, str]] = {
     LightHubertForCTC: ("automatic-speech-recognition", "speech recognition with CTC"),
     LightHubertForSequenceClassification: ("audio-classification", "audio classification"),
 }
@@ -44,11 +44,12 @@ def subnet_facts(model: LightHubertPreTrainedModel, supernet: str, form: str = "
         form: in which it is shipped, `transformers` or `hubert`.
     """
     subnet = model.subnet
+    pipeline_tag, task = TASKS.get(type(model), ("feature-extraction", None))
     return {
         "cut_from": supernet,
         "form": form,
-        "pipeline_tag": TASKS.get(type(model), ("feature-extraction", ""))[0],
-        "task": TASKS.get(type(model), (None, None))[1],
+        "pipeline_tag": pipeline_tag,
+        "task": task,
         "subnet": subnet.to_dict(),
         "num_parameters": model.num_parameters(),
         "macs_per_second": macs_per_second(model),
@@ -70,12 +71,18 @@ def measured_speed(run: Runner, largest: Runner, dtype: str, repeats: int, secon
     }
 
 
-def read_results(files: Sequence[str], subnet: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Figures from JSON files that our scripts wrote: `results.json` of a search, if it is for this subnet, and
-    `eval_results.json` or `all_results.json` of a training run.
+def read_results(
+    files: Sequence[str], subnet: Mapping[str, Any], names: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Figures of a subnet from JSON files that our scripts wrote: `results.json` of a search, and `eval_results.json`
+    or `all_results.json` of a training run.
+
+    Args:
+        names: of the subnet in its supernet, by which the run of a supernet tells the figures of its subnets apart.
+            `None`: the run was that of the model itself.
 
     Raises:
-        ValueError: a file cannot be read, is about another subnet, or has no figures.
+        ValueError: a file cannot be read, is about another subnet, or has no figures of this one.
     """
     found = []
     for file in files:
@@ -91,11 +98,20 @@ def read_results(files: Sequence[str], subnet: Mapping[str, Any]) -> list[dict[s
         figures = {
             name.removeprefix("eval_").removeprefix("test_"): value
             for name, value in content.items()
-            if name.startswith(("eval_", "test_")) and isinstance(value, float) and "runtime" not in name
+            if name.startswith(("eval_", "test_")) and not name.endswith(("_runtime", "_per_second"))
         }
-        figures = {name: value for name, value in figures.items() if "per_second" not in name}
+        if names is not None:
+            figures = {
+                figure.removesuffix(f"_{name}"): value
+                for figure, value in figures.items()
+                for name in names
+                if figure.endswith(f"_{name}")
+            }
         if not figures:
-            raise ValueError(f"--results {file} has no figures: give eval_results.json of a run, or a search's")
+            raise ValueError(
+                f"--results {file} has no figures of this subnet: give eval_results.json of its training, or"
+                " results.json of the search that found it"
+            )
         found += [{"metric": name, "value": value} for name, value in figures.items()]
     return found
 

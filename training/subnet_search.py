@@ -65,14 +65,17 @@ class Search:
         self.study = optuna.create_study(directions=directions, sampler=self.selection)
 
     def run(self) -> None:
-        """Evaluations of this process, with a progress bar of those of all."""
+        """Evaluations of this process, with a progress bar of those of all. It ends when all are finished: those that
+        another process is at are waited for, and taken over should it end before."""
         with tqdm(total=self.num_evaluations, desc="searching") as bar:
-            while (job := self.next_job()) is not None:
+            while (job := self.next_job()) is not None or len(self.evaluations) < len(self.ledger):
+                if job is None:
+                    time.sleep(0.1)
+                    continue
                 self.measure(*job)
                 self.catch_up()
                 bar.n = len(self.evaluations)
                 bar.set_postfix({self.fitness.name: f"{min(map(self.error, self.evaluations)):.4g}"})
-        self.catch_up()
 
     def next_job(self) -> tuple[int, Subnet] | None:
         """What a process that is gone left, or a new subnet; `None` if there are enough, or no new ones are found."""
