@@ -21,6 +21,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+import optuna
 import torch
 from accelerate import Accelerator
 from learning import RECIPE, ROOT, SPACE, Learning, LearningArguments, prepare_process, summary, to_distil
@@ -83,29 +84,26 @@ class Searching(Learning):
         return error
 
 
-def hypervolume(search: Search, most_error: float, most_macs: float) -> float:
-    """Share of the area below `most_error` and `most_macs` that the front dominates."""
-    area, error = 0.0, most_error
-    for each in search.front("macs"):
-        if search.error(each) < error:
-            area += (error - search.error(each)) * (most_macs - search.costs[each.number]["macs"])
-            error = search.error(each)
-    return area / most_error / most_macs
-
-
 def compare_fronts(searching: Searching) -> list[dict[str, float]]:
-    """Hypervolume of both searches, by seed."""
-    rows, number = [], searching.arguments.num_evaluations
-    smallest, largest = searching.space.smallest, searching.space.largest
-    *_, most_error = searching.fitness.errors(smallest)
-    most_macs = SubnetCosts(searching.student.base_model)(largest)["macs"]
+    """Hypervolume of both searches, by seed: the share that the front dominates of the box between the smallest and
+    the largest subnet, in error and in MACs."""
+    corners = [searching.space.smallest, searching.space.largest]
+    errors = [list(searching.fitness.errors(subnet))[-1] for subnet in corners]
+    macs = [SubnetCosts(searching.student.base_model)(subnet)["macs"] for subnet in corners]
+
+    def hypervolume(search: Search) -> float:
+        area, error = 0.0, errors[0]
+        for each in search.front("macs"):
+            if search.error(each) < error:
+                area += (error - search.error(each)) * (macs[1] - search.costs[each.number]["macs"])
+                error = search.error(each)
+        return area / (errors[0] - errors[1]) / (macs[1] - macs[0])
+
+    rows = []
     for seed in searching.arguments.seeds:
-        drawn = searching.search("random", seed, population_size=number)
+        drawn = searching.search("random", seed, population_size=searching.arguments.num_evaluations)
         bred = searching.search("nsga2", seed, objectives=["macs"], population_size=20)
-        volumes = {
-            name: hypervolume(each, most_error, most_macs) for name, each in (("random", drawn), ("nsga2", bred))
-        }
-        rows.append(volumes)
+        rows.append({"random": hypervolume(drawn), "nsga2": hypervolume(bred)})
     return rows
 
 
@@ -185,6 +183,7 @@ def report(results: dict[str, Any]) -> str:
 def main() -> None:
     (arguments,) = HfArgumentParser(SearchingArguments, description=__doc__).parse_args_into_dataclasses()
     prepare_process()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     searching = Searching(arguments)
     results = {
         "fronts": compare_fronts(searching),
