@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import NARROW, SIX_DEEP, TWO_DEEP, WINDOWED, tiny_model
+import torch
+from conftest import NARROW, SIX_DEEP, TWO_DEEP, WINDOWED, noise, tiny_model
 from datasets import Audio, load_dataset
 from scripts import TRAINING, distil, start
 from transformers import AutoModel
@@ -28,7 +29,7 @@ from latency_table import LatencyTable, covering, parts_of
 from metrics import CharacterErrorRate
 from recognizer import Recognizer
 from search_ledger import Ledger
-from search_report import importances
+from search_report import FurtherTraining, importances
 from speech_data import load_waveform
 from subnet_candidates import Budget, Candidates, SubnetCosts
 from subnet_search import Search
@@ -361,7 +362,7 @@ def test_a_report_says_what_matters_and_how_subnets_do_after_further_training(
     searched = once_for_all if fitness == "ctc" else supernet
     plain = rows(run_script(workshop, searched, tmp_path / "search", "--fitness", fitness))
     output = run_script(workshop, searched, tmp_path / "search", *given)
-    assert rows(output) == plain  # training has left the supernet as it was, and nothing was measured again
+    assert rows(output) == plain  # nothing was measured again
     report = json.loads((output / "report.json").read_text())
     if fitness == "distillation":  # after two steps, all subnets have all characters wrong
         assert sum(report["importance"].values()) == pytest.approx(1.0)
@@ -376,6 +377,34 @@ def test_a_report_says_what_matters_and_how_subnets_do_after_further_training(
         assert all(each["trained"] < each["supernet"] for each in trained["subnets"])
         assert f"Spearman's rank correlation {trained['spearman']:.2f}" in (output / "report.md").read_text()
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+class SizeOfAnswers:
+    """An error that training can lower."""
+
+    name, num_shares = "size", 1
+
+    def __init__(self, model: LightHubertModel):
+        self.model, self.waveform = model, noise(1, 4000)
+
+    def loss(self, waveform: torch.Tensor) -> torch.Tensor:
+        return (self.model(waveform).last_hidden_state - 1).square().mean()
+
+    @torch.no_grad()
+    def errors(self, subnet: Subnet):
+        self.model.set_subnet(subnet)
+        yield float(self.loss(self.waveform))
+
+
+def test_each_subnet_is_trained_further_from_the_weights_of_the_supernet_which_stay():
+    model = tiny_model()
+    fitness, kept = SizeOfAnswers(model), {name: weight.clone() for name, weight in model.state_dict().items()}
+    training = FurtherTraining(model, fitness.loss, [fitness.waveform], steps=5, learning_rate=1e-2, seed=0)
+    subnet = TWO_DEEP.sample(0)
+    (before,), (first, second) = fitness.errors(subnet), training.errors(fitness, [subnet, subnet])
+    assert first == second < before
+    assert not model.training
+    assert all(torch.equal(weight, kept[name]) for name, weight in model.state_dict().items())
 
 
 class WidthAlone:

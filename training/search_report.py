@@ -18,6 +18,7 @@ from transformers import get_scheduler
 
 from modeling_lighthubert import LightHubertPreTrainedModel, SearchSpace, Subnet
 
+from search_fitness import Fitness
 from search_ledger import Evaluation
 from subnet_candidates import COSTS
 from subnet_search import Search
@@ -124,14 +125,14 @@ class FurtherTraining:
     learning_rate: float
     seed: int
 
-    def errors(self, search: Search, evaluations: Sequence[Evaluation]) -> list[float]:
+    def errors(self, fitness: Fitness, subnets: Sequence[Subnet]) -> list[float]:
         """Errors of the subnets after training, each alone. The supernet is left as it was."""
         kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         errors = []
-        with tqdm(total=self.steps * len(evaluations), desc="further training") as bar:
-            for each in evaluations:
-                self.train(each.subnet, bar)
-                *_, error = search.fitness.errors(each.subnet)
+        with tqdm(total=self.steps * len(subnets), desc="further training") as bar:
+            for subnet in subnets:
+                self.train(subnet, bar)
+                *_, error = fitness.errors(subnet)
                 errors.append(error)
                 self.model.load_state_dict(kept)
         return errors
@@ -172,7 +173,8 @@ def rank_correlation(search: Search, training: FurtherTraining, num_subnets: int
     if len(search.complete) < num_subnets:
         raise ValueError(f"{len(search.complete)} evaluations are too few for a report on {num_subnets} subnets")
     chosen = spread(search, num_subnets)
-    before, after = [search.error(each) for each in chosen], training.errors(search, chosen)
+    before = [search.error(each) for each in chosen]
+    after = training.errors(search.fitness, [each.subnet for each in chosen])
     varies = len(set(before)) > 1 and len(set(after)) > 1
     correlation, probability = spearmanr(before, after) if varies else (None, None)
     rows = [
