@@ -14,7 +14,7 @@ import torch
 from scipy.stats import spearmanr
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
-from transformers import get_scheduler
+from transformers import get_scheduler, set_seed
 
 from modeling_lighthubert import LightHubertPreTrainedModel, SearchSpace, Subnet
 
@@ -139,7 +139,7 @@ class FurtherTraining:
 
     def train(self, subnet: Subnet, bar: tqdm) -> None:
         """AdamW, warm-up in a tenth of the steps and linear decay. A frozen feature encoder stays so."""
-        torch.manual_seed(self.seed)
+        set_seed(self.seed)  # NumPy too: it draws the masks of SpecAugment
         self.model.set_subnet(subnet)
         self.model.train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
