@@ -25,7 +25,7 @@ from modeling_lighthubert import LightHubertForCTC
 
 import transcribe
 from ctc_decoding import Word, text_of
-from live_transcription import LiveTranscriber
+from live_transcription import LiveTranscriber, transcribe_live
 from recognizer import Recognizer
 from speech_data import load_waveform
 from transcribe import Source, load_batches
@@ -374,6 +374,25 @@ def test_an_interrupted_pipe_ends_cleanly_with_what_was_said(listening):
     assert listening.returncode == 0
     assert b"Traceback" not in messages
     assert "text" in {key for event in heard for key in event}
+
+
+class InterruptedOutput(io.StringIO):
+    """Standard output in the middle of whose first line the user wants no more."""
+
+    def write(self, text):
+        num_written = super().write(text)
+        if self.getvalue() == text:
+            signal.raise_signal(signal.SIGINT)
+        return num_written
+
+
+def test_an_interrupt_cuts_no_line_and_loses_no_word(reader, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", InterruptedOutput())
+    audio = io.BytesIO((say("a_b" + "_" * 60 + "|b_a" + "_" * 200) * 32768).astype("<i2").tobytes())
+    transcribe_live(LiveTranscriber(reader), audio, "jsonl")
+    events = [json.loads(line) for line in sys.stdout.getvalue().splitlines()]
+    assert " ".join(event["text"] for event in events if event.get("text")) == "ab ba"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # Live

@@ -1,8 +1,9 @@
 """Transcription of audio while it arrives, in steady memory."""
 
 import json
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -125,12 +126,33 @@ def transcribe_live(live: LiveTranscriber, audio: BinaryIO, output_format: str) 
                 print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     odd = b""
+    for data in _arriving(audio):
+        data = odd + data
+        whole = len(data) // 2 * 2
+        odd = data[whole:]
+        show(live.feed(np.frombuffer(data[:whole], dtype="<i2") / np.float32(32768)))
+    show(live.finish())
+
+
+def _arriving(audio: BinaryIO) -> Iterator[bytes]:
+    """Audio as it arrives. An interrupt ends it, but not while the audio before is transcribed: words would be lost, or
+    a line cut. The next interrupt does what it always does."""
+    waiting, interrupted = True, False
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, usual)
+        if waiting:
+            raise KeyboardInterrupt
+
+    usual = signal.signal(signal.SIGINT, interrupt)
     try:
-        while data := audio.read1(1 << 16):
-            data = odd + data
-            whole = len(data) // 2 * 2
-            odd = data[whole:]
-            show(live.feed(np.frombuffer(data[:whole], dtype="<i2") / np.float32(32768)))
+        while not interrupted and (data := audio.read1(1 << 16)):
+            waiting = False
+            yield data
+            waiting = True
     except KeyboardInterrupt:
         pass
-    show(live.finish())
+    finally:
+        signal.signal(signal.SIGINT, usual)
