@@ -135,8 +135,8 @@ def transcribe_live(live: LiveTranscriber, audio: BinaryIO, output_format: str) 
 
 
 def _arriving(audio: BinaryIO) -> Iterator[bytes]:
-    """Audio as it arrives. An interrupt ends it, but not while the audio before is transcribed: words would be lost, or
-    a line cut. The next interrupt does what it always does."""
+    """Audio as it arrives. An interrupt ends it, but waits for what is being transcribed, lest words be lost or a line
+    be cut. The next interrupt does what it always does."""
     waiting, interrupted = True, False
 
     def interrupt(number: int, frame: object) -> None:
