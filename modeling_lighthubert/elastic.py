@@ -211,7 +211,21 @@ class ElasticConv1d(ElasticLayer, nn.Conv1d):
         return f"{super().extra_repr()}, selected={self.num_inputs}->{self.num_outputs}"
 
 
-class ElasticPositionalConv1d(ElasticLayer, nn.Conv1d):
+class PositionalConv1d(nn.Conv1d):
+    """The grouped position convolution of a cut model."""
+
+    def __init__(self, num_channels: int, kernel_size: int, groups: int):
+        super().__init__(num_channels, num_channels, kernel_size, padding=kernel_size // 2, groups=groups)
+
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if input.is_cpu and input.dtype is torch.bfloat16 and weight.shape[1] < 16 and bias is not None:
+            # where a CPU has matrix tiles (AMX), oneDNN's bfloat16 sums over so few channels are wrong
+            with torch.autocast("cpu", enabled=False):
+                return super()._conv_forward(input.float(), weight.float(), bias.float()).to(input.dtype)
+        return super()._conv_forward(input, weight, bias)
+
+
+class ElasticPositionalConv1d(ElasticLayer, PositionalConv1d):
     """The grouped position convolution, cut to its leading channels. The number of groups stays.
 
     Under weight norm the norm is taken over the *full* kernel and the result is cut, as in the released code. So
@@ -220,7 +234,7 @@ class ElasticPositionalConv1d(ElasticLayer, nn.Conv1d):
     """
 
     def __init__(self, num_channels: int, kernel_size: int, groups: int):
-        super().__init__(num_channels, num_channels, kernel_size, padding=kernel_size // 2, groups=groups)
+        super().__init__(num_channels, kernel_size, groups)
         self.select(num_channels)
 
     def select(self, num_channels: int) -> None:

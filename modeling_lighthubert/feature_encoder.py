@@ -13,8 +13,12 @@ from .configuration_lighthubert import LightHubertConfig
 from .elastic import ElasticConv1d, ElasticGroupNorm, ElasticLayerNorm
 
 
-SAMPLES_AT_ONCE = 30 * 16_000
-"""More are heard in pieces, where no gradients are wanted."""
+VALUES_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
+"""What the first convolution gives at once, where no gradients are wanted: more audio is heard in pieces.
+
+Half an hour in one piece would be 12 GB. On a CPU already arrays of 32 MiB cost more than they have to: malloc returns
+them to the system (mallopt(3), M_MMAP_THRESHOLD), which then clears every page of the next one anew.
+"""
 
 
 class FrameConv1d(nn.Conv1d):
@@ -35,8 +39,9 @@ class FrameConv1d(nn.Conv1d):
             rows = torch.cat([rows.roll(-number, 0) for number in range(math.ceil(taps / stride))], dim=1)[:, :taps]
         first, *others = weight.transpose(1, 2).flatten(1).split(rows.shape[1], dim=1)
         outputs = F.linear(rows[:, : first.shape[1]], first, bias)
-        for number, block in enumerate(others, start=1):
-            outputs = outputs + F.linear(rows[:, : block.shape[1]], block).roll(-number, 0)
+        for number, block in enumerate(others, start=1):  # in place, which autocast leaves to us
+            inputs = rows[number:, : block.shape[1]].to(outputs.dtype)
+            outputs[:-number].addmm_(inputs, block.t().to(outputs.dtype))
         return outputs.reshape(batch_size, -1, weight.shape[0]).transpose(1, 2)
 
 
@@ -53,6 +58,7 @@ class LightHubertFeatureEncoder(HubertFeatureEncoder):
     def __init__(self, config: LightHubertConfig):
         super().__init__(config)
         self.config, self.has_frames_in_rows = config, config.feat_extract_norm == "layer"
+        self.num_channels = config.conv_dim[0]
         conv, norm = (
             (ElasticFrameConv1d, ElasticLayerNorm) if self.has_frames_in_rows else (ElasticConv1d, ElasticGroupNorm)
         )
@@ -67,6 +73,7 @@ class LightHubertFeatureEncoder(HubertFeatureEncoder):
 
     def select(self, conv_dim: Sequence[int]) -> None:
         """Uses the first channels of each convolution, so many."""
+        self.num_channels = conv_dim[0]
         layer: Any
         for layer, in_channels, out_channels in zip(self.conv_layers, (1, *conv_dim), conv_dim):
             layer.conv.select(in_channels, out_channels)
@@ -76,17 +83,21 @@ class LightHubertFeatureEncoder(HubertFeatureEncoder):
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:  # (batch, samples) -> (batch, channels, frames)
         if not self.has_frames_in_rows:
             return super().forward(input_values)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or input_values.shape[1] <= SAMPLES_AT_ONCE:
+        values_at_once = VALUES_AT_ONCE.get(input_values.device.type, VALUES_AT_ONCE["cuda"])
+        samples_at_once = values_at_once // self.num_channels * self.config.conv_stride[0]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or input_values.numel() <= samples_at_once:
             return self._frames(input_values)
-        # frames know nothing of those far away, and of half an hour 12 GB would be in the first convolution alone
+        batch_size, num_samples = input_values.shape
+        if batch_size > 1:
+            return torch.cat([self(part) for part in input_values.split(max(1, samples_at_once // num_samples))])
+        # frames know nothing of those far away
         samples_per_frame, samples_of_first = 1, 1
         for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
             samples_per_frame, samples_of_first = samples_per_frame * stride, (samples_of_first - 1) * stride + kernel
-        step = SAMPLES_AT_ONCE // samples_per_frame * samples_per_frame
-        overlap = samples_of_first - samples_per_frame
-        starts = range(0, input_values.shape[1] - overlap, step)
-        pieces = [input_values[:, start : start + step + overlap] for start in starts]
-        return torch.cat([self._frames(piece) for piece in pieces if piece.shape[1] >= samples_of_first], dim=-1)
+        step = max(1, samples_at_once // samples_per_frame) * samples_per_frame
+        starts = range(0, max(1, num_samples - samples_of_first + 1), step)
+        length = step + samples_of_first - samples_per_frame
+        return torch.cat([self._frames(input_values[:, start : start + length]) for start in starts], dim=-1)
 
     def _frames(self, input_values: torch.Tensor) -> torch.Tensor:
         num_samples, samples_per_frame = input_values.shape[1], 1

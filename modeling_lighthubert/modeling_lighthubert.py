@@ -47,6 +47,7 @@ from .elastic import (
     ElasticLinearFromBlocks,
     ElasticLinearToBlocks,
     ElasticPositionalConv1d,
+    PositionalConv1d,
     cut_state,
     num_selected_parameters,
 )
@@ -82,13 +83,14 @@ class LightHubertPositionalConvEmbedding(HubertPositionalConvEmbedding):
     def __init__(self, config: LightHubertConfig):
         super().__init__(config)
         self.config = config
-        if config.search_space is None:
-            return
-        self.conv = ElasticPositionalConv1d(
-            config.hidden_size, config.num_conv_pos_embeddings, config.num_conv_pos_embedding_groups
+        conv, norm = (
+            (PositionalConv1d, nn.BatchNorm1d)
+            if config.search_space is None
+            else (ElasticPositionalConv1d, ElasticBatchNorm1d)
         )
+        self.conv = conv(config.hidden_size, config.num_conv_pos_embeddings, config.num_conv_pos_embedding_groups)
         if config.conv_pos_batch_norm:
-            self.batch_norm = ElasticBatchNorm1d(config.hidden_size)
+            self.batch_norm = norm(config.hidden_size)
         else:
             self.conv = nn.utils.parametrizations.weight_norm(self.conv, name="weight", dim=2)
 
@@ -256,7 +258,7 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
     _no_split_modules = [
         "LightHubertEncoderLayer",
         "LightHubertEncoderLayerStableLayerNorm",
-        "ParametrizedConv1d",
+        "ParametrizedPositionalConv1d",
         "ParametrizedElasticPositionalConv1d",
     ]
 

@@ -255,6 +255,19 @@ def test_the_cut_state_of_a_layer_list_numbers_the_kept_layers_anew():
     assert state["layers.1.weight"] is layers[2].weight
 
 
+@pytest.mark.parametrize("num_selected", [8, 16, 32, 64])
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_the_position_convolution_is_right_in_bfloat16_whatever_the_cpu(num_selected, autocast):
+    conv = ElasticPositionalConv1d(64, 16, GROUPS)
+    conv.select(num_selected)
+    hidden_states = torch.randn(1, num_selected, 25, generator=torch.Generator().manual_seed(0))
+    expected = conv(hidden_states)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        actual = (conv if autocast else conv.bfloat16())(hidden_states.bfloat16())
+    assert actual.dtype is torch.bfloat16
+    assert (actual.float() - expected).norm() < 0.02 * expected.norm()
+
+
 def test_a_copied_layer_has_its_own_selection(layer):
     elastic, *_ = layer
     twin = copy.deepcopy(elastic)
