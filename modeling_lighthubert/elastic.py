@@ -212,17 +212,24 @@ class ElasticConv1d(ElasticLayer, nn.Conv1d):
 
 
 class PositionalConv1d(nn.Conv1d):
-    """The grouped position convolution of a cut model."""
+    """The grouped position convolution of a cut model, right in bfloat16 too.
+
+    Where a CPU has matrix tiles (AMX), oneDNN's grouped convolutions of long kernels in bfloat16 are wrong if a group
+    has fewer than 16 channels (torch 2.13: by as much as the answer itself; with AVX-512 alone they are right). These
+    are computed in single precision.
+    """
 
     def __init__(self, num_channels: int, kernel_size: int, groups: int):
         super().__init__(num_channels, num_channels, kernel_size, padding=kernel_size // 2, groups=groups)
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if input.is_cpu and input.dtype is torch.bfloat16 and weight.shape[1] < 16 and bias is not None:
-            # where a CPU has matrix tiles (AMX), oneDNN's bfloat16 sums over so few channels are wrong
-            with torch.autocast("cpu", enabled=False):
-                return super()._conv_forward(input.float(), weight.float(), bias.float()).to(input.dtype)
-        return super()._conv_forward(input, weight, bias)
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else input.dtype
+        if not input.is_cpu or dtype is not torch.bfloat16 or weight.shape[1] >= 16:
+            return super()._conv_forward(input, weight, bias)
+        with torch.autocast("cpu", enabled=False):
+            single = None if bias is None else bias.float()
+            return super()._conv_forward(input.float(), weight.float(), single).to(dtype)
 
 
 class ElasticPositionalConv1d(ElasticLayer, PositionalConv1d):

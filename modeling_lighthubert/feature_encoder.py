@@ -14,9 +14,9 @@ from .elastic import ElasticConv1d, ElasticGroupNorm, ElasticLayerNorm
 
 
 VALUES_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
-"""What the first convolution gives at once, where no gradients are wanted: more audio is heard in pieces.
+"""Values that the first convolution gives at once, where no gradients are wanted: more audio is heard in pieces.
 
-Half an hour in one piece would be 12 GB. On a CPU already arrays of 32 MiB cost more than they have to: malloc returns
+Half an hour in one piece would be 12 GB; on what is no CPU a piece of the full width is 40 s. On a CPU already arrays of 32 MiB cost more than they have to: malloc returns
 them to the system (mallopt(3), M_MMAP_THRESHOLD), which then clears every page of the next one anew.
 """
 
@@ -89,7 +89,8 @@ class LightHubertFeatureEncoder(HubertFeatureEncoder):
             return self._frames(input_values)
         batch_size, num_samples = input_values.shape
         if batch_size > 1:
-            return torch.cat([self(part) for part in input_values.split(max(1, samples_at_once // num_samples))])
+            parts = input_values.split(max(1, samples_at_once // num_samples))
+            return torch.cat([self.forward(part) for part in parts])  # hooks are for the whole
         # frames know nothing of those far away
         samples_per_frame, samples_of_first = 1, 1
         for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):

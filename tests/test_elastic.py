@@ -256,15 +256,16 @@ def test_the_cut_state_of_a_layer_list_numbers_the_kept_layers_anew():
 
 
 @pytest.mark.parametrize("num_selected", [8, 16, 32, 64])
-@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
-def test_the_position_convolution_is_right_in_bfloat16_whatever_the_cpu(num_selected, autocast):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_the_position_convolution_is_right_in_bfloat16_whatever_the_cpu(num_selected, dtype, autocast):
     conv = ElasticPositionalConv1d(64, 16, GROUPS)
     conv.select(num_selected)
     hidden_states = torch.randn(1, num_selected, 25, generator=torch.Generator().manual_seed(0))
     expected = conv(hidden_states)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        actual = (conv if autocast else conv.bfloat16())(hidden_states.bfloat16())
-    assert actual.dtype is torch.bfloat16
+        actual = (conv if autocast else conv.to(dtype))(hidden_states.to(dtype))
+    assert actual.dtype is (torch.bfloat16 if autocast else dtype)
     assert (actual.float() - expected).norm() < 0.02 * expected.norm()
 
 

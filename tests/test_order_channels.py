@@ -10,7 +10,7 @@ from order_channels import ffn_positions, measure_importance, reorder
 from scripts import TRAINING
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
-from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel
+from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, feature_encoder
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -52,6 +52,16 @@ def test_importance_is_that_of_activations_and_of_what_reads_them():
     assert importance["convolution 2"].argmax() == 5
     assert len(importance) == 7 + 2 * 6
     assert model.subnet == NARROW.largest
+
+
+def test_pieces_in_which_a_recording_is_heard_do_not_change_what_matters(monkeypatch):
+    model = tiny_model(LightHubertModel, NARROW).double()
+    loud_end = [noise(60_000).double() * torch.linspace(0, 1, 60_000).double() ** 8]
+    whole = measure_importance(model, loud_end)
+    monkeypatch.setitem(feature_encoder.VALUES_AT_ONCE, "cpu", 2000 * model.config.conv_dim[0])
+    pieces = measure_importance(model, loud_end)
+    for name in whole:
+        torch.testing.assert_close(pieces[name], whole[name], rtol=0.05, atol=0)  # edges count twice
 
 
 def test_units_that_most_subnets_use_come_first():

@@ -141,3 +141,17 @@ def test_long_audio_is_heard_in_pieces_with_the_same_frames(monkeypatch):
                 patch.setitem(feature_encoder.VALUES_AT_ONCE, "cpu", 240 * encoder.num_channels)
                 pieces = encoder(audio)
         torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-5)
+
+
+def test_a_large_batch_is_heard_in_parts_and_whoever_listens_hears_the_whole(monkeypatch):
+    encoder, audio, heard = tiny_model(LightHubertModel).feature_extractor, noise(5, 1200), []
+    with torch.no_grad():
+        whole = encoder(audio)
+        monkeypatch.setitem(feature_encoder.VALUES_AT_ONCE, "cpu", 2 * 240 * encoder.num_channels)
+        encoder.register_forward_hook(lambda module, inputs, output: heard.append(output))
+        batch_sizes = []
+        encoder.conv_layers[0].register_forward_hook(lambda module, inputs, _: batch_sizes.append(len(inputs[0])))
+        parts = encoder(audio)
+    assert batch_sizes == [2, 2, 1]
+    assert [output.shape for output in heard] == [whole.shape]
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)

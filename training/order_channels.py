@@ -47,12 +47,16 @@ class OrderingArguments:
 class Listener:
     """Mean squares of what layers read or write, feature by feature, added up while the model hears speech.
 
+    Each recording counts the same, and each of its frames, in however many pieces the model hears it (a frame where
+    two of them meet counts in both).
+
     Attributes:
         squares: float64 (num_features), by the name that is given.
     """
 
     def __init__(self) -> None:
         self.squares: dict[str, torch.Tensor] = {}
+        self.of_recording: dict[str, tuple[torch.Tensor | float, int]] = {}
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def to_inputs(self, name: str, layer: nn.Module) -> None:
@@ -64,8 +68,14 @@ class Listener:
         self.handles.append(hook)
 
     def _add(self, name: str, features: torch.Tensor) -> None:
-        total = features.double().square().flatten(0, -2).mean(dim=0)
-        self.squares[name] = self.squares.get(name, 0.0) + total
+        squares = features.double().square().flatten(0, -2)
+        total, num_frames = self.of_recording.get(name, (0.0, 0))
+        self.of_recording[name] = (total + squares.sum(dim=0), num_frames + len(squares))
+
+    def end_recording(self) -> None:
+        for name, (total, num_frames) in self.of_recording.items():
+            self.squares[name] = self.squares.get(name, 0.0) + total / num_frames
+        self.of_recording.clear()
 
 
 def all_layers(base: LightHubertModel) -> list[nn.Module]:
@@ -98,6 +108,7 @@ def measure_importance(
         listener.to_inputs(f"units {number}", layer.feed_forward.output_dense)
     for waveform in waveforms:
         base(waveform[None])
+        listener.end_recording()
     for handle in listener.handles:
         handle.remove()
     readers = {f"convolution {number}": layer.conv.weight for number, layer in enumerate(convolutions[1:])}
