@@ -13,7 +13,7 @@ from .configuration_lighthubert import LightHubertConfig
 from .elastic import ElasticConv1d, ElasticGroupNorm, ElasticLayerNorm
 
 
-VALUES_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
+VALUES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
 """Values that the first convolution gives at once, where no gradients are wanted: more audio is heard in pieces.
 
 Half an hour in one piece would be 12 GB; on what is no CPU a piece of the full width is 40 s. On a CPU already arrays
