@@ -97,6 +97,8 @@ def runner(row: str, form: str, folder: Path) -> Runner:
             to_onnx(build(row), target, quantize="int8" if form == "int8" else None)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # its threads would go on waiting busily, and take the cores from what has its turn next
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(target / onnx_name(form), options, providers=["CPUExecutionProvider"])
 
         def run_onnx(audio: np.ndarray) -> None:

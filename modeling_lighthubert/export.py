@@ -159,6 +159,8 @@ def onnx_runner(file: Path) -> Runner:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # its threads would go on waiting busily, and take the cores from what has its turn next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
     def run(audio: torch.Tensor) -> torch.Tensor:
