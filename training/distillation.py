@@ -267,11 +267,11 @@ def prediction_loss(
         prediction, target: (batch_size, num_frames, hidden_size of the teacher).
         frames: bool (batch_size, num_frames), the frames that count.
     """
-    prediction, target = prediction[frames].float(), target[frames]
-    loss = F.l1_loss(prediction, target)
+    prediction = prediction.float()
+    loss = F.l1_loss(prediction, target, reduction="none").mean(dim=-1)
     if cosine_weight > 0:
-        loss = loss - cosine_weight * F.logsigmoid(F.cosine_similarity(prediction, target, dim=-1)).mean()
-    return loss
+        loss = loss - cosine_weight * F.logsigmoid(F.cosine_similarity(prediction, target, dim=-1))
+    return loss[frames].mean()
 
 
 def temporal_relation_loss(student: torch.Tensor, teacher: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:

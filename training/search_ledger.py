@@ -44,6 +44,7 @@ class Ledger:
         self.alive.acquire()
         self.database = sqlite3.connect(folder / "evaluations.sqlite3", timeout=60, isolation_level=None)
         self.database.execute("PRAGMA journal_mode=WAL")
+        self.database.execute("PRAGMA synchronous=NORMAL")  # outlives any kill; a power cut may undo the last second
         self.database.execute(
             "CREATE TABLE IF NOT EXISTS evaluations (number INTEGER PRIMARY KEY, subnet TEXT UNIQUE NOT NULL,"
             " owner TEXT NOT NULL, errors TEXT, seconds REAL, finished INTEGER UNIQUE)"
