@@ -96,11 +96,13 @@ class TeacherAnswer(NamedTuple):
             the output of the projection, where that is the target.
         hidden_states: of every layer, the same shape; empty if the objective has no use for them.
         conv_features: output of the feature encoder, (batch_size, conv_dim, num_frames).
+        frames: which are no padding, bool (batch_size, num_frames).
     """
 
     targets: tuple[torch.Tensor, ...]
     hidden_states: tuple[torch.Tensor, ...]
     conv_features: torch.Tensor
+    frames: torch.Tensor
 
 
 class Teacher(nn.Module):
@@ -155,7 +157,8 @@ class Teacher(nn.Module):
         objective = self.objective
         if objective.target == "feature_encoder":
             conv_features = self.model.feature_extractor(input_values.to(self.model.dtype))
-            return TeacherAnswer((projected(self.model, conv_features).float(),), (), conv_features)
+            frames = true_frames(self.model, conv_features.shape[-1], attention_mask)
+            return TeacherAnswer((projected(self.model, conv_features).float(),), (), conv_features, frames)
         layers = list(self.model.encoder.layers)
         outputs: dict[int | str, torch.Tensor] = {}
 
@@ -184,7 +187,7 @@ class Teacher(nn.Module):
         if objective.target_layers is None:
             targets = [torch.stack(targets).mean(dim=0)]
         states = states[1:] if objective.temporal_relation_weight > 0 else ()
-        return TeacherAnswer(tuple(targets), states, outputs["conv_features"])
+        return TeacherAnswer(tuple(targets), states, outputs["conv_features"], frames)
 
 
 def projected(model: PreTrainedModel, conv_features: torch.Tensor) -> torch.Tensor:
@@ -335,8 +338,7 @@ def student_loss(
         outputs = student(
             batch["input_values"], batch["attention_mask"], mask_time_indices, output_hidden_states=wants_states
         )
-    every = true_frames(student, mask_time_indices.shape[1], batch["attention_mask"])
-    frames = mask_time_indices if objective.loss_frames == "masked" else every
+    frames = mask_time_indices if objective.loss_frames == "masked" else answer.frames
     losses = [
         prediction_loss(prediction, target, frames, objective.cosine_weight)
         for prediction, target in zip(outputs.predictions, answer.targets, strict=True)
@@ -347,7 +349,7 @@ def student_loss(
     depth, states = student.config.num_hidden_layers, outputs.hidden_states[1:]
     layers = matching_layers(kept_layers(depth, len(states)), depth, len(answer.hidden_states))
     relations = [
-        temporal_relation_loss(state, answer.hidden_states[layer], every)
+        temporal_relation_loss(state, answer.hidden_states[layer], answer.frames)
         for state, layer in zip(states, layers, strict=True)
     ]
     return loss + objective.temporal_relation_weight * torch.stack(relations).mean()
@@ -362,9 +364,8 @@ def feature_encoder_loss(
     It is ours, for narrow feature encoders: benchmarks/narrow_ear.py says what it is worth.
     """
     features = projected(student.hubert, student.hubert.feature_extractor(batch["input_values"])).float()
-    frames = true_frames(student, features.shape[1], batch["attention_mask"])
-    target = answer.targets[0][..., : features.shape[-1]][frames]
-    return F.mse_loss(features[frames], target)
+    target = answer.targets[0][..., : features.shape[-1]][answer.frames]
+    return F.mse_loss(features[answer.frames], target)
 
 
 def count_frames(objective: ObjectiveArguments, mask: torch.Tensor, num_frames: Sequence[int]) -> int:

@@ -93,20 +93,24 @@ class Search:
         return None
 
     def measure(self, number: int, subnet: Subnet) -> None:
-        """One evaluation. Those that compete are finished ones of subnets that cost no more."""
+        """One evaluation."""
         start, errors = time.perf_counter(), []
+        rivals = self.rivals(subnet) if self.successive_halving else []
+        for error in self.fitness.errors(subnet):
+            errors.append(error)
+            others = [each.errors[len(errors) - 1] for each in rivals if len(each.errors) >= len(errors)]
+            if len(others) >= NUM_RIVALS and error > statistics.median(others):
+                break
+        self.ledger.finish(number, errors, time.perf_counter() - start)
+
+    def rivals(self, subnet: Subnet) -> list[Evaluation]:
+        """Finished evaluations of subnets that cost no more."""
         costs = self.candidates.costs(subnet)
-        rivals = [
+        return [
             each
             for each in self.evaluations
             if all(cost <= costs[name] for name, cost in self.costs[each.number].items())
         ]
-        for error in self.fitness.errors(subnet):
-            errors.append(error)
-            others = [each.errors[len(errors) - 1] for each in rivals if len(each.errors) >= len(errors)]
-            if self.successive_halving and len(others) >= NUM_RIVALS and error > statistics.median(others):
-                break
-        self.ledger.finish(number, errors, time.perf_counter() - start)
 
     def catch_up(self) -> None:
         """Tells the study what was finished since."""

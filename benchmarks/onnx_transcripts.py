@@ -1,0 +1,73 @@
+"""What an ONNX file in fp32 or in 8 bits writes, against PyTorch: error rates and sizes.
+
+for seed in 0 1 2; do python demo/run_demo.py --seed $seed --output_dir demo/output/seed-$seed; done
+python benchmarks/onnx_transcripts.py demo/output/seed-?/asr --test_file demo/output/seed-0/data/test-strings.parquet
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from datasets import Audio, load_dataset
+from transformers import AutoModelForCTC, Wav2Vec2Processor
+from transformers.utils import logging
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "training")]
+
+from learning import summary  # noqa: E402
+
+from modeling_lighthubert.onnx_export import to_onnx  # noqa: E402
+
+from metrics import CharacterErrorRate, WordErrorRate  # noqa: E402
+from recognizer import Recognizer  # noqa: E402
+from run_demo import SAMPLING_RATE, markdown_table  # noqa: E402
+from speech_data import load_waveform  # noqa: E402
+
+
+FORMS = ("PyTorch, fp32", "ONNX, fp32", "ONNX, int8")
+
+
+def files(model: Path, folder: Path) -> dict[str, Path]:
+    """What a `Recognizer` is made from in each form."""
+    loaded = AutoModelForCTC.from_pretrained(model)
+    to_onnx(loaded, folder)
+    to_onnx(loaded, folder, quantize="int8")
+    Wav2Vec2Processor.from_pretrained(model).save_pretrained(folder)
+    return dict(zip(FORMS, (model, folder / "model.onnx", folder / "model_int8.onnx"), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+", help="Fine-tuned models, of several seeds.")
+    parser.add_argument("--test_file", required=True, help="Parquet file with the columns audio and text.")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    rows = load_dataset("parquet", data_files=options.test_file, split="train")
+    audio = rows.cast_column("audio", Audio(decode=False))["audio"]
+    waveforms, references = [load_waveform(each, SAMPLING_RATE) for each in audio], list(rows["text"])
+    found: dict[str, list[tuple[float, float, float]]] = {form: [] for form in FORMS}
+    for model in options.models:
+        with tempfile.TemporaryDirectory() as scratch:
+            for form, file in files(model, Path(scratch)).items():
+                texts = [each.text for each in Recognizer.from_pretrained(file).transcribe(waveforms)]
+                size = (file / "model.safetensors" if file.is_dir() else file).stat().st_size / 2**20
+                pair = {"predictions": texts, "references": references}
+                found[form].append(
+                    (CharacterErrorRate().compute(**pair)["cer"], WordErrorRate().compute(**pair)["wer"], size)
+                )
+    reference = [cer for cer, _, _ in found[FORMS[0]]]
+    lines = []
+    for form, measured in found.items():
+        cers, wers, sizes = zip(*measured)
+        worse = max(cer - other for cer, other in zip(cers, reference, strict=True))
+        rates = [summary(list(values), percent=True) for values in (cers, wers)]
+        lines.append([form, *rates, f"{100 * worse:+.2f}", f"{max(sizes):.2f}"])
+    header = ("", "CER, %", "WER, %", "CER against PyTorch, points, the worst seed", "MiB")
+    print(f"{len(references)} recordings, {len(options.models)} models\n\n{markdown_table(header, lines)}")
+
+
+if __name__ == "__main__":
+    main()
