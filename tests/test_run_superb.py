@@ -248,7 +248,7 @@ def test_a_run_that_was_stopped_anywhere_ends_as_one_that_was_not(models, data, 
 
 
 def test_a_killed_process_leaves_a_state_to_go_on_from(models, data, tmp_path):
-    options = ("--tasks", "ks", "--max_steps", 400, "--cache_dir", tmp_path / "cache")
+    options = ("--tasks", "ks", "--max_steps", 200, "--cache_dir", tmp_path / "cache")
     process = start(*command(models / "hubert", data, tmp_path / "killed", *options))
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed").glob(f"**/{STATE_FILE}")):

@@ -155,7 +155,8 @@ class Recordings(torch.utils.data.Dataset):
 
     def __init__(self, audio: Dataset, upstream: Upstream, cache: FeatureCache | None = None):
         self.audio, self.upstream, self.cache = audio.select_columns(["audio"]), upstream, cache
-        self.keys: list[str] = [_content(row["audio"]) for row in self.audio] if cache else []
+        rows = tqdm(self.audio, desc="reading recordings", disable=len(audio) < 10_000 or cache is None)
+        self.keys: list[str] = [_content(row["audio"]) for row in rows] if cache else []
 
     def __len__(self) -> int:
         return len(self.audio)

@@ -4,7 +4,7 @@ import itertools
 import random
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,39 +81,45 @@ class Task(ABC):
         """Each metric, as a fraction, of the head's `outputs` for each recording of `part`, without padding."""
 
 
+def numbered(labels: Iterable[str]) -> dict[str, int]:
+    """A number for each label, in their order."""
+    return {label: number for number, label in enumerate(sorted(labels))}
+
+
 class Classification(Task):
     """One or more labels of a recording as a whole; all have to be right."""
 
     higher_is_better = {"accuracy": True}
 
     def prepare(self) -> None:
-        self.labels = [sorted({str(row[column]) for row in self.parts["train"].rows}) for column in self.columns]
+        self.numbers = [numbered({str(row[column]) for row in self.parts["train"].rows}) for column in self.columns]
         for part in self.parts.values():
             for number, row in enumerate(part.rows):
-                for column, known in zip(self.columns, self.labels, strict=True):
-                    if str(row[column]) not in known:
+                for column, numbers in zip(self.columns, self.numbers, strict=True):
+                    if str(row[column]) not in numbers:
                         raise ValueError(
                             f"{self.recipe.task}: recording {number} of the {part.name} part has the {column}"
                             f" {row[column]!r}, which no training recording has"
                         )
 
     def build_head(self, upstream: Upstream) -> nn.Module:
-        return UtteranceClassifier(upstream.hidden_size, sum(map(len, self.labels)), self.recipe.projector_size)
+        return UtteranceClassifier(upstream.hidden_size, sum(map(len, self.numbers)), self.recipe.projector_size)
 
     def loss(self, head, outputs, lengths, rows) -> torch.Tensor:
         losses = []
-        for column, known, logits in zip(self.columns, self.labels, self._by_label(outputs), strict=True):
-            targets = torch.tensor([known.index(str(row[column])) for row in rows], device=outputs.device)
+        for column, numbers, logits in zip(self.columns, self.numbers, self._by_label(outputs), strict=True):
+            targets = torch.tensor([numbers[str(row[column])] for row in rows], device=outputs.device)
             losses.append(F.cross_entropy(logits, targets))
         return torch.stack(losses).sum()
 
     def scores(self, outputs, part) -> dict[str, float]:
         chosen = [logits.argmax(dim=-1).tolist() for logits in self._by_label(torch.stack(list(outputs)))]
-        found = zip(*([known[at] for at in each] for known, each in zip(self.labels, chosen, strict=True)))
-        return {"accuracy": accuracy([tuple(str(row[name]) for name in self.columns) for row in part.rows], found)}
+        labels = list(zip(self.columns, self.numbers, strict=True))
+        expected = [tuple(numbers[str(row[column])] for column, numbers in labels) for row in part.rows]
+        return {"accuracy": accuracy(expected, zip(*chosen))}
 
     def _by_label(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return logits.split([len(known) for known in self.labels], dim=-1)
+        return logits.split(list(map(len, self.numbers)), dim=-1)
 
 
 class KeywordSpotting(Classification):
@@ -300,7 +306,7 @@ class SpeakerVerification(Task):
     higher_is_better = {"eer": False}
 
     def prepare(self) -> None:
-        self.speakers = sorted({str(row["speaker"]) for row in self.parts["train"].rows})
+        self.numbers = numbered({str(row["speaker"]) for row in self.parts["train"].rows})
         self.trials = {}
         for name in ("dev", "test"):
             rows = load_table(self.recipe, self.data_dir, f"{name}_trials", ("enrolment", "trial", "same"))
@@ -317,11 +323,11 @@ class SpeakerVerification(Task):
 
     def build_head(self, upstream: Upstream) -> nn.Module:
         head = SpeakerEmbedder(upstream.hidden_size, self.recipe.embedding_size, self.recipe.pooled_size)
-        head.objective = AMSoftmaxLoss(self.recipe.embedding_size, len(self.speakers), scale=30.0, margin=0.4)
+        head.objective = AMSoftmaxLoss(self.recipe.embedding_size, len(self.numbers), scale=30.0, margin=0.4)
         return head
 
     def loss(self, head, outputs, lengths, rows) -> torch.Tensor:
-        targets = torch.tensor([self.speakers.index(str(row["speaker"])) for row in rows], device=outputs.device)
+        targets = torch.tensor([self.numbers[str(row["speaker"])] for row in rows], device=outputs.device)
         return head.objective(outputs, targets)
 
     def scores(self, outputs, part) -> dict[str, float]:
