@@ -15,7 +15,7 @@ from superb_heads import (
     WeightedSum,
     spans_masked,
 )
-from superb_qbe import detection_scores, subsequence_cost
+from superb_qbe import detection_scores, moments, subsequence_cost
 from superb_tasks import turns_of
 
 
@@ -94,11 +94,26 @@ def test_the_cost_of_an_alignment_is_that_of_the_cheapest_path():
 
 
 def test_a_query_is_found_where_it_occurs_and_one_that_is_too_short_nowhere():
-    query = noise(8, 16, seed=1)
-    documents = [noise(30, 16, seed=2), torch.cat([noise(9, 16, seed=3), query, noise(12, 16, seed=4)])]
-    scores = detection_scores([query, query[:4]], documents)
-    assert scores[0, 1] > scores[0, 0]
-    assert scores[1, 0] == scores[1, 1]
+    query = noise(2, 8, 16, seed=1)
+    there = torch.cat([noise(2, 9, 16, seed=3), query, noise(2, 12, 16, seed=4)], dim=1)
+    scores = detection_scores([query, query[:, :4]], [noise(2, 30, 16, seed=2), there], range(2))
+    assert (scores[:, 0, 1] > scores[:, 0, 0]).all()
+    assert (scores[:, 1, 0] == scores[:, 1, 1]).all()
+
+
+def test_a_layer_is_scored_the_same_alone_and_documents_whatever_they_are_read_with(monkeypatch):
+    queries, documents = ([noise(3, size, 6, seed=size) for size in sizes] for sizes in ((6, 9), (20, 31, 12)))
+    together = detection_scores(queries, documents, range(3))
+    monkeypatch.setattr("superb_qbe.DOCUMENTS_AT_ONCE", 1)
+    np.testing.assert_allclose(detection_scores(queries, documents, [1])[0], together[1], rtol=1e-4, atol=1e-5)
+
+
+def test_moments_are_those_of_all_frames_together():
+    states = [5 + noise(2, size, 4, seed=size) for size in (3, 7)]
+    mean, deviation = moments(states)
+    together = torch.cat(states, dim=1)
+    torch.testing.assert_close(mean[:, 0], together.mean(dim=1))
+    torch.testing.assert_close(deviation[:, 0], together.std(dim=1))
 
 
 def test_turns_begin_and_end_with_their_frames():

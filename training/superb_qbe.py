@@ -6,12 +6,14 @@ query, and the cheapest path through any part of the document that moves by one 
 in the document; scores are normalised for each query.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from superb_data import Part, Recipe, load_part, load_table
@@ -54,40 +56,57 @@ class QueryByExample:
 
     def scores(self, recordings: dict[str, Recordings]) -> dict[str, Any]:
         """`mtwv` of the `test` and of the `dev` part, and the `layer` that is best on the latter."""
-        num_layers = recordings["dev_queries"].upstream.num_layers
-        on_dev = [
-            self._value("dev", recordings, layer) for layer in tqdm(range(num_layers), desc="aligning", leave=False)
-        ]
+        on_dev = self._values("dev", recordings, range(recordings["dev_queries"].upstream.num_layers))
         layer = int(np.argmax(on_dev))
-        test = self._value("test", recordings, layer)
-        return {"test": {"mtwv": test}, "dev": {"mtwv": on_dev[layer]}, "layer": layer}
+        (on_test,) = self._values("test", recordings, [layer])
+        return {"test": {"mtwv": on_test}, "dev": {"mtwv": on_dev[layer]}, "layer": layer}
 
-    def _value(self, name: str, recordings: dict[str, Recordings], layer: int) -> float:
-        queries, documents = (
-            [recordings[f"{name}_{kind}"][at][layer] for at in range(len(recordings[f"{name}_{kind}"]))]
-            for kind in ("queries", "documents")
-        )
-        scores = detection_scores(queries, documents)
-        return maximum_term_weighted_value(self.relevant[name], scores)
+    def _values(self, name: str, recordings: dict[str, Recordings], layers: Sequence[int]) -> list[float]:
+        scores = detection_scores(recordings[f"{name}_queries"], recordings[f"{name}_documents"], layers)
+        return [maximum_term_weighted_value(self.relevant[name], of_layer) for of_layer in scores]
 
 
-def detection_scores(queries: list[torch.Tensor], documents: list[torch.Tensor]) -> np.ndarray:
-    """How likely each query is in each document, (num_queries, num_documents), of frames (num_frames, hidden_size)."""
-    everything = torch.cat([*queries, *documents])
-    mean, deviation = everything.mean(dim=0), everything.std(dim=0).clamp(min=1e-9)
-    queries, documents = (
-        [F.normalize((frames - mean) / deviation, dim=-1) for frames in each] for each in (queries, documents)
+def detection_scores(
+    queries: Sequence[torch.Tensor], documents: Sequence[torch.Tensor], layers: Sequence[int]
+) -> np.ndarray:
+    """How likely each query is in each document, by each of `layers`: (num_layers, num_queries, num_documents).
+
+    Args:
+        queries: hidden states, each (all layers, num_frames, hidden_size); they are all kept in memory.
+        documents: likewise, but each is read twice, and few are kept at a time.
+    """
+    chosen = list(layers)
+    mean, deviation = moments(
+        states[chosen] for part in (queries, documents) for states in map(part.__getitem__, range(len(part)))
     )
-    scores = torch.zeros(len(queries), len(documents))
-    for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
-        some = documents[start : start + DOCUMENTS_AT_ONCE]
-        padded = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
-        frames = torch.arange(padded.shape[1]) < torch.tensor([len(each) for each in some])[:, None]
-        for number, query in enumerate(queries):
-            if len(query) >= SHORTEST_QUERY:
-                scores[number, start : start + len(some)] = -subsequence_cost(query, padded, frames)
-    centred = scores - scores.mean(dim=1, keepdim=True)
-    return (centred / scores.std(dim=1, keepdim=True, correction=0).clamp(min=1e-9)).numpy()
+
+    def unit_vectors(states: torch.Tensor) -> torch.Tensor:
+        return F.normalize((states[chosen] - mean) / deviation, dim=-1)
+
+    asked = [unit_vectors(queries[at]) for at in range(len(queries))]
+    scores = torch.zeros(len(chosen), len(queries), len(documents))
+    for start in tqdm(range(0, len(documents), DOCUMENTS_AT_ONCE), desc="aligning", leave=False):
+        some = [unit_vectors(documents[at]) for at in range(start, min(start + DOCUMENTS_AT_ONCE, len(documents)))]
+        lengths = torch.tensor([each.shape[1] for each in some])
+        padded = pad_sequence([each.transpose(0, 1) for each in some], batch_first=True)
+        frames = torch.arange(padded.shape[1]) < lengths[:, None]
+        for number, query in enumerate(asked):
+            for layer in range(len(chosen)) if query.shape[1] >= SHORTEST_QUERY else ():
+                cost = subsequence_cost(query[layer], padded[:, :, layer], frames)
+                scores[layer, number, start : start + len(some)] = -cost
+    centred = scores - scores.mean(dim=-1, keepdim=True)
+    return (centred / scores.std(dim=-1, keepdim=True, correction=0).clamp(min=1e-9)).numpy()
+
+
+def moments(hidden_states: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of every feature over all frames, each (num_layers, 1, hidden_size)."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for states in hidden_states:
+        states, count = states.double(), count + states.shape[1]
+        total, squares = total + states.sum(dim=1), squares + states.square().sum(dim=1)
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0) * count / max(1, count - 1)
+    return mean.float().unsqueeze(1), variance.sqrt().float().clamp(min=1e-9).unsqueeze(1)
 
 
 def subsequence_cost(query: torch.Tensor, documents: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
