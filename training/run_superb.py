@@ -15,7 +15,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +148,7 @@ class Scoring:
         """The outcome with the learning rate that is best on the dev part."""
         outcomes = []
         for rate in self.arguments.sweep or [task.recipe.learning_rate]:
-            task.recipe = read_recipe(
-                task.recipe.task, self.arguments.variant, learning_rate=rate, max_steps=self.arguments.max_steps
-            )
+            task.recipe = replace(task.recipe, learning_rate=rate)
             training = HeadTraining(task, recordings, self.upstream, folder / f"{rate:g}", self.accelerator, seed)
             outcomes.append({"learning_rate": rate, **training.run()})
         if not self.accelerator.is_main_process:

@@ -351,7 +351,7 @@ class Diarization(Task):
             raise ValueError(f"{self.recipe.task}: no training recording has more than one speaker")
 
     def build_head(self, upstream: Upstream) -> nn.Module:
-        self.seconds_per_frame = upstream.samples_per_frame / upstream.sampling_rate
+        self.seconds_per_frame = upstream.samples_per_frame / upstream.sampling_rate  # of targets and turns
         return RecurrentClassifier(
             upstream.hidden_size, self.num_speakers, self.recipe.lstm_size, num_layers=1, bidirectional=False
         )
