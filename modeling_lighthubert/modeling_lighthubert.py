@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.hubert.modeling_hubert import (
     HubertAttention,
     HubertEncoder,
@@ -584,9 +585,13 @@ class LightHubertForPreTraining(LightHubertWithHead):
 
 
 class LightHubertForCTC(LightHubertWithHead, HubertForCTC):
-    """LightHuBERT with a linear layer on top for speech recognition with connectionist temporal classification."""
+    """LightHuBERT with a linear layer on top for speech recognition with connectionist temporal classification.
+
+    Frames of padding are blanks: transformers' pipeline reads them as well, and what a model says there is anything.
+    """
 
     target_lang = None
+    BLANK_LOGIT = 1e4
 
     def build_head(self, config: LightHubertConfig) -> None:
         self.dropout = nn.Dropout(config.final_dropout)
@@ -594,6 +599,25 @@ class LightHubertForCTC(LightHubertWithHead, HubertForCTC):
 
     def elastic_heads(self) -> list[nn.Linear]:
         return [self.lm_head]
+
+    def forward(
+        self,
+        input_values: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> tuple | CausalLMOutput:
+        """Arguments as in [`LightHubertModel`], and `labels` (batch_size, num_labels), -100 where there are none."""
+        outputs = super().forward(input_values, attention_mask, labels, return_dict=True, **kwargs)
+        if attention_mask is not None:
+            num_frames = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
+            frames = torch.arange(outputs.logits.shape[1], device=outputs.logits.device)
+            blank = torch.zeros_like(outputs.logits[0, 0])
+            blank[self.config.pad_token_id] = self.BLANK_LOGIT
+            outputs.logits = torch.where((frames < num_frames[:, None])[..., None], outputs.logits, blank)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if return_dict else outputs.to_tuple()
 
 
 class LightHubertForSequenceClassification(LightHubertWithHead, HubertForSequenceClassification):

@@ -37,8 +37,11 @@ def test_the_stock_hubert_answers_like_the_cut_model(head, stable, conv_dim):
         assert not type(hubert).__module__.startswith("modeling_lighthubert")
         padded, mask = noise(2, 6000), torch.ones(2, 6000, dtype=torch.long)
         mask[1, 4000:] = 0
-        expected = answer(model, padded, attention_mask=mask)
-        torch.testing.assert_close(answer(hubert, padded, attention_mask=mask), expected, rtol=0, atol=1e-5)
+        expected, found = (answer(each, padded, attention_mask=mask) for each in (model, hubert))
+        if head is LightHubertForCTC:  # ours has blanks on padding
+            frames = torch.arange(18) < model._get_feat_extract_output_lengths(mask.sum(-1))[:, None]
+            expected, found = expected[frames], found[frames]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["layer", "group"])

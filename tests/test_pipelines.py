@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import TWO_DEEP, run_without_package, tiny_model
+from conftest import TWO_DEEP, noise, run_without_package, tiny_config, tiny_model
 from transformers import AutoModelForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor, pipeline
 from transformers.utils import is_torchaudio_available
 
@@ -258,3 +258,18 @@ def test_a_cut_recogniser_transcribes_like_the_selected_subnet(remote):
 def test_the_frames_of_a_model_are_twenty_milliseconds(folders):
     model = AutoModelForCTC.from_pretrained(folders / "recogniser-cut")
     assert model.config.inputs_to_logits_ratio == 320
+
+
+def test_frames_of_padding_are_blanks_because_a_pipeline_reads_them_too():
+    torch.manual_seed(0)
+    model = LightHubertForCTC(tiny_config(None, num_hidden_layers=2)).eval()
+    model.lm_head.bias.data[3:] = 5.0  # letters everywhere, in the padding too
+    waveforms = [noise(1, size, seed=size)[0].numpy() for size in (3000, 12_000, 7000)]
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    inputs = extractor(waveforms, sampling_rate=16_000, padding=True, return_tensors="pt")
+    together = model(**inputs).logits
+    for row, waveform in enumerate(waveforms):
+        alone = model(**extractor(waveform, sampling_rate=16_000, return_tensors="pt")).logits[0]
+        torch.testing.assert_close(together[row, : len(alone)], alone, rtol=1e-4, atol=1e-4)
+        assert (together[row, len(alone) :].argmax(dim=-1) == model.config.pad_token_id).all()
+        assert (alone.argmax(dim=-1) != model.config.pad_token_id).any()
