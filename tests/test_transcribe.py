@@ -386,6 +386,15 @@ class InterruptedOutput(io.StringIO):
         return num_written
 
 
+@pytest.fixture
+def interruptible():
+    """A process in the background may ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_cuts_no_line_and_loses_no_word(reader, monkeypatch):
     monkeypatch.setattr(sys, "stdout", InterruptedOutput())
     audio = io.BytesIO((say("a_b" + "_" * 60 + "|b_a" + "_" * 200) * 32768).astype("<i2").tobytes())
