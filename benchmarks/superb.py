@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "training")]
 
 from modeling_lighthubert import LightHubertModel  # noqa: E402
 
-from run_demo import middle_subnet  # noqa: E402
+from run_demo import markdown_table, middle_subnet  # noqa: E402
 from superb_report import COLUMNS, goodness, plot, read_scores, rows_of  # noqa: E402
 
 
@@ -118,8 +118,7 @@ def main() -> None:
             for title, values in row.items():
                 scores.setdefault(model, {}).setdefault(title, []).extend(values)
     header, rows = rows_of(scores, published=False)
-    table = "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
-    lines = [table, ""]
+    lines = [markdown_table(tuple(header), rows), ""]
     for model in scores:
         if model != CONTROL:
             in_all, in_mean = tasks_won(scores, model)

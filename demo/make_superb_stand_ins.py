@@ -226,14 +226,7 @@ def write_verification(folder: Path, train: Voices, dev: Voices, test: Voices, a
 def write_queries(folder: Path, dev: Voices, test: Voices, arguments: StandInArguments) -> None:
     """Two recordings of each digit are looked for in strings, a third as many as there are recordings elsewhere."""
     for name, voices in (("dev", dev), ("test", test)):
-        queries = [
-            {
-                "id": f"{digit}-{number}",
-                "audio": voices.word(digit),
-            }
-            for digit in DIGITS
-            for number in range(2)
-        ]
+        queries = [{"id": f"{digit}-{number}", "audio": voices.word(digit)} for digit in DIGITS for number in range(2)]
         documents = [{"id": f"document-{number}", **string(voices)} for number in range(arguments.num_eval // 3)]
         pairs = [
             (query["id"], document["id"])

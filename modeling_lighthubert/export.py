@@ -50,6 +50,7 @@ def to_hubert(model: LightHubertPreTrainedModel) -> HubertPreTrainedModel:
 
     All layers of a HuBERT have the same number of heads and FFN units. Layers that have fewer are filled up with
     zeros, which changes nothing: a zero value head adds zero, and so does a unit whose activation of zero is zero.
+    Logits of CTC on frames of padding are the stock model's own, where ours are blanks.
 
     Args:
         model: a cut model, or a supernet, whose selected subnet is exported.

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import shutil
 import sys
 import time
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import stock_settings, tiny_model
+from datasets import Audio, Dataset, load_dataset
 from safetensors.torch import load_file
 from scripts import TRAINING, run, start
 from transformers import (
@@ -34,6 +37,7 @@ import run_superb
 from superb_data import read_recipe, task_names
 from superb_features import FeatureCache, Recordings, Upstream
 from superb_report import PUBLISHED, SCORED, overall, superb_score
+from superb_tasks import TASKS
 from superb_training import STATE_FILE, HeadTraining
 
 
@@ -167,8 +171,6 @@ def test_a_damaged_entry_is_computed_and_written_anew(models, tmp_path, damage: 
 
 
 def recordings_of(waveform: np.ndarray, folder: Path, cache: FeatureCache) -> Recordings:
-    from datasets import Dataset
-
     soundfile.write(folder / "one.wav", 0.1 * waveform, 16_000, subtype="FLOAT")
     audio = [{"bytes": (folder / "one.wav").read_bytes(), "path": None}]
     return Recordings(Dataset.from_dict({"audio": audio}), cache.upstream, cache)
@@ -224,8 +226,9 @@ def test_two_processes_train_what_one_does(models, data, tmp_path):
 @pytest.mark.parametrize("task", ["asr", "asv", "er", "sd"])
 def test_a_run_that_was_stopped_anywhere_ends_as_one_that_was_not(models, data, tmp_path, monkeypatch, task):
     options = ("--tasks", task, "--max_steps", 8, "--cache_dir", tmp_path / "cache")
+    random_too = {"spec_augment": True} if task == "asr" else {"max_seconds": 0.4}
     monkeypatch.setattr(
-        run_superb, "read_recipe", lambda *words, **changes: read_recipe(*words, eval_steps=2, **changes)
+        run_superb, "read_recipe", lambda *words, **changes: read_recipe(*words, eval_steps=2, **random_too, **changes)
     )
     whole = score(models / "hubert", data, tmp_path / "whole", *options)
     train_step, stops = HeadTraining.train_step, iter([1, 4, 0, 3])
@@ -262,11 +265,14 @@ def test_a_killed_process_leaves_a_state_to_go_on_from(models, data, tmp_path):
 
 
 def test_what_is_done_is_not_done_again_and_another_setting_is_refused(models, data, tmp_path, monkeypatch):
+    halved = ("--features_dtype", "float16", "--cache_dir", tmp_path / "cache")
     first = score(models / "hubert", data, tmp_path, "--tasks", "ks", "--seeds", 0, 1)
     assert len(first) == 2
     with monkeypatch.context() as patch:
         patch.setattr(HeadTraining, "run", lambda training: pytest.fail("it was trained again"))
         assert score(models / "hubert", data, tmp_path, "--tasks", "ks", "--seeds", 0, 1) == first
+    with pytest.raises(ValueError, match="was made with another features_dtype"):
+        score(models / "hubert", data, tmp_path, "--tasks", "ks", *halved)
     with pytest.raises(ValueError, match="was made with another recipe"):
         score(models / "hubert", data, tmp_path, "--tasks", "ks", "--max_steps", 4)
     shutil.copytree(models / "wavlm", tmp_path / "models/hubert")
@@ -288,29 +294,59 @@ def test_a_sweep_keeps_the_rate_that_is_best_on_the_dev_part(models, data, tmp_p
     assert result["folds"][0] == single[best]
 
 
+def test_recordings_are_cut_alike_whatever_process_they_fall_to(models, data, tmp_path):
+    upstream = Upstream.from_pretrained(str(models / "hubert"))
+    (task,) = TASKS["sd"].load_folds(read_recipe("sd", "stand_in", max_seconds=0.4), data)
+    recordings = {name: Recordings(part.audio, upstream) for name, part in task.parts.items()}
+    training = HeadTraining(task, recordings, upstream, tmp_path, Accelerator(cpu=True), {"seed": 0})
+    whole = recordings["train"][3]
+    clips = [training.clip(3, random.Random(seed)) for seed in ("0-0-3", "0-0-3", "0-1-3")]
+    firsts = [row["first_frame"] for _, row in clips]
+    assert firsts[0] == firsts[1] != firsts[2]
+    for states, row in clips:
+        assert states.shape[1] == 20
+        assert torch.equal(states, whole[:, row["first_frame"] : row["first_frame"] + 20])
+        everything, part = task.targets(task.parts["train"].rows[3], whole.shape[1]), task.targets(row, 20)
+        assert torch.equal(part, everything[row["first_frame"] : row["first_frame"] + 20])
+
+
+def test_what_the_hub_has_is_taken_where_no_part_lies(data, tmp_path):
+    shutil.copytree(data / "pr", tmp_path / "hub")
+    (tmp_path / "data/pr").mkdir(parents=True)
+    shutil.move(tmp_path / "hub/lexicon.txt", tmp_path / "data/pr")
+    hub = {
+        "dataset": str(tmp_path / "hub"),
+        "config": "default",
+        "train": "train",
+        "dev": "validation",
+        "test": "test",
+    }
+    (task,) = TASKS["pr"].load_folds(read_recipe("pr", "stand_in", hub=hub), tmp_path / "data")
+    assert {name: len(part) for name, part in task.parts.items()} == {"train": 24, "dev": 12, "test": 12}
+    shutil.copy(data / "pr/train.parquet", tmp_path / "data/pr")
+    with pytest.raises(ValueError, match="there is no .*dev.parquet"):
+        TASKS["pr"].load_folds(read_recipe("pr", "stand_in", hub=hub), tmp_path / "data")
+
+
 # Bad input
 
 
 def emptied(folder: Path) -> str:
     shutil.rmtree(folder)
-    return "there is no .*test.*VoxCeleb1|there is no .*VoxCeleb1"
+    return "there is no .*train.parquet or .*train.csv. Get VoxCeleb1"
 
 
 def relabelled(folder: Path) -> str:
-    from datasets import load_dataset
-
     rows = load_dataset("parquet", data_files=str(folder / "test.parquet"), split="train")
-    rows = rows.cast_column("audio", type(rows.features["audio"])(decode=False))
+    rows = rows.cast_column("audio", Audio(decode=False))
     rows = rows.map(lambda row, number: {"speaker": "nobody" if number == 2 else row["speaker"]}, with_indices=True)
     rows.to_parquet(folder / "test.parquet")
     return "recording 2 of the test part has the speaker 'nobody', which no training recording has"
 
 
 def shortened(folder: Path) -> str:
-    from datasets import load_dataset
-
     rows = load_dataset("parquet", data_files=str(folder / "dev.parquet"), split="train")
-    rows = rows.cast_column("audio", type(rows.features["audio"])(decode=False)).to_list()
+    rows = rows.cast_column("audio", Audio(decode=False)).to_list()
     soundfile.write(folder / "short.wav", np.zeros(300, dtype=np.float32), 16_000)
     lines = []
     for number, row in enumerate(rows):
@@ -399,6 +435,7 @@ def test_a_model_without_hidden_states_is_refused():
             "there is no task 'sing': choose from asr, asv, er, ic, ks, pr, qbe, sd, sf, sid, or all",
         ),
         (["--tasks", "ks", "--subnets", "smallest"], "is no supernet to choose one from"),
+        (["--features_dtype", "float16"], "is of features that are kept: give --cache_dir"),
         (["--variant", "huge"], "no task has a variant 'huge': choose from lighthubert_base"),
     ],
 )

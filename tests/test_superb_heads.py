@@ -1,5 +1,7 @@
 """SUPERB's heads: what they compute by hand, and that padding changes nothing."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -64,13 +66,17 @@ def test_a_layer_in_both_directions_is_torchs_on_packed_sequences():
 
 
 def test_masked_spans_are_zeros_inside_the_recording():
-    features = torch.ones(2, 100, 60)
-    masked = spans_masked(features, [100, 30], torch.Generator().manual_seed(1))
+    features, lengths = torch.ones(3, 300, 60), [300, 300, 30]
+    masked = spans_masked(features, lengths, [random.Random(seed) for seed in (1, 2, 1)]) == 0
     assert features.eq(1).all()
-    rows = [(masked[0] == 0), (masked[1] == 0)]
-    assert all(row.any() for row in rows)
-    whole_frames = rows[1][30:].all(dim=1)
-    assert not whole_frames.any()
+    for row, length in zip(masked, lengths, strict=True):
+        frames, dims = row.all(dim=1), row[~row.all(dim=1)].all(dim=0)
+        assert 0 < frames.sum() <= min(2 * 40, 2 * length // 5) and not frames[length:].any()
+        assert 0 < dims.sum() <= 4 * 60 // 5
+        assert torch.equal(row, frames[:, None] | dims)
+    assert not torch.equal(masked[0], masked[1])
+    alone = spans_masked(features[1:2], lengths[1:2], [random.Random(2)]) == 0
+    assert torch.equal(alone[0], masked[1])
 
 
 def brute_force_cost(costs: np.ndarray) -> float:

@@ -112,6 +112,8 @@ class Scoring:
         """What a result depends on, as JSON gives it back."""
         setting = {
             "features": self.upstream.key,
+            "data_dir": self.arguments.data_dir,
+            "features_dtype": self.arguments.features_dtype,
             "num_parameters": self.upstream.num_parameters,
             "variant": self.arguments.variant,
             "recipe": asdict(recipe),
@@ -149,7 +151,8 @@ class Scoring:
         outcomes = []
         for rate in self.arguments.sweep or [task.recipe.learning_rate]:
             task.recipe = replace(task.recipe, learning_rate=rate)
-            training = HeadTraining(task, recordings, self.upstream, folder / f"{rate:g}", self.accelerator, seed)
+            setting = self.setting(task.recipe) | {"seed": seed}
+            training = HeadTraining(task, recordings, self.upstream, folder / f"{rate:g}", self.accelerator, setting)
             outcomes.append({"learning_rate": rate, **training.run()})
         if not self.accelerator.is_main_process:
             return {}
@@ -183,6 +186,8 @@ def upstreams(arguments: SuperbArguments, device: str) -> Iterator[Upstream]:
 
 def main() -> None:
     (arguments,) = parse_recipe(HfArgumentParser(SuperbArguments, description=__doc__))
+    if arguments.cache_dir is None and arguments.features_dtype != "float32":
+        raise ValueError(f"--features_dtype {arguments.features_dtype} is of features that are kept: give --cache_dir")
     accelerator = Accelerator(cpu=arguments.cpu)
     names = task_names() if arguments.tasks == ["all"] else [n for w in arguments.tasks for n in w.split(",") if n]
     recipes = [

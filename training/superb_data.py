@@ -102,27 +102,25 @@ class Part:
 
 
 def load_part(recipe: Recipe, data_dir: Path | None, name: str, columns: Sequence[str]) -> Part:
-    """A part as it lies in `data_dir`, or else as the Hub has it.
+    """A part as it lies in `data_dir`, or as the Hub has it where no part lies there.
 
     Raises:
         ValueError: there is none; the message says what to get, and where to put it.
     """
-    folder = None if data_dir is None else data_dir / recipe.task
-    files = [] if folder is None else [folder / f"{name}{suffix}" for suffix in SUFFIXES]
-    found = [file for file in files if file.exists()]
+    folder = (data_dir or Path("DATA_DIR")) / recipe.task
+    there = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
+    found = [file for file in there if file.stem == name]
     if found:
         arguments = DataArguments(validation_file=[str(found[0])])
-    elif recipe.hub is not None and (folder is None or not folder.exists()):
+    elif recipe.hub is not None and not there:
         arguments = DataArguments(
             dataset_name=[recipe.hub["dataset"]],
             dataset_config_name=[recipe.hub["config"]],
             eval_split_name=[recipe.hub[name]],
         )
     else:
-        where = f"{folder}/{name}" if folder else f"--data_dir, in {recipe.task}/{name}"
-        raise ValueError(
-            f"{recipe.task}: there is no {' or '.join(f'{where}{suffix}' for suffix in SUFFIXES)}. {recipe.data}"
-        )
+        asked = " or ".join(f"{folder / name}{suffix}" for suffix in SUFFIXES)
+        raise ValueError(f"{recipe.task}: there is no {asked}. {recipe.data}")
     speech = load_speech(arguments, training=False, other_columns=columns)
     labels = speech.select_columns(list(columns)).to_list() if columns else [{} for _ in range(len(speech))]
     return Part(name, labels, speech)

@@ -4,6 +4,7 @@ Each head takes `features` (batch_size, num_frames, hidden_size) and `lengths`, 
 (batch_size). Sizes and shapes are those of the SUPERB paper and of s3prl.
 """
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -154,15 +155,15 @@ class SpeakerEmbedder(nn.Module):
         return self.embedding(torch.cat([mean, (variance + 1e-5).sqrt()], dim=-1))
 
 
-def spans_masked(features: torch.Tensor, lengths: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+def spans_masked(features: torch.Tensor, lengths: Sequence[int], rngs: Sequence[random.Random]) -> torch.Tensor:
     """SpecAugment of features, as SUPERB's recognisers have it but for the warping of time: of each recording two
-    spans of at most 40 frames, and four of at most 50 features, are zeros."""
+    spans of at most 40 frames, and four of at most 50 features, are zeros. Each recording has its own of `rngs`."""
     masked = features.clone()
-    for row, length in enumerate(lengths):
+    for row, (length, rng) in enumerate(zip(lengths, rngs, strict=True)):
         for dim, (count, most, size) in enumerate(((2, 40, int(length)), (4, 50, features.shape[2]))):
             for _ in range(count):
                 # no span takes more than a fifth of what there is, where that is short
-                width = int(torch.randint(min(most, size // 5) + 1, (), generator=generator))
-                start = int(torch.randint(size - width + 1, (), generator=generator))
+                width = rng.randint(0, min(most, size // 5))
+                start = rng.randint(0, size - width)
                 masked[row].narrow(dim, start, width).zero_()
     return masked

@@ -162,7 +162,9 @@ class EmotionRecognition(Classification):
 
 
 class Transcription(Task):
-    """Units in order, by CTC; the blank is unit 0."""
+    """Units in order, by CTC; the blank is unit 0, `special_units` come next."""
+
+    special_units: tuple[str, ...] = ()
 
     def prepare(self) -> None:
         units = sorted({unit for row in self.parts["train"].rows for unit in self.units_of(row)})
@@ -175,8 +177,6 @@ class Transcription(Task):
                     f"{self.recipe.task}: the {part.name} part has what no training recording has:"
                     f" {', '.join(map(repr, sorted(unknown)))}"
                 )
-
-    special_units: tuple[str, ...] = ()
 
     @abstractmethod
     def units_of(self, row: Mapping[str, Any]) -> list[str]:
@@ -232,7 +232,7 @@ class Recurrent(Transcription):
     """Characters, with `|` between words, from two layers of LSTM."""
 
     columns = ("text",)
-    special_units: tuple[str, ...] = ("<unk>", "|")
+    special_units = ("<unk>", "|")
 
     def units_of(self, row) -> list[str]:
         return list("|".join(row["text"].split()))

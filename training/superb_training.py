@@ -4,8 +4,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from distillation_step import sum_gradients
-from superb_data import Part
 from superb_features import Recordings, Upstream
 from superb_heads import Downstream, spans_masked
 from superb_tasks import Task
@@ -30,11 +28,13 @@ class HeadTraining:
     """Steps, measurements of the dev part, and the test part with the head that was best there.
 
     A step's recordings, cuts, masks and dropout follow from the seed and its number, so a run that goes on from its
-    state ends as one that was not stopped. Processes share the recordings of a step.
+    state ends as one that was not stopped. Processes share the recordings of a step; dropout alone depends on how many
+    there are.
 
     Args:
         recordings: features of each part.
         folder: for the state, written at every measurement.
+        setting: what the run depends on, `seed` among it; a state of another is not gone on from.
     """
 
     def __init__(
@@ -44,22 +44,22 @@ class HeadTraining:
         upstream: Upstream,
         folder: Path,
         accelerator: Accelerator,
-        seed: int = 0,
+        setting: Mapping[str, Any],
     ):
         self.task, self.recipe, self.recordings, self.upstream = task, task.recipe, recordings, upstream
-        self.folder, self.accelerator, self.seed = folder, accelerator, seed
-        set_seed(seed)
+        self.folder, self.accelerator, self.seed = folder, accelerator, setting["seed"]
+        set_seed(self.seed)
         self.downstream = Downstream(upstream.num_layers, task.build_head(upstream)).to(accelerator.device)
         self.optimizer = torch.optim.Adam(self.downstream.parameters(), lr=self.recipe.learning_rate)
         self.metric, self.higher_is_better = next(iter(task.higher_is_better.items()))
         self.step, self.best, self.history = 0, None, []
-        self.setting = json.dumps({"features": upstream.key, "recipe": asdict(self.recipe), "seed": seed})
+        self.setting = json.dumps(setting, sort_keys=True)
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, or on to it.
 
         Returns:
-            `test` and `dev` scores of the best head, its `step`, and the `history` of dev scores.
+            `test` and `dev` scores of the best head, its `step`, and the `history` of losses and dev scores.
         """
         self.load_state()
         bar = tqdm(
@@ -75,7 +75,7 @@ class HeadTraining:
             bar.set_postfix({"loss": f"{loss:.3g}", "audio s/s": f"{rate:.0f}"}, refresh=False)
             if self.step % self.recipe.eval_steps == 0 or self.step == self.recipe.max_steps:
                 if self.accelerator.is_main_process:
-                    self.measure()
+                    self.measure(loss)
                     self.save_state()
                 self.accelerator.wait_for_everyone()
         bar.close()
@@ -94,15 +94,13 @@ class HeadTraining:
         self.optimizer.zero_grad()
         loss_value, num_frames = 0.0, 0
         if share:
-            rng = random.Random(f"{self.seed}-{step}-cut")
-            clips = [self.clip(self.task.parts["train"], index, rng) for index in share]
+            rngs = [random.Random(f"{self.seed}-{step}-{index}") for index in share]
+            clips = [self.clip(index, rng) for index, rng in zip(share, rngs, strict=True)]
             hidden_states, lengths = self.padded([states for states, _ in clips])
+            features = self.downstream.weighted_sum(hidden_states)
             if self.recipe.spec_augment:
-                generator = torch.Generator().manual_seed(rng.getrandbits(32))
-                features = self.downstream.weighted_sum(hidden_states)
-                outputs = self.downstream.head(spans_masked(features, lengths.tolist(), generator), lengths)
-            else:
-                outputs = self.downstream(hidden_states, lengths)
+                features = spans_masked(features, lengths.tolist(), rngs)
+            outputs = self.downstream.head(features, lengths)
             loss = self.task.loss(self.downstream.head, outputs, lengths, [row for _, row in clips])
             (loss * (len(share) / len(indices))).backward()
             loss_value, num_frames = float(loss.detach()), int(lengths.sum())
@@ -119,9 +117,9 @@ class HeadTraining:
         order = random.Random(f"{self.seed}-{epoch}").sample(range(count), count)
         return order[at * size : (at + 1) * size]
 
-    def clip(self, part: Part, index: int, rng: random.Random) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Hidden states and labels of a recording, cut at random where it is too long."""
-        states, row = self.recordings["train"][index], part.rows[index]
+    def clip(self, index: int, rng: random.Random) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Hidden states and labels of a training recording, cut at random where it is too long."""
+        states, row = self.recordings["train"][index], self.task.parts["train"].rows[index]
         if self.recipe.max_seconds is None:
             return states, row
         most = int(self.recipe.max_seconds * self.upstream.sampling_rate / self.upstream.samples_per_frame)
@@ -148,10 +146,11 @@ class HeadTraining:
             found += [each[:length] if framewise else each for each, length in zip(outputs, lengths.tolist())]
         return found
 
-    def measure(self) -> None:
-        """Scores of the dev part; the head is kept if it is the best so far, the first of equals."""
+    def measure(self, loss: float) -> None:
+        """Scores of the dev part; the head is kept if it is the best so far, the first of equals. `loss` is that of
+        the last step."""
         scores = self.task.scores(self.outputs("dev"), self.task.parts["dev"])
-        self.history.append({"step": self.step, **scores})
+        self.history.append({"step": self.step, "loss": loss, **scores})
         sign = 1 if self.higher_is_better else -1
         if self.best is None or sign * scores[self.metric] > sign * self.best["scores"][self.metric]:
             head = {name: tensor.detach().cpu().clone() for name, tensor in self.downstream.state_dict().items()}
