@@ -192,6 +192,10 @@ def test_what_is_kept_depends_on_weights_settings_and_subnet(models):
     keys += [Upstream.from_pretrained(str(models / "supernet"), subnet).key for subnet in ("smallest", "largest")]
     assert keys[0] == keys[2]
     assert len(set(keys)) == 4
+    model, extractor = HubertModel.from_pretrained(models / "hubert"), Wav2Vec2FeatureExtractor()
+    before = Upstream(model, extractor, "hubert").key
+    model.encoder.layers[1].final_layer_norm.bias.data[0] += 1
+    assert Upstream(model, extractor, "hubert").key != before
 
 
 def test_features_that_do_not_fit_on_the_disk_are_not_begun(models, data, tmp_path, monkeypatch):
@@ -306,8 +310,46 @@ def test_recordings_are_cut_alike_whatever_process_they_fall_to(models, data, tm
     for states, row in clips:
         assert states.shape[1] == 20
         assert torch.equal(states, whole[:, row["first_frame"] : row["first_frame"] + 20])
-        everything, part = task.targets(task.parts["train"].rows[3], whole.shape[1]), task.targets(row, 20)
-        assert torch.equal(part, everything[row["first_frame"] : row["first_frame"] + 20])
+
+
+@pytest.fixture
+def two_speakers(models, data):
+    """Diarisation, ready to say who speaks in frames of 20 ms."""
+    (task,) = TASKS["sd"].load_folds(read_recipe("sd", "stand_in"), data)
+    task.build_head(Upstream.from_pretrained(str(models / "hubert")))
+    return task
+
+
+SEGMENTS = [{"speaker": "b", "start": 0.1, "end": 0.2}, {"speaker": "a", "start": 0.16, "end": 0.26}]
+
+
+def test_who_speaks_in_a_frame_is_told_from_where_the_clip_begins(two_speakers):
+    speaking = torch.zeros(15, 2)
+    speaking[8:13, 0] = speaking[5:10, 1] = 1.0
+    assert torch.equal(two_speakers.targets({"segments": SEGMENTS}, 15), speaking)
+    for first in (3, 6, 11):
+        row = {"segments": SEGMENTS, "first_frame": first}
+        assert torch.equal(two_speakers.targets(row, 4), speaking[first : first + 4])
+
+
+def test_speakers_may_be_found_in_any_order_but_in_one(two_speakers):
+    logits = 20 * (two_speakers.targets({"segments": SEGMENTS}, 15) - 0.5)[None]
+    lengths, rows = torch.tensor([15]), [{"segments": SEGMENTS}]
+    loss = two_speakers.loss(None, logits, lengths, rows)
+    assert loss < 1e-3
+    torch.testing.assert_close(two_speakers.loss(None, logits.flip(2), lengths, rows), loss)
+    changing = torch.cat([logits[:, :8], logits[:, 8:].flip(2)], dim=1)
+    assert two_speakers.loss(None, changing, lengths, rows) > 1
+
+
+def test_every_fold_is_tested_once_by_a_head_that_never_heard_it(data):
+    folds = TASKS["er"].load_folds(read_recipe("er", "stand_in"), data)
+    tested = [{row["fold"] for row in fold.parts["test"].rows} for fold in folds]
+    assert tested == [{1}, {2}, {3}, {4}, {5}]
+    for fold, of_test in zip(folds, tested, strict=True):
+        assert {part.name for part in fold.parts.values()} == {"train", "dev", "test"}
+        assert not of_test & {row["fold"] for name in ("train", "dev") for row in fold.parts[name].rows}
+        assert sum(map(len, fold.parts.values())) == 24
 
 
 def test_what_the_hub_has_is_taken_where_no_part_lies(data, tmp_path):
