@@ -1,11 +1,14 @@
 """SUPERB's heads: what they compute by hand, and that padding changes nothing."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import noise
+from scripts import TRAINING, run
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from superb_heads import (
@@ -102,16 +105,44 @@ def test_the_cost_of_an_alignment_is_that_of_the_cheapest_path():
 def test_a_query_is_found_where_it_occurs_and_one_that_is_too_short_nowhere():
     query = noise(2, 8, 16, seed=1)
     there = torch.cat([noise(2, 9, 16, seed=3), query, noise(2, 12, 16, seed=4)], dim=1)
-    scores = detection_scores([query, query[:, :4]], [noise(2, 30, 16, seed=2), there], range(2))
+    documents = [noise(2, 30, 16, seed=2), there]
+    scores = detection_scores([query, query[:, :4]], documents, range(2), Accelerator(cpu=True))
     assert (scores[:, 0, 1] > scores[:, 0, 0]).all()
     assert (scores[:, 1, 0] == scores[:, 1, 1]).all()
 
 
 def test_a_layer_is_scored_the_same_alone_and_documents_whatever_they_are_read_with(monkeypatch):
     queries, documents = ([noise(3, size, 6, seed=size) for size in sizes] for sizes in ((6, 9), (20, 31, 12)))
-    together = detection_scores(queries, documents, range(3))
+    together = detection_scores(queries, documents, range(3), Accelerator(cpu=True))
     monkeypatch.setattr("superb_qbe.DOCUMENTS_AT_ONCE", 1)
-    np.testing.assert_allclose(detection_scores(queries, documents, [1])[0], together[1], rtol=1e-4, atol=1e-5)
+    (alone,) = detection_scores(queries, documents, [1], Accelerator(cpu=True))
+    np.testing.assert_allclose(alone, together[1], rtol=1e-4, atol=1e-5)
+
+
+SCORES_OF_FIVE_DOCUMENTS = f"""
+import sys
+sys.path += [{str(TRAINING)!r}, {str(Path(__file__).parent)!r}]
+import numpy
+from accelerate import Accelerator
+from conftest import noise
+from superb_qbe import detection_scores
+
+accelerator = Accelerator(cpu=True)
+queries, documents = ([noise(3, size, 6, seed=size) for size in sizes] for sizes in ((6, 9), (20, 31, 12, 17, 25)))
+scores = detection_scores(queries, documents, range(3), accelerator)
+numpy.save(f"{{sys.argv[1]}}-{{accelerator.process_index}}", scores)
+accelerator.end_training()
+"""
+
+
+def test_processes_share_documents_and_know_all_scores(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCORES_OF_FIVE_DOCUMENTS)
+    run(script, tmp_path / "one")
+    run(script, tmp_path / "two", processes=2)
+    alone, first, second = (np.load(tmp_path / f"{name}.npy") for name in ("one-0", "two-0", "two-1"))
+    assert np.array_equal(first, second)
+    np.testing.assert_allclose(first, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_moments_are_those_of_all_frames_together():

@@ -125,7 +125,7 @@ class Scoring:
         """Nothing is drawn at random there: the outcome of one seed is that of all."""
         task = QueryByExample(recipe, self.data_dir)
         recordings = self.recordings(task.parts)
-        outcome = task.scores(recordings) if self.accelerator.is_main_process else {}
+        outcome = task.scores(recordings, self.accelerator)
         return lambda seed, folder: outcome
 
     def learn(self, recipe: Recipe) -> Callable[[int, Path], dict[str, Any]]:

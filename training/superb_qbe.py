@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
@@ -54,26 +56,32 @@ class QueryByExample:
                         raise ValueError(f"{recipe.task}: {name}_pairs.csv names {row[column]}, which is no {column}")
                 self.relevant[name][queries[str(row["query"])], documents[str(row["document"])]] = True
 
-    def scores(self, recordings: dict[str, Recordings]) -> dict[str, Any]:
-        """`mtwv` of the `test` and of the `dev` part, and the `layer` that is best on the latter."""
-        on_dev = self._values("dev", recordings, range(recordings["dev_queries"].upstream.num_layers))
-        layer = int(np.argmax(on_dev))
-        (on_test,) = self._values("test", recordings, [layer])
-        return {"test": {"mtwv": on_test}, "dev": {"mtwv": on_dev[layer]}, "layer": layer}
+    def scores(self, recordings: dict[str, Recordings], accelerator: Accelerator) -> dict[str, Any]:
+        """`mtwv` of the `test` and of the `dev` part, and the `layer` that is best on the latter: for all processes,
+        which share the documents."""
 
-    def _values(self, name: str, recordings: dict[str, Recordings], layers: Sequence[int]) -> list[float]:
-        scores = detection_scores(recordings[f"{name}_queries"], recordings[f"{name}_documents"], layers)
-        return [maximum_term_weighted_value(self.relevant[name], of_layer) for of_layer in scores]
+        def values(name: str, layers: Sequence[int]) -> list[float]:
+            queries, documents = recordings[f"{name}_queries"], recordings[f"{name}_documents"]
+            scores = detection_scores(queries, documents, layers, accelerator)
+            return [maximum_term_weighted_value(self.relevant[name], of_layer) for of_layer in scores]
+
+        on_dev = values("dev", range(recordings["dev_queries"].upstream.num_layers))
+        layer = int(np.argmax(on_dev))
+        (on_test,) = values("test", [layer])
+        return {"test": {"mtwv": on_test}, "dev": {"mtwv": on_dev[layer]}, "layer": layer}
 
 
 def detection_scores(
-    queries: Sequence[torch.Tensor], documents: Sequence[torch.Tensor], layers: Sequence[int]
+    queries: Sequence[torch.Tensor],
+    documents: Sequence[torch.Tensor],
+    layers: Sequence[int],
+    accelerator: Accelerator,
 ) -> np.ndarray:
     """How likely each query is in each document, by each of `layers`: (num_layers, num_queries, num_documents).
 
     Args:
         queries: hidden states, each (all layers, num_frames, hidden_size); they are all kept in memory.
-        documents: likewise, but each is read twice, and few are kept at a time.
+        documents: likewise, but each is read twice, and few are kept at a time. Processes share them.
     """
     chosen = list(layers)
     mean, deviation = moments(
@@ -84,16 +92,19 @@ def detection_scores(
         return F.normalize((states[chosen] - mean) / deviation, dim=-1)
 
     asked = [unit_vectors(queries[at]) for at in range(len(queries))]
-    scores = torch.zeros(len(chosen), len(queries), len(documents))
-    for start in tqdm(range(0, len(documents), DOCUMENTS_AT_ONCE), desc="aligning", leave=False):
-        some = [unit_vectors(documents[at]) for at in range(start, min(start + DOCUMENTS_AT_ONCE, len(documents)))]
+    share = np.array_split(np.arange(len(documents)), accelerator.num_processes)[accelerator.process_index].tolist()
+    of_share = torch.zeros(len(chosen), len(queries), len(share))
+    starts = range(0, len(share), DOCUMENTS_AT_ONCE)
+    for start in tqdm(starts, desc="aligning", leave=False, disable=not accelerator.is_main_process):
+        some = [unit_vectors(documents[at]) for at in share[start : start + DOCUMENTS_AT_ONCE]]
         lengths = torch.tensor([each.shape[1] for each in some])
         padded = pad_sequence([each.transpose(0, 1) for each in some], batch_first=True)
         frames = torch.arange(padded.shape[1]) < lengths[:, None]
         for number, query in enumerate(asked):
             for layer in range(len(chosen)) if query.shape[1] >= SHORTEST_QUERY else ():
                 cost = subsequence_cost(query[layer], padded[:, :, layer], frames)
-                scores[layer, number, start : start + len(some)] = -cost
+                of_share[layer, number, start : start + len(some)] = -cost
+    scores = torch.cat(gather_object([of_share]), dim=-1)
     centred = scores - scores.mean(dim=-1, keepdim=True)
     return (centred / scores.std(dim=-1, keepdim=True, correction=0).clamp(min=1e-9)).numpy()
 
