@@ -1,0 +1,112 @@
+"""What it costs to keep SUPERB's features in half precision, on the stand-ins of `superb.py`, which has to run first.
+
+    python benchmarks/superb_half_precision.py --supernets demo/output/seed-?/supernet
+
+The largest subnet of each supernet, a seed of its own. A head that was trained on whole features is tested on halved
+ones; another is trained and tested on halved ones. The control is trained and tested on features with noise of the
+size of single precision's rounding: training alone can make much of that. Two tasks at a time with a thread each.
+"""
+
+import multiprocessing
+import statistics
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from superb import ROOT
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+from run_demo import markdown_table
+from superb_data import Part, read_recipe, task_names
+from superb_features import FeatureCache, Recordings, Upstream
+from superb_qbe import QueryByExample
+from superb_report import COLUMNS
+from superb_tasks import TASKS
+from superb_training import HeadTraining
+
+
+WAYS = ("whole", "same head, halved", "trained on halved", "trained on noisy")
+
+
+@dataclass
+class HalfPrecisionArguments:
+    """What is scored, and on what."""
+
+    supernets: list[str] = field(metadata={"help": "Supernets, one for each seed."})
+    superb_dir: str = field(
+        default=str(ROOT / "benchmarks/output/superb"), metadata={"help": "What superb.py wrote: data and features."}
+    )
+
+
+class NoisyRecordings(Recordings):
+    """Hidden states that are off by about the rounding of single precision."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        states = super().__getitem__(index)
+        noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(index))
+        return states * (1 + torch.finfo(torch.float32).eps * noise)
+
+
+def scores(task: str, seed: int, supernet: str, superb_dir: str) -> dict[str, dict[str, float]]:
+    """Test scores, for each metric in each of the `WAYS`."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    upstream = Upstream.from_pretrained(supernet, "largest")
+    whole, half = (
+        FeatureCache(upstream, Path(superb_dir) / "features", dtype) for dtype in (torch.float32, torch.float16)
+    )
+
+    def ways(parts: dict[str, Part]) -> list[dict[str, Recordings]]:
+        kinds = ((Recordings, whole), (Recordings, half), (NoisyRecordings, whole))
+        return [{name: kind(part.audio, upstream, cache) for name, part in parts.items()} for kind, cache in kinds]
+
+    recipe, accelerator = read_recipe(task, "stand_in"), Accelerator(cpu=True)
+    outcomes: list[list[dict[str, float]]] = []
+    if task == "qbe":
+        queries = QueryByExample(recipe, Path(superb_dir) / "data")
+        exact, halved, noisy = (queries.scores(each, accelerator)["test"] for each in ways(queries.parts))
+        outcomes.append([exact, halved, halved, noisy])
+    else:
+        for fold in TASKS[task].load_folds(recipe, Path(superb_dir) / "data"):
+            of_fold = []
+            for recordings, tested in zip(ways(fold.parts), (True, False, False), strict=True):
+                with tempfile.TemporaryDirectory() as scratch:
+                    training = HeadTraining(fold, recordings, upstream, Path(scratch), accelerator, {"seed": seed})
+                    of_fold.append(training.run()["test"])
+                if tested:
+                    training.recordings = ways(fold.parts)[1]
+                    of_fold.append(fold.scores(training.outputs("test"), fold.parts["test"]))
+            outcomes.append(of_fold)
+    return {
+        metric: {way: statistics.mean(fold[at][metric] for fold in outcomes) for at, way in enumerate(WAYS)}
+        for metric in outcomes[0][0]
+    }
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(HalfPrecisionArguments, description=__doc__).parse_args_into_dataclasses()
+    found: dict[str, list[dict[str, float]]] = {}
+    with multiprocessing.get_context("spawn").Pool(2) as processes:
+        jobs = [
+            (task, processes.apply_async(scores, (task, seed, supernet, arguments.superb_dir)))
+            for seed, supernet in enumerate(arguments.supernets)
+            for task in task_names()
+        ]
+        for task, job in tqdm(jobs, desc="tasks"):
+            for metric, ways in job.get().items():
+                found.setdefault(COLUMNS[task, metric][0], []).append(ways)
+    rows = []
+    for title, seeds in found.items():
+        changes = {way: [100 * (each[way] - each["whole"]) for each in seeds] for way in WAYS[1:]}
+        whole = f"{100 * statistics.mean(each['whole'] for each in seeds):.2f}"
+        rows.append([title, whole, *(f"{max(map(abs, each)):.2f}" for each in changes.values())])
+    print("Points; of the three on the right the largest change of all seeds.\n")
+    print(markdown_table(("task", *WAYS), rows))
+
+
+if __name__ == "__main__":
+    main()
