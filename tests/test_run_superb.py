@@ -285,13 +285,13 @@ def test_what_is_done_is_not_done_again_and_another_setting_is_refused(models, d
 
 
 def test_a_sweep_keeps_the_rate_that_is_best_on_the_dev_part(models, data, tmp_path):
-    rates = ("--sweep", "1e-9", "1e-2", "--max_steps", 30)
-    score(models / "hubert", data, tmp_path, "--tasks", "sid", *rates)
+    shared = ("--tasks", "sid", "--max_steps", 30, "--cache_dir", tmp_path / "cache")
+    score(models / "hubert", data, tmp_path, *shared, "--sweep", "1e-9", "1e-2")
     (result,) = (json.loads(file.read_text()) for file in tmp_path.glob("*/*/*/result.json"))
     single = {}
     for rate in (1e-9, 1e-2):
         output = tmp_path / f"{rate:g}"
-        score(models / "hubert", data, output, "--tasks", "sid", "--learning_rate", rate, "--max_steps", 30)
+        score(models / "hubert", data, output, *shared, "--learning_rate", rate)
         (alone,) = (json.loads(file.read_text()) for file in output.glob("*/*/*/result.json"))
         single[rate] = alone["folds"][0]
     best = max(single, key=lambda rate: single[rate]["dev"]["accuracy"])

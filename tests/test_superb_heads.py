@@ -124,25 +124,25 @@ import sys
 sys.path += [{str(TRAINING)!r}, {str(Path(__file__).parent)!r}]
 import numpy
 from accelerate import Accelerator
-from conftest import noise
-from superb_qbe import detection_scores
+from test_superb_heads import scores_of_five_documents
 
 accelerator = Accelerator(cpu=True)
-queries, documents = ([noise(3, size, 6, seed=size) for size in sizes] for sizes in ((6, 9), (20, 31, 12, 17, 25)))
-scores = detection_scores(queries, documents, range(3), accelerator)
-numpy.save(f"{{sys.argv[1]}}-{{accelerator.process_index}}", scores)
+numpy.save(f"{{sys.argv[1]}}/{{accelerator.process_index}}", scores_of_five_documents(accelerator))
 accelerator.end_training()
 """
 
 
+def scores_of_five_documents(accelerator: Accelerator) -> np.ndarray:
+    queries, documents = ([noise(3, size, 6, seed=size) for size in sizes] for sizes in ((6, 9), (20, 31, 12, 17, 25)))
+    return detection_scores(queries, documents, range(3), accelerator)
+
+
 def test_processes_share_documents_and_know_all_scores(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCORES_OF_FIVE_DOCUMENTS)
-    run(script, tmp_path / "one")
-    run(script, tmp_path / "two", processes=2)
-    alone, first, second = (np.load(tmp_path / f"{name}.npy") for name in ("one-0", "two-0", "two-1"))
+    (tmp_path / "script.py").write_text(SCORES_OF_FIVE_DOCUMENTS)
+    run(tmp_path / "script.py", tmp_path, processes=2)
+    first, second = (np.load(tmp_path / f"{process}.npy") for process in range(2))
     assert np.array_equal(first, second)
-    np.testing.assert_allclose(first, alone, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(first, scores_of_five_documents(Accelerator(cpu=True)), rtol=1e-4, atol=1e-5)
 
 
 def test_moments_are_those_of_all_frames_together():
