@@ -1,10 +1,11 @@
 """What it costs to keep SUPERB's features in half precision, on the stand-ins of `superb.py`, which has to run first.
 
-    python benchmarks/superb_half_precision.py --supernets demo/output/seed-?/supernet
+    python benchmarks/superb_half_precision.py --models demo/output/seed-?/supernet --subnet largest
+    python benchmarks/superb_half_precision.py --models demo/teacher demo/teacher demo/teacher --retrain False
 
-The largest subnet of each supernet, a seed of its own. A head that was trained on whole features is tested on halved
-ones; another is trained and tested on halved ones. The control is trained and tested on features with noise of the
-size of single precision's rounding: training alone can make much of that. Two tasks at a time with a thread each.
+A model for each seed. A head that was trained on whole features is tested on halved ones; another is trained and
+tested on halved ones. The control is trained and tested on features with noise of the size of single precision's
+rounding: training alone can make much of that. Two tasks at a time with a thread each.
 """
 
 import multiprocessing
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from superb import ROOT
+from superb import ROOT  # and what it puts on the path
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
@@ -36,7 +37,9 @@ WAYS = ("whole", "same head, halved", "trained on halved", "trained on noisy")
 class HalfPrecisionArguments:
     """What is scored, and on what."""
 
-    supernets: list[str] = field(metadata={"help": "Supernets, one for each seed."})
+    models: list[str] = field(metadata={"help": "Models, one for each seed."})
+    subnet: str | None = field(default=None, metadata={"help": "Of supernets: a name or a JSON file."})
+    retrain: bool = field(default=True, metadata={"help": "Train heads on halved and on noisy features, too."})
     superb_dir: str = field(
         default=str(ROOT / "benchmarks/output/superb"), metadata={"help": "What superb.py wrote: data and features."}
     )
@@ -51,14 +54,12 @@ class NoisyRecordings(Recordings):
         return states * (1 + torch.finfo(torch.float32).eps * noise)
 
 
-def scores(task: str, seed: int, supernet: str, superb_dir: str) -> dict[str, dict[str, float]]:
-    """Test scores, for each metric in each of the `WAYS`."""
+def scores(task: str, seed: int, model: str, arguments: HalfPrecisionArguments) -> dict[str, dict[str, float]]:
+    """Test scores, for each metric in each of the `WAYS`; the first two of them without `arguments.retrain`."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    upstream = Upstream.from_pretrained(supernet, "largest")
-    whole, half = (
-        FeatureCache(upstream, Path(superb_dir) / "features", dtype) for dtype in (torch.float32, torch.float16)
-    )
+    upstream, folder = Upstream.from_pretrained(model, arguments.subnet), Path(arguments.superb_dir)
+    whole, half = (FeatureCache(upstream, folder / "features", dtype) for dtype in (torch.float32, torch.float16))
 
     def ways(parts: dict[str, Part]) -> list[dict[str, Recordings]]:
         kinds = ((Recordings, whole), (Recordings, half), (NoisyRecordings, whole))
@@ -67,13 +68,15 @@ def scores(task: str, seed: int, supernet: str, superb_dir: str) -> dict[str, di
     recipe, accelerator = read_recipe(task, "stand_in"), Accelerator(cpu=True)
     outcomes: list[list[dict[str, float]]] = []
     if task == "qbe":
-        queries = QueryByExample(recipe, Path(superb_dir) / "data")
+        queries = QueryByExample(recipe, folder / "data")
         exact, halved, noisy = (queries.scores(each, accelerator)["test"] for each in ways(queries.parts))
         outcomes.append([exact, halved, halved, noisy])
     else:
-        for fold in TASKS[task].load_folds(recipe, Path(superb_dir) / "data"):
+        for fold in TASKS[task].load_folds(recipe, folder / "data"):
             of_fold = []
             for recordings, tested in zip(ways(fold.parts), (True, False, False), strict=True):
+                if not (tested or arguments.retrain):
+                    break
                 with tempfile.TemporaryDirectory() as scratch:
                     training = HeadTraining(fold, recordings, upstream, Path(scratch), accelerator, {"seed": seed})
                     of_fold.append(training.run()["test"])
@@ -82,7 +85,10 @@ def scores(task: str, seed: int, supernet: str, superb_dir: str) -> dict[str, di
                     of_fold.append(fold.scores(training.outputs("test"), fold.parts["test"]))
             outcomes.append(of_fold)
     return {
-        metric: {way: statistics.mean(fold[at][metric] for fold in outcomes) for at, way in enumerate(WAYS)}
+        metric: {
+            way: statistics.mean(fold[at][metric] for fold in outcomes)
+            for at, way in enumerate(WAYS if arguments.retrain else WAYS[:2])
+        }
         for metric in outcomes[0][0]
     }
 
@@ -92,20 +98,21 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {}
     with multiprocessing.get_context("spawn").Pool(2) as processes:
         jobs = [
-            (task, processes.apply_async(scores, (task, seed, supernet, arguments.superb_dir)))
-            for seed, supernet in enumerate(arguments.supernets)
+            (task, processes.apply_async(scores, (task, seed, model, arguments)))
+            for seed, model in enumerate(arguments.models)
             for task in task_names()
         ]
         for task, job in tqdm(jobs, desc="tasks"):
             for metric, ways in job.get().items():
                 found.setdefault(COLUMNS[task, metric][0], []).append(ways)
+    others = WAYS[1:] if arguments.retrain else WAYS[1:2]
     rows = []
     for title, seeds in found.items():
-        changes = {way: [100 * (each[way] - each["whole"]) for each in seeds] for way in WAYS[1:]}
-        whole = f"{100 * statistics.mean(each['whole'] for each in seeds):.2f}"
-        rows.append([title, whole, *(f"{max(map(abs, each)):.2f}" for each in changes.values())])
-    print("Points; of the three on the right the largest change of all seeds.\n")
-    print(markdown_table(("task", *WAYS), rows))
+        changes = [max(abs(100 * (each[way] - each["whole"])) for each in seeds) for way in others]
+        whole = statistics.mean(100 * each["whole"] for each in seeds)
+        rows.append([title, *(f"{value:.2f}" for value in (whole, *changes))])
+    print(f"Points: the mean of the first, {WAYS[0]}, and the largest change from it of all seeds.\n")
+    print(markdown_table(("task", WAYS[0], *others), rows))
 
 
 if __name__ == "__main__":
