@@ -268,6 +268,29 @@ def test_a_killed_process_leaves_a_state_to_go_on_from(models, data, tmp_path):
     assert killed == score(models / "hubert", data, tmp_path / "whole", *options)
 
 
+def test_a_state_of_another_model_is_not_gone_on_from(models, data, tmp_path, monkeypatch):
+    options, train_step = ("--tasks", "ks", "--max_steps", 8), HeadTraining.train_step
+    monkeypatch.setattr(
+        run_superb, "read_recipe", lambda *words, **changes: read_recipe(*words, eval_steps=2, **changes)
+    )
+
+    def stopping(training: HeadTraining, step: int):
+        if step == 6:
+            raise KeyboardInterrupt
+        return train_step(training, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HeadTraining, "train_step", stopping)
+        score(models / "hubert", data, tmp_path / "stopped", *options)
+    assert list((tmp_path / "stopped").glob(f"**/{STATE_FILE}"))
+    namesake = shutil.copytree(models / "wavlm", tmp_path / "models/hubert")
+    results = []
+    for name in ("stopped", "fresh"):
+        score(namesake, data, tmp_path / name, *options)
+        results += [file.read_text() for file in (tmp_path / name).glob("*/*/*/result.json")]
+    assert results[0] == results[1]
+
+
 def test_what_is_done_is_not_done_again_and_another_setting_is_refused(models, data, tmp_path, monkeypatch):
     halved = ("--features_dtype", "float16", "--cache_dir", tmp_path / "cache")
     first = score(models / "hubert", data, tmp_path, "--tasks", "ks", "--seeds", 0, 1)
@@ -277,6 +300,9 @@ def test_what_is_done_is_not_done_again_and_another_setting_is_refused(models, d
         assert score(models / "hubert", data, tmp_path, "--tasks", "ks", "--seeds", 0, 1) == first
     with pytest.raises(ValueError, match="was made with another features_dtype"):
         score(models / "hubert", data, tmp_path, "--tasks", "ks", *halved)
+    shutil.copytree(data / "ks", tmp_path / "other-data/ks")
+    with pytest.raises(ValueError, match="was made with another data_dir"):
+        score(models / "hubert", tmp_path / "other-data", tmp_path, "--tasks", "ks")
     with pytest.raises(ValueError, match="was made with another recipe"):
         score(models / "hubert", data, tmp_path, "--tasks", "ks", "--max_steps", 4)
     shutil.copytree(models / "wavlm", tmp_path / "models/hubert")
