@@ -187,6 +187,18 @@ def test_half_precision_takes_half_the_room_and_differs_by_its_rounding(models, 
     assert single.bytes_for(2.0) == pytest.approx(sizes[0], rel=0.03)
 
 
+def test_features_that_half_precision_cannot_hold_are_refused(models, tmp_path):
+    model = HubertModel.from_pretrained(models / "hubert")
+    model.encoder.layers[1].final_layer_norm.bias.data[0] = 1e5
+    upstream = Upstream(model, Wav2Vec2FeatureExtractor(), "loud")
+    single, half = (FeatureCache(upstream, tmp_path, dtype) for dtype in (torch.float32, torch.float16))
+    waveform = np.random.default_rng(0).standard_normal(8000)
+    assert recordings_of(waveform, tmp_path, single)[0].max() > 9e4
+    with pytest.raises(ValueError, match=r"loud has features of 1e\+05, more than torch.float16 can hold"):
+        recordings_of(waveform, tmp_path, half)[0]
+    assert not list(half.folder.glob("*/*"))
+
+
 def test_what_is_kept_depends_on_weights_settings_and_subnet(models):
     keys = [Upstream.from_pretrained(str(models / name)).key for name in ("hubert", "wavlm", "hubert")]
     keys += [Upstream.from_pretrained(str(models / "supernet"), subnet).key for subnet in ("smallest", "largest")]

@@ -126,7 +126,16 @@ class FeatureCache:
         return hidden_states.float() if checksum == _checksum(hidden_states) else None
 
     def write(self, key: str, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Keeps hidden states, and returns them as `read` will."""
+        """Keeps hidden states, and returns them as `read` will.
+
+        Raises:
+            ValueError: they are too large for the dtype.
+        """
+        if (largest := float(hidden_states.abs().max())) > torch.finfo(self.dtype).max:
+            raise ValueError(
+                f"{self.upstream.name} has features of {largest:.3g}, more than {self.dtype} can hold: choose"
+                " --features_dtype float32"
+            )
         hidden_states = hidden_states.to(self.dtype).contiguous()
         file = self.file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
