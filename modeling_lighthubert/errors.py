@@ -1,0 +1,64 @@
+"""How our commands fail: a mistake of the user is one line and exit status 2, a bug is a traceback."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """Something is wrong with what the user gave. The message says what was given, what is allowed, and what to do."""
+
+
+class MissingExtraError(UserError, ImportError):
+    """A package is needed that an extra of this project installs."""
+
+
+@contextmanager
+def user_error(*errors: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Inside the block, `errors` of a library (default: `ValueError` and `OSError`) are the user's mistake.
+
+    Raises:
+        UserError: with the message of the error, behind `prefix`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except errors or (ValueError, OSError) as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+def optional_module(module: str, extra: str, purpose: str) -> ModuleType:
+    """Imports `module`, which `extra` installs.
+
+    Raises:
+        MissingExtraError: it is not installed. The message names the `purpose` and the command.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{purpose} needs the extra {extra!r}: pip install 'lighthubert-transformers[{extra}]' ({error})"
+        ) from error
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Runs the `main` of a command, and ends the process with its exit status.
+
+    A `UserError` is printed as one line, with status 2; a Hub that cannot be reached and a loss that is no number,
+    which no option could have ruled out, as one line with status 1. Everything else is a bug and keeps its traceback.
+    """
+    try:
+        sys.exit(main())
+    except UserError as error:
+        status, message = 2, str(error)
+    except (ConnectionError, FloatingPointError) as error:
+        status, message = 1, str(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    sys.stdout.flush()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,70 @@
+"""Files and folders that are whole or not there: they are written beside their place, and renamed when they are done."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from .errors import UserError
+
+
+UNFINISHED = ".unfinished-"
+"""What stands before the name of a file or folder that is being written. A kill leaves it behind."""
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Inside the block, the path of a new file beside `path`, which replaces it at the end; not on an error.
+
+    Its permissions are those of the umask. Processes that write the same file do not meet.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{UNFINISHED}{uuid4().hex[:8]}-{path.name}")  # the suffix stays: libraries read it
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file in UTF-8."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes `value` as indented JSON, with letters as they are."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """Inside the block, a new folder beside `folder`, which replaces it at the end; not on an error."""
+    folder = Path(folder)
+    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def require_unused(folder: str | Path, option: str = "--output_dir") -> Path:
+    """The same folder, if nothing is in it.
+
+    Raises:
+        UserError: it is a file, or holds something.
+    """
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty: choose another {option}, or delete it")
+    return folder
