@@ -3,8 +3,8 @@
     python benchmarks/asr.py
     python benchmarks/asr.py --train_file digits-train.parquet --test_file digits-test.parquet --held_out_speaker theo
 
-For each seed a supernet is distilled by training/configs/small_budget.yaml and fine-tuned by
-training/configs/ctc_small_budget.yaml, on strings of words of one speaker with pauses of random length: once for all,
+For each seed a supernet is distilled by training/lighthubert_training/configs/distillation/small_budget.yaml and fine-tuned by
+training/lighthubert_training/configs/recognition/ctc_small_budget.yaml, on strings of words of one speaker with pauses of random length: once for all,
 with and without in-place distillation, and each subnet alone, cut first, in the same number of steps. The control has
 the shape of the middle subnet and random weights. With `--held_out_speaker` a second round leaves that speaker out of
 all training, and transcribes nobody else. Two processes make the runs, with one thread each; a run that is done is not
@@ -36,19 +36,17 @@ from transformers.utils import logging
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "training")]
+from run_demo import SAMPLING_RATE, markdown_table, middle_subnet, prepare_speech
 
-from modeling_lighthubert import LightHubertModel, SearchSpace  # noqa: E402
-from modeling_lighthubert.profiling import macs_per_second  # noqa: E402
-
-from metrics import CharacterErrorRate, WordErrorRate  # noqa: E402
-from recognizer import Recognizer  # noqa: E402
-from run_demo import SAMPLING_RATE, markdown_table, middle_subnet, prepare_speech  # noqa: E402
-from speech_data import load_waveform  # noqa: E402
+from lighthubert_training.data.sources import load_waveform
+from lighthubert_training.error_rates import CharacterErrorRate, WordErrorRate
+from lighthubert_training.recognition.recognizer import Recognizer
+from modeling_lighthubert import LightHubertModel, SearchSpace
+from modeling_lighthubert.profiling import macs_per_second
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 SPACE = ROOT / "demo/search_space.json"
@@ -59,7 +57,10 @@ ONCE_FOR_ALL = {"once for all": 0.0, "once for all, taught by the largest": 0.1}
 def run_script(name: str, recipe: str, folder: Path, seed: int, steps: int, **options: Any) -> float:
     """Runs a training script by its recipe in this process, as from the top folder, and returns its seconds."""
     options |= {"output_dir": folder, "seed": seed, "max_steps": steps, "report_to": "none"}
-    words = ["--config", f"training/configs/{recipe}.yaml"]
+    words = [
+        "--config",
+        f"training/lighthubert_training/configs/{'recognition' if recipe.startswith('ctc') else 'distillation'}/{recipe}.yaml",
+    ]
     words += [f"--{option}={value}" for option, value in options.items()]
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)

@@ -7,13 +7,9 @@ python benchmarks/demo_seeds.py demo/output/seed-*
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
-
-from run_demo import CTC_COLUMNS, markdown_table  # noqa: E402
+from run_demo import CTC_COLUMNS, markdown_table
 
 
 def summary(values: list[float], percent: bool) -> str:

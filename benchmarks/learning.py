@@ -3,7 +3,7 @@
     python benchmarks/learning.py
     python benchmarks/learning.py --train_file digits-train.parquet --test_file digits-test.parquet
 
-Every run distils the teacher of the demonstration by training/configs/small_budget.yaml, but for one factor, and is
+Every run distils the teacher of the demonstration by training/lighthubert_training/configs/distillation/small_budget.yaml, but for one factor, and is
 measured like the demonstration: linear probes for digit and speaker, and R2 of a ridge regression from the masked
 frames of held-out speech to the distillation target. Variants get the same number of passes of a subnet, so a sandwich
 of three makes a third of the steps. Two runs at a time, one thread each; a run that is done is not made again, so the
@@ -34,13 +34,7 @@ from transformers.utils import logging
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "training")]
-
-from modeling_lighthubert import LightHubertModel, SearchSpace  # noqa: E402
-
-from distillation import ObjectiveArguments, Teacher  # noqa: E402
-from probing import Batch  # noqa: E402
-from run_demo import (  # noqa: E402
+from run_demo import (
     NUM_TARGET_LAYERS,
     Bench,
     markdown_table,
@@ -48,12 +42,16 @@ from run_demo import (  # noqa: E402
     prepare_speech,
 )
 
+from lighthubert_training.distillation.teacher import ObjectiveArguments, Teacher
+from lighthubert_training.probing import Batch
+from modeling_lighthubert import LightHubertModel, SearchSpace
+
 
 TEACHER, SPACE = ROOT / "demo/teacher", ROOT / "demo/search_space.json"
 # what a step costs in passes of a subnet
 PASSES_OF_STEP = {"largest": 1, "uniform": 1, "uniform_size": 1, "sandwich": 3}
 
-RECIPE = yaml.safe_load((ROOT / "training/configs/small_budget.yaml").read_text())
+RECIPE = yaml.safe_load((ROOT / "training/lighthubert_training/configs/distillation/small_budget.yaml").read_text())
 PAPER = {"loss_frames": "masked", "mask_time_prob": 0.65}
 # at the recipe's learning rate a random start diverges
 RANDOM = {"student_name_or_path": "random", "share_feature_encoder": False, "learning_rate": 1e-3}

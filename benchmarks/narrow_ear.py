@@ -3,7 +3,7 @@
     python benchmarks/narrow_ear.py
     python benchmarks/narrow_ear.py --train_file digits-train.parquet --test_file digits-test.parquet
 
-As `learning.py`: every run distils the teacher of the demonstration by training/configs/small_budget.yaml, and is
+As `learning.py`: every run distils the teacher of the demonstration by training/lighthubert_training/configs/distillation/small_budget.yaml, and is
 measured by probes and R2. Here the convolutions learn, and in all variants but the first subnets choose their channels
 as well. All variants have the same budget, in MACs: forward and backward passes of student and teacher, of `--passes`
 steps with the full ear. `within 40 %` is the best of subnets at no more than 40 % of the MACs of the middle one: that
@@ -37,18 +37,17 @@ from learning import (
     summary,
     to_distil,
 )
+from run_demo import markdown_table
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
+from lighthubert_training.distillation.step import evaluate
+from lighthubert_training.sampling import draw_subnets
 from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, SearchSpace, Subnet
 from modeling_lighthubert.profiling import profile_subnet
 
-from distillation_step import evaluate
-from run_demo import markdown_table
-from subnet_sampling import draw_subnets
-
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 QUARTERS, HALVES = (1, 2, 3, 4), (2, 3, 4)

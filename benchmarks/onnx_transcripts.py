@@ -5,7 +5,6 @@ python benchmarks/onnx_transcripts.py demo/output/seed-?/asr --test_file demo/ou
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,16 +14,13 @@ from transformers.utils import logging
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "training")]
+from learning import summary
+from run_demo import SAMPLING_RATE, markdown_table
 
-from learning import summary  # noqa: E402
-
-from modeling_lighthubert.onnx_export import to_onnx  # noqa: E402
-
-from metrics import CharacterErrorRate, WordErrorRate  # noqa: E402
-from recognizer import Recognizer  # noqa: E402
-from run_demo import SAMPLING_RATE, markdown_table  # noqa: E402
-from speech_data import load_waveform  # noqa: E402
+from lighthubert_training.data.sources import load_waveform
+from lighthubert_training.error_rates import CharacterErrorRate, WordErrorRate
+from lighthubert_training.recognition.recognizer import Recognizer
+from modeling_lighthubert.onnx_export import to_onnx
 
 
 FORMS = ("PyTorch, fp32", "ONNX, fp32", "ONNX, int8")

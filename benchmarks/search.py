@@ -3,7 +3,7 @@
     python benchmarks/search.py
     python benchmarks/search.py --train_file digits-train.parquet --test_file digits-test.parquet
 
-A supernet is distilled from the teacher of the demonstration by training/configs/small_budget.yaml. Then, by seed:
+A supernet is distilled from the teacher of the demonstration by training/lighthubert_training/configs/distillation/small_budget.yaml. Then, by seed:
 
 - NSGA-II and random search measure as many subnets by their distillation loss on training speech, and the area that
   their fronts dominate is compared. Both look for little loss at few MACs;
@@ -25,16 +25,15 @@ import optuna
 import torch
 from accelerate import Accelerator
 from learning import RECIPE, ROOT, SPACE, Learning, LearningArguments, prepare_process, summary, to_distil
+from run_demo import markdown_table
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from lighthubert_training.search.candidates import Budget, Candidates, SubnetCosts
+from lighthubert_training.search.fitness import DistillationLoss, heard
+from lighthubert_training.search.ledger import Ledger
+from lighthubert_training.search.search import Search
 from modeling_lighthubert import LightHubertForPreTraining, Subnet
-
-from run_demo import markdown_table
-from search_fitness import DistillationLoss, heard
-from search_ledger import Ledger
-from subnet_candidates import Budget, Candidates, SubnetCosts
-from subnet_search import Search
 
 
 SIZE = 0.98

@@ -25,12 +25,10 @@ from transformers.utils import logging
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "training")]
+from run_demo import markdown_table, middle_subnet
 
-from modeling_lighthubert import LightHubertModel  # noqa: E402
-
-from run_demo import markdown_table, middle_subnet  # noqa: E402
-from superb_report import COLUMNS, goodness, plot, read_scores, rows_of  # noqa: E402
+from lighthubert_training.superb.report import COLUMNS, goodness, plot, read_scores, rows_of
+from modeling_lighthubert import LightHubertModel
 
 
 CONTROL = "random weights"

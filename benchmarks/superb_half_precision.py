@@ -16,18 +16,18 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from run_demo import markdown_table
 from superb import ROOT  # and what it puts on the path
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from run_demo import markdown_table
-from superb_data import Part, read_recipe, task_names
-from superb_features import FeatureCache, Recordings, Upstream
-from superb_qbe import QueryByExample
-from superb_report import COLUMNS
-from superb_tasks import TASKS
-from superb_training import HeadTraining
+from lighthubert_training.superb.data import Part, read_recipe, task_names
+from lighthubert_training.superb.features import FeatureCache, Recordings, Upstream
+from lighthubert_training.superb.query_by_example import QueryByExample
+from lighthubert_training.superb.report import COLUMNS
+from lighthubert_training.superb.tasks import TASKS
+from lighthubert_training.superb.training import HeadTraining
 
 
 WAYS = ("whole", "same head, halved", "trained on halved", "trained on noisy")

@@ -13,10 +13,8 @@ import io
 import itertools
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -26,15 +24,11 @@ from datasets import Audio, Dataset
 from torch.utils.data import DataLoader
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
-
+from lighthubert_training.data.batches import DistillationCollator, RandomAccessSampler, Visits, durations
+from lighthubert_training.data.sources import SpeechDataset
+from lighthubert_training.distillation.step import prepare_lesson, training_step
+from lighthubert_training.distillation.teacher import ObjectiveArguments, Teacher
 from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining, SearchSpace, Subnet
-
-from batches import DistillationCollator, RandomAccessSampler, Visits, durations  # noqa: E402
-from distillation import ObjectiveArguments, Teacher  # noqa: E402
-from distillation_step import prepare_lesson, training_step  # noqa: E402
-from speech_data import SpeechDataset  # noqa: E402
 
 
 SAMPLING_RATE = 16_000

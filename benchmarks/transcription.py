@@ -24,15 +24,14 @@ import psutil
 import torch
 from asr import ROOT, SPACE, prepare_process, run_script
 from datasets import Audio, Dataset, load_dataset
-
-from modeling_lighthubert import SearchSpace
-
-from ctc_decoding import text_of
-from live_transcription import LiveTranscriber
-from metrics import CharacterErrorRate, WordErrorRate
-from recognizer import Recognizer
 from run_demo import SAMPLING_RATE, join_words, middle_subnet
-from speech_data import load_waveform
+
+from lighthubert_training.data.sources import load_waveform
+from lighthubert_training.decoding import text_of
+from lighthubert_training.error_rates import CharacterErrorRate, WordErrorRate
+from lighthubert_training.recognition.live import LiveTranscriber
+from lighthubert_training.recognition.recognizer import Recognizer
+from modeling_lighthubert import SearchSpace
 
 
 PAUSE = (0.05, 0.6)

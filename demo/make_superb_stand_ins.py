@@ -22,9 +22,8 @@ import numpy as np
 import soundfile
 import soxr
 from datasets import Audio, Dataset, disable_progress_bars, load_dataset
-from transformers import HfArgumentParser
-
 from generate_speech import DIGITS, SAMPLING_RATE
+from transformers import HfArgumentParser
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,13 +23,11 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
-
-import matplotlib  # noqa: E402
-import numpy as np  # noqa: E402
-import soundfile  # noqa: E402
-from datasets import Audio, Dataset, disable_progress_bars, load_dataset  # noqa: E402
-from transformers import (  # noqa: E402
+import matplotlib
+import numpy as np
+import soundfile
+from datasets import Audio, Dataset, disable_progress_bars, load_dataset
+from transformers import (
     AutoModel,
     AutoModelForCTC,
     HfArgumentParser,
@@ -37,13 +35,12 @@ from transformers import (  # noqa: E402
     Wav2Vec2FeatureExtractor,
     set_seed,
 )
-from transformers.utils import logging  # noqa: E402
+from transformers.utils import logging
 
-from modeling_lighthubert import LightHubertModel, SearchSpace, Subnet  # noqa: E402
-from modeling_lighthubert.profiling import macs_per_second, measure_latency  # noqa: E402
-
-from distillation import ObjectiveArguments, Teacher  # noqa: E402
-from probing import (  # noqa: E402
+from lighthubert_training.cards.subnet import FACTS_FILE, render_card, subnet_facts
+from lighthubert_training.data.sources import load_waveform
+from lighthubert_training.distillation.teacher import ObjectiveArguments, Teacher
+from lighthubert_training.probing import (
     Batch,
     cross_validated_accuracy,
     draw_masks,
@@ -54,12 +51,12 @@ from probing import (  # noqa: E402
     probe_accuracy,
     ridge_r2,
 )
-from speech_data import load_waveform  # noqa: E402
-from subnet_card import FACTS_FILE, render_card, subnet_facts  # noqa: E402
+from modeling_lighthubert import LightHubertModel, SearchSpace, Subnet
+from modeling_lighthubert.profiling import macs_per_second, measure_latency
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 SAMPLING_RATE = 16_000
@@ -339,7 +336,7 @@ def write_card(folder: Path, arguments: DemoArguments, name: str, result: dict) 
 def distil(arguments: DemoArguments, train_file: Path, output_dir: Path, *options: str | Path) -> None:
     """One run of the distillation script."""
     run(
-        ROOT / "training/run_distillation.py", "--config", ROOT / "training/configs/small_budget.yaml",
+        ROOT / "training/run_distillation.py", "--config", ROOT / "training/lighthubert_training/configs/distillation/small_budget.yaml",
         "--train_file", train_file, "--teacher_name_or_path", arguments.teacher,
         "--search_space", arguments.search_space, "--seed", str(arguments.seed), "--output_dir", output_dir, *options,
     )  # fmt: skip
@@ -350,7 +347,7 @@ def recognise(
 ) -> dict:
     """Fine-tunes `start` with CTC, and transcribes the test recordings in a process without our package."""
     run(
-        ROOT / "training/run_speech_recognition_ctc.py", "--config", ROOT / "training/configs/ctc_small_budget.yaml",
+        ROOT / "training/run_speech_recognition_ctc.py", "--config", ROOT / "training/lighthubert_training/configs/recognition/ctc_small_budget.yaml",
         "--model_name_or_path", start, "--train_file", train.strings_file, "--validation_file", test.strings_file,
         "--max_eval_samples", "10", "--max_steps", str(arguments.ctc_steps), "--seed", str(arguments.seed),
         "--output_dir", output_dir, *options,

@@ -15,16 +15,14 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from datasets import Audio, load_dataset  # noqa: E402
-from scipy.fft import dct  # noqa: E402
-from sklearn.cluster import MiniBatchKMeans  # noqa: E402
-from torch import nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import (  # noqa: E402
+import numpy as np
+import torch
+from datasets import Audio, load_dataset
+from scipy.fft import dct
+from sklearn.cluster import MiniBatchKMeans
+from torch import nn
+from tqdm import tqdm
+from transformers import (
     HfArgumentParser,
     HubertConfig,
     HubertModel,
@@ -32,12 +30,12 @@ from transformers import (  # noqa: E402
     get_scheduler,
     set_seed,
 )
-from transformers.audio_utils import mel_filter_bank, spectrogram, window_function  # noqa: E402
-from transformers.models.hubert.modeling_hubert import _compute_mask_indices  # noqa: E402
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+from transformers.models.hubert.modeling_hubert import _compute_mask_indices
 
-from distillation import true_frames  # noqa: E402
-from probing import make_batches, pooled_features, probe_accuracy  # noqa: E402
-from speech_data import load_waveform  # noqa: E402
+from lighthubert_training.data.sources import load_waveform
+from lighthubert_training.distillation.teacher import true_frames
+from lighthubert_training.probing import make_batches, pooled_features, probe_accuracy
 
 
 SAMPLING_RATE = 16_000

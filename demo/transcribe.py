@@ -12,11 +12,11 @@ from pathlib import Path
 
 sys.modules["modeling_lighthubert"] = None  # whoever has the package installed: it cannot be imported here
 
-import jiwer  # noqa: E402
-import soundfile  # noqa: E402
-import soxr  # noqa: E402
-from datasets import Audio, disable_progress_bars, load_dataset  # noqa: E402
-from transformers import pipeline  # noqa: E402
+import jiwer
+import soundfile
+import soxr
+from datasets import Audio, disable_progress_bars, load_dataset
+from transformers import pipeline
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ weights are needed.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent / "training"))
-
-from modeling_lighthubert import LightHubertConfig, LightHubertModel, SearchSpace, Subnet  # noqa: E402
-from modeling_lighthubert.profiling import macs_per_second  # noqa: E402
-
-from subnet_card import FACTS_FILE, render_card  # noqa: E402
+from lighthubert_training.cards.subnet import FACTS_FILE, render_card
+from modeling_lighthubert import LightHubertConfig, LightHubertModel, SearchSpace, Subnet
+from modeling_lighthubert.profiling import macs_per_second
 
 
 RELEASED = {"lighthubert-base": "base", "lighthubert-small": "small", "lighthubert-stage1": None}
@@ -71,7 +67,7 @@ def render_released(name: str, facts: dict[str, Any]) -> ModelCard:
             pipeline_tag="feature-extraction",
             tags=["speech", "hubert", "lighthubert", *(["once-for-all"] if facts["num_subnets"] else [])],
         ),
-        template_path=FOLDER / "released.md",
+        template_path=FOLDER.parent / "training/lighthubert_training/cards/templates/released.md",
         name=name,
         **facts,
     )

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "training"))  # as the scripts see it
 os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else datasets calls the Hub for every file that is loaded
 
 from modeling_lighthubert import (

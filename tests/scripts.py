@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_distillation
 import soundfile
 import torch
 from accelerate.state import AcceleratorState
@@ -16,8 +17,6 @@ from conftest import stock_settings
 from datasets import Audio, Dataset
 from safetensors.torch import load_file
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
-
-import run_distillation
 
 
 TRAINING = Path(__file__).parent.parent / "training"

@@ -21,15 +21,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoFeatureExtractor, HfArgumentParser
 
+from lighthubert_training.data.sources import UNREADABLE, DataArguments, SpeechDataset, load_speech
+from lighthubert_training.runs.options import parse_recipe
 from modeling_lighthubert import (
     LightHubertForPreTraining,
     LightHubertModel,
     LightHubertPreTrainedModel,
     SearchSpace,
 )
-
-from recipes import parse_recipe
-from speech_data import UNREADABLE, DataArguments, SpeechDataset, load_speech
 
 
 @dataclass

@@ -23,11 +23,10 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from transformers import AutoConfig, HfArgumentParser
 from transformers.utils import logging
 
+from lighthubert_training.cards.subnet import FACTS_FILE, measured_speed, read_results, render_card, subnet_facts
+from lighthubert_training.runs.options import parse_recipe
 from modeling_lighthubert.export import copy_processor, load, save, torch_runner
 from modeling_lighthubert.search_space import search_space_from
-
-from recipes import parse_recipe
-from subnet_card import FACTS_FILE, measured_speed, read_results, render_card, subnet_facts
 
 
 LICENSE = Path(__file__).resolve().parent.parent / "LICENSE"

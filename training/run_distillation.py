@@ -2,8 +2,8 @@
 
 Stage 1 trains the full-size student, stage 2 its subnets:
 
-    python training/run_distillation.py --config training/configs/stage1.yaml --output_dir stage1
-    python training/run_distillation.py --config training/configs/stage2_small.yaml --output_dir supernet \\
+    python training/run_distillation.py --config training/lighthubert_training/configs/distillation/stage1.yaml --output_dir stage1
+    python training/run_distillation.py --config training/lighthubert_training/configs/distillation/stage2_small.yaml --output_dir supernet \\
         --student_name_or_path stage1
 
 A recipe holds any of the options below; those on the command line have the last word. Two CPU processes:
@@ -22,11 +22,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import AutoFeatureExtractor, AutoModel, HfArgumentParser, Wav2Vec2FeatureExtractor, get_scheduler
 
-from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining, SearchSpace
-from modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch import trim
-from modeling_lighthubert.search_space import search_space_from
-
-from batches import (
+from lighthubert_training.data.batches import (
     BatchSampler,
     DistillationCollator,
     RandomAccessSampler,
@@ -37,14 +33,17 @@ from batches import (
     durations,
     recording_name,
 )
-from checkpoints import checkpoints, find_checkpoint
-from distillation import ObjectiveArguments, Teacher
-from distillation_arguments import FREE_TO_CHANGE, DistillationArguments
-from distiller import Distiller
-from hub import push_folder
-from recipes import parse_recipe, save_recipe
-from run_log import RunLog, plot_losses, write_card
-from speech_data import DataArguments, SpeechDataset, load_speech
+from lighthubert_training.data.sources import DataArguments, SpeechDataset, load_speech
+from lighthubert_training.distillation.arguments import FREE_TO_CHANGE, DistillationArguments
+from lighthubert_training.distillation.loop import Distiller
+from lighthubert_training.distillation.teacher import ObjectiveArguments, Teacher
+from lighthubert_training.runs.checkpoints import checkpoints, find_checkpoint
+from lighthubert_training.runs.hub import push_folder
+from lighthubert_training.runs.log import RunLog, plot_losses, write_card
+from lighthubert_training.runs.options import parse_recipe, save_recipe
+from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining, SearchSpace
+from modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch import trim
+from modeling_lighthubert.search_space import search_space_from
 
 
 def build_teacher(

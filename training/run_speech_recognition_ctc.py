@@ -4,7 +4,7 @@ or stock HuBERT as it is, or a supernet once for all.
     python training/run_speech_recognition_ctc.py --model_name_or_path supernet --subnet a_small \\
         --train_file train.parquet --validation_file test.parquet --output_dir asr --max_steps 1000
     python training/run_speech_recognition_ctc.py --model_name_or_path supernet --once_for_all \\
-        --config training/configs/ctc_small_budget.yaml --output_dir asr-supernet
+        --config training/lighthubert_training/configs/recognition/ctc_small_budget.yaml --output_dir asr-supernet
 
 A recipe holds any of the options below; those on the command line have the last word. The result is an ordinary folder
 for `pipeline("automatic-speech-recognition")` and `training/transcribe.py`: model, code, tokenizer, feature extractor.
@@ -36,12 +36,9 @@ from transformers import (
     set_seed,
 )
 
-from modeling_lighthubert import Subnet
-from modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch import trim
-from modeling_lighthubert.profiling import macs_per_second
-
-from checkpoints import newest_whole, whole
-from ctc_data import (
+import lighthubert_training
+from lighthubert_training.data.sources import DataArguments, load_speech
+from lighthubert_training.recognition.data import (
     CTCCollator,
     StreamedSpeech,
     TextArguments,
@@ -50,18 +47,21 @@ from ctc_data import (
     leave_out_useless,
     report_unknown_characters,
 )
-from ctc_trainer import CTCArguments, CTCTrainer
-from hub import push_folder
-from recipes import parse_recipe
-from run_log import plot_losses
-from speech_data import DataArguments, load_speech
-from subnet_sampling import evaluation_subnets
+from lighthubert_training.recognition.trainer import CTCArguments, CTCTrainer
+from lighthubert_training.runs.checkpoints import newest_whole, whole
+from lighthubert_training.runs.hub import push_folder
+from lighthubert_training.runs.log import plot_losses
+from lighthubert_training.runs.options import parse_recipe
+from lighthubert_training.sampling import evaluation_subnets
+from modeling_lighthubert import Subnet
+from modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch import trim
+from modeling_lighthubert.profiling import macs_per_second
 
 
 logger = logging.getLogger("run_speech_recognition_ctc")
 BLANK_SHARE = 0.9
 """What the blank begins with: a frame is 20 ms, and most of them write nothing."""
-CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "speech_recognition.md"
+CARD_TEMPLATE = Path(lighthubert_training.__file__).parent / "cards/templates/speech_recognition.md"
 
 
 @dataclass

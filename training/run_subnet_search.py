@@ -23,8 +23,23 @@ import numpy as np
 import optuna
 import torch
 from accelerate import Accelerator
+from run_distillation import build_teacher, check_frame_rates
 from transformers import AutoFeatureExtractor, AutoModelForCTC, HfArgumentParser, Wav2Vec2Processor
 
+from lighthubert_training.data.batches import DistillationCollator, Recording
+from lighthubert_training.data.sources import UNREADABLE, DataArguments, load_speech, load_waveform
+from lighthubert_training.distillation.arguments import DistillationArguments
+from lighthubert_training.distillation.step import prepare_lesson
+from lighthubert_training.distillation.teacher import ObjectiveArguments
+from lighthubert_training.probing import make_batches
+from lighthubert_training.recognition.data import CTCCollator
+from lighthubert_training.runs.options import parse_recipe
+from lighthubert_training.search.candidates import COSTS, Budget, Candidates, SubnetCosts
+from lighthubert_training.search.fitness import CTCError, DistillationLoss, Fitness, ProbeError
+from lighthubert_training.search.latency import LatencyTable
+from lighthubert_training.search.ledger import Evaluation, Ledger
+from lighthubert_training.search.report import FurtherTraining, write_report
+from lighthubert_training.search.search import Search
 from modeling_lighthubert import (
     LightHubertForCTC,
     LightHubertForPreTraining,
@@ -32,25 +47,9 @@ from modeling_lighthubert import (
     LightHubertPreTrainedModel,
 )
 
-from batches import DistillationCollator, Recording
-from ctc_data import CTCCollator
-from distillation import ObjectiveArguments
-from distillation_arguments import DistillationArguments
-from distillation_step import prepare_lesson
-from latency_table import LatencyTable
-from probing import make_batches
-from recipes import parse_recipe
-from run_distillation import build_teacher, check_frame_rates
-from search_fitness import CTCError, DistillationLoss, Fitness, ProbeError
-from search_ledger import Evaluation, Ledger
-from search_report import FurtherTraining, write_report
-from speech_data import UNREADABLE, DataArguments, load_speech, load_waveform
-from subnet_candidates import COSTS, Budget, Candidates, SubnetCosts
-from subnet_search import Search
-
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 @dataclass

@@ -23,13 +23,13 @@ import torch
 from accelerate import Accelerator
 from transformers import HfArgumentParser
 
-from recipes import parse_recipe
-from superb_data import Part, Recipe, read_recipe, task_names
-from superb_features import FeatureCache, Recordings, Upstream, fill
-from superb_qbe import QueryByExample
-from superb_report import write_report
-from superb_tasks import TASKS, Task
-from superb_training import HeadTraining
+from lighthubert_training.runs.options import parse_recipe
+from lighthubert_training.superb.data import Part, Recipe, read_recipe, task_names
+from lighthubert_training.superb.features import FeatureCache, Recordings, Upstream, fill
+from lighthubert_training.superb.query_by_example import QueryByExample
+from lighthubert_training.superb.report import write_report
+from lighthubert_training.superb.tasks import TASKS, Task
+from lighthubert_training.superb.training import HeadTraining
 
 
 @dataclass

@@ -21,12 +21,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from ctc_decoding import BeamSearch
-from live_transcription import LiveTranscriber, transcribe_live
-from recipes import parse_recipe
-from recognizer import Recognizer
-from speech_data import MANIFESTS, UNREADABLE, DataArguments, load_speech, load_waveform
-from transcripts import FORMATS, Journal, as_json, formatted
+from lighthubert_training.data.sources import MANIFESTS, UNREADABLE, DataArguments, load_speech, load_waveform
+from lighthubert_training.decoding import BeamSearch
+from lighthubert_training.recognition.live import LiveTranscriber, transcribe_live
+from lighthubert_training.recognition.recognizer import Recognizer
+from lighthubert_training.recognition.transcripts import FORMATS, Journal, as_json, formatted
+from lighthubert_training.runs.options import parse_recipe
 
 
 @dataclass

@@ -9,16 +9,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import push_subnet
 import pytest
 from conftest import NARROW, run_without_package, tiny_model
 from hub_server import Hub, loopback_hub
 from huggingface_hub import HfApi, ModelCard, constants
 from scripts import TRAINING, distil
 
+from lighthubert_training.cards.subnet import read_results, render_card, subnet_facts
 from modeling_lighthubert import LightHubertForCTC, LightHubertForSequenceClassification, LightHubertModel
-
-import push_subnet
-from subnet_card import read_results, render_card, subnet_facts
 
 
 REPOSITORY = "me/small"

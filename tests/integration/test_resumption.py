@@ -12,7 +12,7 @@ import pytest
 import torch
 from scripts import distil, distillation, fails, newest, run, start, weights
 
-from checkpoints import damage
+from lighthubert_training.runs.checkpoints import damage
 
 
 KILLS = int(os.environ.get("LIGHTHUBERT_TEST_KILLS", "2"))

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import run_distillation
 import torch
 from conftest import stock_settings
 from hub_server import loopback_hub
@@ -19,8 +20,6 @@ from transformers import (
     WhisperConfig,
     WhisperModel,
 )
-
-import run_distillation
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_speech_recognition_ctc
 import soundfile
 import torch
 from conftest import stock_settings
@@ -30,13 +31,11 @@ from transformers import (
     pipeline,
 )
 
+from lighthubert_training.error_rates import CharacterErrorRate, WordErrorRate
+from lighthubert_training.recognition.trainer import CTCTrainer
+from lighthubert_training.sampling import draw_subnets
 from modeling_lighthubert.export import to_hubert
 from modeling_lighthubert.modeling_lighthubert import LightHubertFeatureEncoder
-
-import run_speech_recognition_ctc
-from ctc_trainer import CTCTrainer
-from metrics import CharacterErrorRate, WordErrorRate
-from subnet_sampling import draw_subnets
 
 
 SCRIPT = TRAINING / "run_speech_recognition_ctc.py"

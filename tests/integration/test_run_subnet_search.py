@@ -14,25 +14,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import run_speech_recognition_ctc
+import run_subnet_search
 import torch
 from conftest import NARROW, SIX_DEEP, TWO_DEEP, WINDOWED, noise, tiny_model
 from datasets import Audio, load_dataset
 from scripts import TRAINING, distil, start
 from transformers import AutoModel
 
+from lighthubert_training.data.sources import load_waveform
+from lighthubert_training.error_rates import CharacterErrorRate
+from lighthubert_training.recognition.recognizer import Recognizer
+from lighthubert_training.search.candidates import Budget, Candidates, SubnetCosts
+from lighthubert_training.search.latency import LatencyTable, covering, parts_of
+from lighthubert_training.search.ledger import Ledger
+from lighthubert_training.search.report import FurtherTraining, importances
+from lighthubert_training.search.search import Search
 from modeling_lighthubert import LightHubertForCTC, LightHubertModel, SearchSpace, Subnet
 from modeling_lighthubert.profiling import macs_per_second
-
-import run_speech_recognition_ctc
-import run_subnet_search
-from latency_table import LatencyTable, covering, parts_of
-from metrics import CharacterErrorRate
-from recognizer import Recognizer
-from search_ledger import Ledger
-from search_report import FurtherTraining, importances
-from speech_data import load_waveform
-from subnet_candidates import Budget, Candidates, SubnetCosts
-from subnet_search import Search
 
 
 SPACES = [

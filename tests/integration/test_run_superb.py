@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_superb
 import soundfile
 import torch
 from accelerate import Accelerator
@@ -30,15 +31,13 @@ from transformers import (
     WavLMModel,
 )
 
+from lighthubert_training.superb.data import read_recipe, task_names
+from lighthubert_training.superb.features import FeatureCache, Recordings, Upstream
+from lighthubert_training.superb.report import PUBLISHED, SCORED, overall, superb_score
+from lighthubert_training.superb.tasks import TASKS
+from lighthubert_training.superb.training import STATE_FILE, HeadTraining
 from modeling_lighthubert import LightHubertModel
 from modeling_lighthubert.export import to_hubert
-
-import run_superb
-from superb_data import read_recipe, task_names
-from superb_features import FeatureCache, Recordings, Upstream
-from superb_report import PUBLISHED, SCORED, overall, superb_score
-from superb_tasks import TASKS
-from superb_training import STATE_FILE, HeadTraining
 
 
 sys.path.append(str(Path(__file__).parent.parent / "demo"))

@@ -14,22 +14,21 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import transcribe
 from conftest import tiny_model
 from datasets import Audio, Dataset
 from scripts import TRAINING
 from test_ctc_decoding import TOKENS, save_processor
 from test_pipelines import speech
+from transcribe import Source, load_batches
 from transformers import HubertConfig
 
+from lighthubert_training.data.sources import load_waveform
+from lighthubert_training.decoding import Word, text_of
+from lighthubert_training.recognition.live import LiveTranscriber, transcribe_live
+from lighthubert_training.recognition.recognizer import Recognizer
+from lighthubert_training.recognition.transcripts import Journal, formatted, split_into_cues
 from modeling_lighthubert import LightHubertForCTC
-
-import transcribe
-from ctc_decoding import Word, text_of
-from live_transcription import LiveTranscriber, transcribe_live
-from recognizer import Recognizer
-from speech_data import load_waveform
-from transcribe import Source, load_batches
-from transcripts import Journal, formatted, split_into_cues
 
 
 SCRIPT = TRAINING / "transcribe.py"

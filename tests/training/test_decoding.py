@@ -18,11 +18,10 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
+from lighthubert_training.decoding import Alphabet, BeamSearch, beam_search, greedy, read_unigrams, text_of, words_of
+from lighthubert_training.recognition.recognizer import Recognizer
 from modeling_lighthubert import LightHubertForCTC
 from modeling_lighthubert.export import to_hubert
-
-from ctc_decoding import Alphabet, BeamSearch, beam_search, greedy, read_unigrams, text_of, words_of
-from recognizer import Recognizer
 
 
 TOKENS = ["<pad>", "|", "<unk>", *"abcdefghi"]

@@ -5,9 +5,8 @@ import random
 import pytest
 from conftest import NARROW, SIX_DEEP, TWO_DEEP, WINDOWED
 
+from lighthubert_training.sampling import draw_subnets, num_matrix_weights, sample_by_size
 from modeling_lighthubert import SearchSpace
-
-from subnet_sampling import draw_subnets, num_matrix_weights, sample_by_size
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "uniform_size", "sandwich"])

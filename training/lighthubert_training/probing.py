@@ -12,7 +12,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
-from distillation import Teacher, draw_time_mask, num_true_frames, true_frames
+from lighthubert_training.distillation.teacher import Teacher, draw_time_mask, num_true_frames, true_frames
 
 
 Batch = dict[str, torch.Tensor]

@@ -2,7 +2,6 @@
 them."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 
 FOLDER = Path(__file__).parent.parent / "model_cards"
-sys.path.insert(0, str(FOLDER))
-
-import render  # noqa: E402
+import render
 
 
 CARDS = sorted(file.stem for file in FOLDER.glob("*.json"))

@@ -14,7 +14,7 @@ from test_speech_data import RATE, TONE, encoded
 from torch.utils.data import DataLoader
 from transformers import Wav2Vec2FeatureExtractor
 
-from batches import (
+from lighthubert_training.data.batches import (
     BatchSampler,
     DistillationCollator,
     RandomAccessSampler,
@@ -24,7 +24,7 @@ from batches import (
     Visits,
     durations,
 )
-from speech_data import DataArguments, SpeechDataset, load_speech
+from lighthubert_training.data.sources import DataArguments, SpeechDataset, load_speech
 
 
 SECONDS = [random.Random(0).uniform(1, 35) for _ in range(2000)]  # as in LibriSpeech

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from datasets import Audio, Dataset, IterableDataset
 
-from speech_data import DataArguments, SpeechDataset, duration, level, load_speech, load_waveform
+from lighthubert_training.data.sources import DataArguments, SpeechDataset, duration, level, load_speech, load_waveform
 
 
 RATE = 16_000

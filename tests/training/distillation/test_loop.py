@@ -2,7 +2,7 @@
 
 from conftest import SIX_DEEP
 
-from distiller import evaluation_subnets, subnet_class
+from lighthubert_training.distillation.loop import evaluation_subnets, subnet_class
 
 
 def test_evaluations_measure_the_named_subnets_and_the_same_random_ones_every_time():

@@ -6,9 +6,9 @@ from accelerate import Accelerator
 from conftest import NARROW, TWO_DEEP
 from test_distillation import padded_batch, tiny_student, tiny_teacher
 
-from distillation import student_loss
-from distillation_step import evaluate, prepare_lesson, training_step
-from subnet_sampling import draw_subnets
+from lighthubert_training.distillation.step import evaluate, prepare_lesson, training_step
+from lighthubert_training.distillation.teacher import student_loss
+from lighthubert_training.sampling import draw_subnets
 
 
 def batch_with_visits() -> dict[str, torch.Tensor]:

@@ -19,9 +19,7 @@ from transformers import (
     WhisperModel,
 )
 
-from modeling_lighthubert import LightHubertForPreTraining, SearchSpace, Subnet
-
-from distillation import (
+from lighthubert_training.distillation.teacher import (
     ObjectiveArguments,
     Teacher,
     draw_time_mask,
@@ -32,6 +30,7 @@ from distillation import (
     temporal_relation_loss,
     true_frames,
 )
+from modeling_lighthubert import LightHubertForPreTraining, SearchSpace, Subnet
 
 
 FAMILIES = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
-from ctc_data import (
+from lighthubert_training.recognition.data import (
     CTCCollator,
     EpochSampler,
     TextArguments,

@@ -7,7 +7,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from checkpoints import best_checkpoint, checkpoints, damage, find_checkpoint, save_checkpoint
+from lighthubert_training.runs.checkpoints import (
+    best_checkpoint,
+    checkpoints,
+    damage,
+    find_checkpoint,
+    save_checkpoint,
+)
 
 
 @pytest.fixture

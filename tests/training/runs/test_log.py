@@ -7,9 +7,8 @@ import pytest
 from accelerate import Accelerator
 from conftest import NARROW, TWO_DEEP, tiny_model
 
+from lighthubert_training.runs.log import RunLog, plot_losses, write_card
 from modeling_lighthubert import LightHubertForPreTraining
-
-from run_log import RunLog, plot_losses, write_card
 
 
 @pytest.fixture(scope="module")

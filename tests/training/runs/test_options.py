@@ -4,15 +4,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
+from run_speech_recognition_ctc import ModelArguments
 from transformers import HfArgumentParser, TrainingArguments
 
-from ctc_data import TextArguments
-from ctc_trainer import CTCArguments
-from distillation import ObjectiveArguments
-from distillation_arguments import DistillationArguments
-from recipes import parse_recipe, save_recipe
-from run_speech_recognition_ctc import ModelArguments
-from speech_data import DataArguments
+from lighthubert_training.data.sources import DataArguments
+from lighthubert_training.distillation.arguments import DistillationArguments
+from lighthubert_training.distillation.teacher import ObjectiveArguments
+from lighthubert_training.recognition.data import TextArguments
+from lighthubert_training.recognition.trainer import CTCArguments
+from lighthubert_training.runs.options import parse_recipe, save_recipe
 
 
 CONFIGS = sorted((Path(__file__).parent.parent / "training" / "configs").glob("*.yaml"))

@@ -11,7 +11,7 @@ from conftest import noise
 from scripts import TRAINING, run
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from superb_heads import (
+from lighthubert_training.superb.heads import (
     FrameClassifier,
     RecurrentClassifier,
     RecurrentLayer,
@@ -20,8 +20,8 @@ from superb_heads import (
     WeightedSum,
     spans_masked,
 )
-from superb_qbe import detection_scores, moments, subsequence_cost
-from superb_tasks import turns_of
+from lighthubert_training.superb.query_by_example import detection_scores, moments, subsequence_cost
+from lighthubert_training.superb.tasks import turns_of
 
 
 HEADS = {

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from superb_metrics import (
+from lighthubert_training.superb.metrics import (
     FALSE_ALARM_WEIGHT,
     Turn,
     accuracy,

@@ -14,7 +14,7 @@ from modeling_lighthubert.export import Runner, speed_up
 from modeling_lighthubert.profiling import macs_per_second
 
 
-CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+CARD_TEMPLATE = Path(__file__).parent / "templates/subnet.md"
 FACTS_FILE = "facts.json"
 TASKS: dict[type, tuple[str, str]] = {
     LightHubertForCTC: ("automatic-speech-recognition", "speech recognition with CTC"),

@@ -21,10 +21,10 @@ from datasets import IterableDataset
 from tqdm.auto import tqdm
 from transformers import SequenceFeatureExtractor
 
-from speech_data import UNREADABLE, SpeechDataset, duration, load_waveform
+from lighthubert_training.data.sources import UNREADABLE, SpeechDataset, duration, load_waveform
 
 
-logger = logging.getLogger("batches")
+logger = logging.getLogger(__name__)
 # datasets warns that the content of a shuffle buffer is lost; ours has one row, and nothing is lost
 logging.getLogger("datasets.iterable_dataset").addFilter(lambda record: "shuffle buffer" not in record.getMessage())
 

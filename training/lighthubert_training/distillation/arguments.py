@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass, field
 
-from subnet_sampling import SAMPLING_STRATEGIES
+from lighthubert_training.sampling import SAMPLING_STRATEGIES
 
 
 @dataclass

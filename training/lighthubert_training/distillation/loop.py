@@ -16,15 +16,14 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from lighthubert_training.data.batches import BatchSampler, Unreadable
+from lighthubert_training.distillation.arguments import DistillationArguments
+from lighthubert_training.distillation.step import evaluate, training_step
+from lighthubert_training.distillation.teacher import Teacher
+from lighthubert_training.runs.checkpoints import any_process, save_checkpoint
+from lighthubert_training.runs.log import RunLog
+from lighthubert_training.sampling import draw_subnets, evaluation_subnets, with_widest_feature_encoder
 from modeling_lighthubert import LightHubertForPreTraining, SearchSpace, Subnet
-
-from batches import BatchSampler, Unreadable
-from checkpoints import any_process, save_checkpoint
-from distillation import Teacher
-from distillation_arguments import DistillationArguments
-from distillation_step import evaluate, training_step
-from run_log import RunLog
-from subnet_sampling import draw_subnets, evaluation_subnets, with_widest_feature_encoder
 
 
 def subnet_class(space: SearchSpace | None, subnet: Subnet | None) -> str:

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from modeling_lighthubert import LightHubertForPreTraining, Subnet
-
-from batches import visit_seed
-from distillation import (
+from lighthubert_training.data.batches import visit_seed
+from lighthubert_training.distillation.teacher import (
     Teacher,
     TeacherAnswer,
     count_frames,
@@ -23,6 +21,7 @@ from distillation import (
     num_true_frames,
     student_loss,
 )
+from modeling_lighthubert import LightHubertForPreTraining, Subnet
 
 
 @dataclass

@@ -14,11 +14,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 
-from batches import RandomAccessSampler, durations, recording_name
-from speech_data import UNREADABLE, SpeechDataset, load_waveform
+from lighthubert_training.data.batches import RandomAccessSampler, durations, recording_name
+from lighthubert_training.data.sources import UNREADABLE, SpeechDataset, load_waveform
 
 
-logger = logging.getLogger("ctc_data")
+logger = logging.getLogger(__name__)
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from ctc_decoding import Word, greedy, text_of, words_of
-from recognizer import Recognizer
-from transcripts import word_as_json
+from lighthubert_training.decoding import Word, greedy, text_of, words_of
+from lighthubert_training.recognition.recognizer import Recognizer
+from lighthubert_training.recognition.transcripts import word_as_json
 
 
 class LiveEvent(NamedTuple):

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCTC, PreTrainedConfig, Wav2Vec2Processor
 
+from lighthubert_training.decoding import Alphabet, Decoder, Transcript, greedy, optional, words_of
 from modeling_lighthubert import Subnet  # registers our models with the Auto classes
-
-from ctc_decoding import Alphabet, Decoder, Transcript, greedy, optional, words_of
 
 
 AcousticModel = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -17,17 +17,16 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 
+from lighthubert_training.distillation.step import sum_gradients
+from lighthubert_training.distillation.teacher import answering, has_fixed_feature_encoder, true_frames
+from lighthubert_training.error_rates import CharacterErrorRate, WordErrorRate
+from lighthubert_training.recognition.data import EpochSampler
+from lighthubert_training.runs.checkpoints import seal
+from lighthubert_training.sampling import SAMPLING_STRATEGIES, draw_subnets
 from modeling_lighthubert import SearchSpace, Subnet
 
-from checkpoints import seal
-from ctc_data import EpochSampler
-from distillation import answering, has_fixed_feature_encoder, true_frames
-from distillation_step import sum_gradients
-from metrics import CharacterErrorRate, WordErrorRate
-from subnet_sampling import SAMPLING_STRATEGIES, draw_subnets
 
-
-logger = logging.getLogger("ctc_trainer")
+logger = logging.getLogger(__name__)
 ONLY_BLANKS = (
     "only blanks were predicted after {step} steps. CTC begins so, and leaves it after some hundred steps; if the loss"
     " stays where it is, try another --learning_rate or a longer --warmup_steps, train the output layer alone at first"

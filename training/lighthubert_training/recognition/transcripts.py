@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ctc_decoding import Transcript, Word, text_of
+from lighthubert_training.decoding import Transcript, Word, text_of
 
 
 FORMATS = ("jsonl", "txt", "srt", "vtt")

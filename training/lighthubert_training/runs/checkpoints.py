@@ -19,7 +19,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 
-logger = get_logger("checkpoints")
+logger = get_logger(__name__)
 PREFIX, STATE, MANIFEST = "checkpoint-", "run_state.json", "manifest.json"
 
 

@@ -17,10 +17,10 @@ from modeling_lighthubert.profiling import macs_per_second
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
-CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "supernet.md"
+CARD_TEMPLATE = Path(__file__).parents[1] / "cards/templates/supernet.md"
 
 
 class RunLog:

@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from lighthubert_training.search.latency import LatencyTable
 from modeling_lighthubert import LightHubertPreTrainedModel, SearchSpace, Subnet
 from modeling_lighthubert.profiling import profile_subnet
-
-from latency_table import LatencyTable
 
 
 COSTS = {"params": "parameters", "macs": "MACs per second of audio", "latency_ms": "ms for a clip on this machine"}

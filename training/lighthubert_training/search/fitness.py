@@ -9,12 +9,11 @@ import torch
 from accelerate import Accelerator
 from transformers import Wav2Vec2Processor
 
+from lighthubert_training.distillation.step import prepare_lesson
+from lighthubert_training.distillation.teacher import Teacher, answering, has_fixed_feature_encoder
+from lighthubert_training.error_rates import CharacterErrorRate
+from lighthubert_training.probing import Batch, pooled_features, probe_accuracy
 from modeling_lighthubert import LightHubertForCTC, LightHubertForPreTraining, LightHubertPreTrainedModel, Subnet
-
-from distillation import Teacher, answering, has_fixed_feature_encoder
-from distillation_step import prepare_lesson
-from metrics import CharacterErrorRate
-from probing import Batch, pooled_features, probe_accuracy
 
 
 class Fitness(Protocol):

@@ -16,16 +16,15 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 from transformers import get_scheduler, set_seed
 
+from lighthubert_training.search.candidates import COSTS
+from lighthubert_training.search.fitness import Fitness
+from lighthubert_training.search.ledger import Evaluation
+from lighthubert_training.search.search import Search
 from modeling_lighthubert import LightHubertPreTrainedModel, SearchSpace, Subnet
-
-from search_fitness import Fitness
-from search_ledger import Evaluation
-from subnet_candidates import COSTS
-from subnet_search import Search
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 PARTS_OF_FRONT = ("cheapest", "middle", "dearest")

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 import optuna
 from tqdm.auto import tqdm
 
+from lighthubert_training.search.candidates import Candidates
+from lighthubert_training.search.fitness import Fitness
+from lighthubert_training.search.ledger import Evaluation, Ledger
 from modeling_lighthubert import Subnet
-
-from search_fitness import Fitness
-from search_ledger import Evaluation, Ledger
-from subnet_candidates import Candidates
 
 
 NUM_PROPOSALS = 100

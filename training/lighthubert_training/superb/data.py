@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 from datasets import Dataset, load_dataset
 
-from speech_data import DataArguments, load_speech
+from lighthubert_training.data.sources import DataArguments, load_speech
 
 
-RECIPES = Path(__file__).parent / "configs/superb"
+RECIPES = Path(__file__).parents[1] / "configs/superb"
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 
 

@@ -22,10 +22,9 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel, SequenceFeatureExtractor
 
+from lighthubert_training.data.batches import recording_name
+from lighthubert_training.data.sources import UNREADABLE, duration, load_waveform
 from modeling_lighthubert import LightHubertPreTrainedModel, Subnet
-
-from batches import recording_name
-from speech_data import UNREADABLE, duration, load_waveform
 
 
 class Upstream:

@@ -18,9 +18,9 @@ from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from superb_data import Part, Recipe, load_part, load_table
-from superb_features import Recordings
-from superb_metrics import maximum_term_weighted_value
+from lighthubert_training.superb.data import Part, Recipe, load_part, load_table
+from lighthubert_training.superb.features import Recordings
+from lighthubert_training.superb.metrics import maximum_term_weighted_value
 
 
 SHORTEST_QUERY = 5

@@ -12,7 +12,7 @@ import numpy as np
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 COLUMNS = {
@@ -33,7 +33,7 @@ COLUMNS = {
 TITLES = dict(COLUMNS.values())
 SCORED = [title for title in TITLES if title != "ASR, LM"]
 """What the mean and the SUPERB score are of."""
-PUBLISHED = Path(__file__).parent / "configs/superb/published.json"
+PUBLISHED = Path(__file__).parents[1] / "configs/superb/published.json"
 
 Scores = Mapping[str, Sequence[float]]
 """Of a model: values in percent by title, one for each seed."""

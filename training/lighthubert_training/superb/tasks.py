@@ -15,18 +15,18 @@ from scipy.ndimage import median_filter
 from torch import nn
 from transformers.models.wav2vec2.modeling_wav2vec2 import AMSoftmaxLoss
 
-from ctc_data import build_tokenizer
-from ctc_decoding import BeamSearch, text_of, words_of
-from superb_data import Part, Recipe, load_part, load_table
-from superb_features import Upstream
-from superb_heads import (
+from lighthubert_training.decoding import BeamSearch, text_of, words_of
+from lighthubert_training.recognition.data import build_tokenizer
+from lighthubert_training.superb.data import Part, Recipe, load_part, load_table
+from lighthubert_training.superb.features import Upstream
+from lighthubert_training.superb.heads import (
     FrameClassifier,
     RecurrentClassifier,
     SpeakerEmbedder,
     UtteranceClassifier,
     mask_of,
 )
-from superb_metrics import (
+from lighthubert_training.superb.metrics import (
     Turn,
     accuracy,
     diarization_error_rate,

@@ -15,10 +15,10 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from distillation_step import sum_gradients
-from superb_features import Recordings, Upstream
-from superb_heads import Downstream, spans_masked
-from superb_tasks import Task
+from lighthubert_training.distillation.step import sum_gradients
+from lighthubert_training.superb.features import Recordings, Upstream
+from lighthubert_training.superb.heads import Downstream, spans_masked
+from lighthubert_training.superb.tasks import Task
 
 
 STATE_FILE = "state.pt"

@@ -1,0 +1,1 @@
+"""Model cards: templates, and the facts that they are filled with."""

@@ -1,0 +1,1 @@
+"""Distilling a HuBERT into a supernet."""

@@ -1,0 +1,1 @@
+"""SUPERB's ten tasks on frozen models."""
