@@ -17,8 +17,8 @@ class MissingExtraError(UserError, ImportError):
 
 
 @contextmanager
-def user_error(*errors: type[Exception], prefix: str = "") -> Iterator[None]:
-    """Inside the block, `errors` of a library (default: `ValueError` and `OSError`) are the user's mistake.
+def user_error(prefix: str = "") -> Iterator[None]:
+    """Inside the block, a `ValueError` or `OSError` of a library is the user's mistake.
 
     Raises:
         UserError: with the message of the error, behind `prefix`.
@@ -27,7 +27,7 @@ def user_error(*errors: type[Exception], prefix: str = "") -> Iterator[None]:
         yield
     except UserError:
         raise
-    except errors or (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{prefix}{error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: they are written beside their place, and renamed when they are done."""
+"""Files and folders that are whole or not there: each is written beside its place, and renamed when it is done."""
 
 import json
 import os

@@ -23,7 +23,7 @@ def parse_subnet(subnet: SubnetLike) -> str | Subnet | Mapping[str, Any]:
         UserError: there is no such file, or it holds no subnet.
     """
     if isinstance(subnet, Path) or (isinstance(subnet, str) and subnet.endswith(".json")):
-        with user_error(prefix=f"subnet {subnet}: "):
+        with user_error(f"subnet {subnet}: "):
             return Subnet.from_json_file(subnet)
     return subnet
 
@@ -36,7 +36,7 @@ def parse_search_space(space: str | Path | SearchSpace | None) -> SearchSpace | 
     """
     if space is None or isinstance(space, SearchSpace):
         return space
-    with user_error(prefix=f"search space {space}: "):
+    with user_error(f"search space {space}: "):
         return SearchSpace.from_json_file(space) if str(space).endswith(".json") else search_space_from(space)
 
 
@@ -46,7 +46,7 @@ def load_config(model_name_or_path: str | Path) -> PreTrainedConfig:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    with user_error(prefix=f"{model_name_or_path} cannot be loaded: "):
+    with user_error(f"{model_name_or_path} cannot be loaded: "):
         return AutoConfig.from_pretrained(model_name_or_path)
 
 
@@ -73,7 +73,7 @@ def load_model(
         UserError: no checkpoint that transformers can load, a subnet of what is no supernet, or no such subnet.
     """
     head = head or _own_class(load_config(model_name_or_path))
-    with user_error(prefix=f"{model_name_or_path} cannot be loaded: "):
+    with user_error(f"{model_name_or_path} cannot be loaded: "):
         loaded = head.from_pretrained(model_name_or_path, dtype=dtype, **options)
     model: PreTrainedModel = loaded[0] if isinstance(loaded, tuple) else loaded
     if subnet is not None:
