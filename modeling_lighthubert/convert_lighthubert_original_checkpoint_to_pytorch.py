@@ -14,7 +14,7 @@ import pickle
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
@@ -22,12 +22,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import Wav2Vec2FeatureExtractor
 from transformers.utils import logging
 
-from . import LightHubertConfig, LightHubertForPreTraining, LightHubertPreTrainedModel, SearchSpace
+from . import LightHubertConfig, LightHubertForPreTraining, SearchSpace
 from .search_space import search_space_from
 
 
 logger = logging.get_logger("lighthubert.convert")
-Supernet = TypeVar("Supernet", bound=LightHubertPreTrainedModel)
 
 # Ours on the left of a layer's number or name, fairseq's on the right
 NAMES = {
@@ -226,27 +225,6 @@ def convert(checkpoint_path: str, search_space: SearchSpace | None = None) -> Li
     return model.eval()
 
 
-def trim(model: Supernet) -> Supernet:
-    """The same supernet, storing no more width, heads and FFN than its largest subnet. Every subnet answers as before.
-
-    Raises:
-        ValueError: a cut model, which has nothing to trim.
-    """
-    if model.search_space is None:
-        raise ValueError(
-            "only a supernet can be trimmed: this checkpoint is one model (give --search_space to make it one)"
-        )
-    config = model.config.trimmed()
-    with torch.device("meta"):
-        trimmed = type(model)(config)
-    # all layers, and whole FFN blocks, even where no subnet fills them: others find their part by block and index
-    model.select_unchecked(config.full_subnet())
-    state = model.cut_state()
-    model.set_subnet("largest")
-    trimmed.load_state_dict(state, assign=True)
-    return trimmed.eval()
-
-
 MODEL_CARD = """---
 library_name: transformers
 license: mit
@@ -313,7 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
             space = SearchSpace.from_json_file(space) if space.endswith(".json") else search_space_from(space)
         model = convert(options.checkpoint_path, space)
         if options.trim:
-            model = trim(model)
+            model = model.trim()
         folder = options.pytorch_dump_folder_path
         save_whole(model, folder, options.checkpoint_path, options.push_to_hub or folder.name)
         print(f"{folder}: {model.num_parameters():,} parameters, subnet {model.subnet}")

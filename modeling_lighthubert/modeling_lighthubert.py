@@ -344,6 +344,28 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
             cut.load_state_dict(self.cut_state(), assign=True)
         return cut.train(self.training)
 
+    def trim(self) -> Self:
+        """The same supernet, storing no more width, heads and FFN than its largest subnet. Every subnet has the same
+        outputs as before. The selection of this model is left as it was.
+
+        Raises:
+            ValueError: a cut model, which has nothing to trim.
+        """
+        if self.search_space is None:
+            raise ValueError(
+                "only a supernet can be trimmed: this checkpoint is one model (give --search_space to make it one)"
+            )
+        config, selected = self.config.trimmed(), self.subnet
+        with torch.device("meta"):
+            trimmed = type(self)(config)
+        # all layers, and whole FFN blocks, even where no subnet fills them: others find their part by block and index
+        self.select_unchecked(config.full_subnet())
+        try:
+            trimmed.load_state_dict(self.cut_state(), assign=True)
+        finally:
+            self.select_unchecked(selected)
+        return trimmed.eval()
+
     @torch.no_grad()
     def cut_state(self) -> dict[str, torch.Tensor]:
         """State dict of the cut model of the selected subnet; the tensors are copies."""

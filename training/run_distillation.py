@@ -42,7 +42,6 @@ from lighthubert_training.runs.hub import push_folder
 from lighthubert_training.runs.log import RunLog, plot_losses, write_card
 from lighthubert_training.runs.options import parse_recipe, save_recipe
 from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining, SearchSpace
-from modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch import trim
 from modeling_lighthubert.search_space import search_space_from
 
 
@@ -75,7 +74,7 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
         start = arguments.student_name_or_path or arguments.teacher_name_or_path
         student = LightHubertForPreTraining.from_pretrained(start, dtype=torch.float32, **options)
     if student.search_space is not None:
-        student = trim(student)  # what no subnet uses would cost memory, and time of the optimiser
+        student = student.trim()  # what no subnet uses would cost memory, and time of the optimiser
         student.set_subnet("largest")
     if arguments.freeze_feature_encoder or arguments.share_feature_encoder:
         student.freeze_feature_encoder()

@@ -57,7 +57,7 @@ from modeling_lighthubert import (
     SearchSpace,
     Subnet,
 )
-from modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch import convert, trim
+from modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch import convert
 
 
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
@@ -1051,7 +1051,7 @@ def narrow_golden():
     """The golden supernet for widths that leave something to trim, and the same trimmed."""
     space = SearchSpace((64, 96), GOLDEN_SPACE.num_attention_heads, GOLDEN_SPACE.ffn_ratio, (10, 11, 12))
     supernet = convert(str(GOLDEN / "checkpoint.pt"), space)
-    return supernet, trim(copy.deepcopy(supernet))
+    return supernet, supernet.trim()
 
 
 @pytest.mark.parametrize("case", [case for case in range(12) if SUBNETS[case].hidden_size < 128])
@@ -1081,7 +1081,7 @@ def test_a_trimmed_supernet_is_as_small_as_its_largest_subnet(narrow_golden):
 def test_trimming_with_broken_ffn_blocks_and_fewer_heads_changes_no_answer(waveform):
     space = SearchSpace((16, 32), (4, 8), (1.5, 2.5), (3, 4), head_dim=4)
     supernet = tiny_model(LightHubertForPreTraining, search_space=space, num_hidden_layers=6)
-    trimmed = trim(copy.deepcopy(supernet))
+    trimmed = supernet.trim()
     assert (trimmed.config.intermediate_size, trimmed.config.num_attention_heads) == (96, 8)
     for subnet in ["largest", "smallest", *draw(space, 10)]:
         supernet.set_subnet(subnet)
@@ -1091,7 +1091,7 @@ def test_trimming_with_broken_ffn_blocks_and_fewer_heads_changes_no_answer(wavef
 
 def test_a_cut_model_cannot_be_trimmed():
     with pytest.raises(ValueError, match="only a supernet can be trimmed"):
-        trim(make(LightHubertForPreTraining, cut=True))
+        make(LightHubertForPreTraining, cut=True).trim()
 
 
 # Bad input
