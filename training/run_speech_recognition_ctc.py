@@ -54,14 +54,12 @@ from lighthubert_training.runs.log import plot_losses
 from lighthubert_training.runs.options import parse_recipe
 from lighthubert_training.sampling import evaluation_subnets
 from modeling_lighthubert import Subnet
-from modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch import trim
 from modeling_lighthubert.profiling import macs_per_second
 
 
 logger = logging.getLogger("run_speech_recognition_ctc")
 BLANK_SHARE = 0.9
 """What the blank begins with: a frame is 20 ms, and most of them write nothing."""
-CARD_TEMPLATE = Path(lighthubert_training.__file__).parent / "cards/templates/speech_recognition.md"
 
 
 @dataclass
@@ -179,7 +177,7 @@ def build_model(arguments: ModelArguments, ctc: CTCArguments, processor: Wav2Vec
     if any("lm_head.bias" in str(key) for key in (*loaded["missing_keys"], *loaded["mismatched_keys"])):
         begin_with_blanks(model.lm_head, model.config.pad_token_id)
     if ctc.once_for_all:
-        model = trim(model)
+        model = model.trim()
     elif is_supernet:
         subnet = arguments.subnet
         model = model.extract_subnet(Subnet.from_json_file(subnet) if subnet and subnet.endswith(".json") else subnet)
@@ -212,46 +210,6 @@ def write_transcripts(trainer: CTCTrainer, speech: TranscribedSpeech, folder: Pa
         alignments.append(f"== {subnet}\n\n{jiwer.visualize_alignment(words, skip_correct=False)}")
     (folder / f"{part}_transcripts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / f"{part}_alignments.txt").write_text("\n".join(alignments), encoding="utf-8")
-
-
-def write_card(model: PreTrainedModel, start: str, sources: dict[str, str], results: dict[str, Any], folder: Path):
-    """The model card, `README.md`, with the measured error rates in its metadata.
-
-    Args:
-        sources: what each part of the data is called.
-        results: metrics by part, `eval` and `test`.
-    """
-    measured = [
-        EvalResult(
-            task_type="automatic-speech-recognition",
-            dataset_type="speech",
-            dataset_name=sources[part],
-            metric_type=measure,
-            metric_value=round(100 * metrics[f"{part}_{measure}"], 2),
-        )
-        for part, metrics in results.items()
-        for measure in ("wer", "cer")
-    ]
-    supernet = getattr(model, "search_space", None)
-    card = ModelCard.from_template(
-        ModelCardData(
-            model_name=folder.resolve().name,
-            library_name="transformers",
-            pipeline_tag="automatic-speech-recognition",
-            tags=["speech", "hubert", *(["lighthubert"] if hasattr(model, "subnet") else [])],
-            eval_results=measured or None,
-        ),
-        template_path=CARD_TEMPLATE,
-        name=folder.resolve().name,
-        space=supernet,
-        num_parameters=model.num_parameters(),
-        macs=macs_per_second(model) if hasattr(model, "subnet") else None,
-        subnets=[] if supernet is None else list(supernet.named),
-        start=Path(start).name if Path(start).exists() else start,
-        sources=sources,
-        results=results,
-    )
-    card.save(folder / "README.md")
 
 
 def describe(data_arguments: DataArguments, test_arguments: TestArguments) -> dict[str, str]:

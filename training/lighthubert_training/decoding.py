@@ -3,12 +3,15 @@ frame, the path, and `words_of` reads the words from it.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase, Wav2Vec2Processor
+from transformers import PreTrainedTokenizerBase
+
+from modeling_lighthubert.errors import UserError, optional_module
 
 
 Decoder = Callable[[np.ndarray], np.ndarray]
@@ -16,7 +19,7 @@ Decoder = Callable[[np.ndarray], np.ndarray]
 
 
 class Word(NamedTuple):
-    """A word as it was heard.
+    """A word of a transcript.
 
     Attributes:
         start: seconds, where the first frame of its first letter begins.
@@ -45,24 +48,31 @@ def text_of(words: Sequence[Word]) -> str:
     return " ".join(word.text for word in words)
 
 
+@dataclass(frozen=True)
 class Alphabet:
-    """What the token ids of a CTC tokenizer stand for.
+    """What the token ids of a CTC model stand for.
 
     Attributes:
-        blank: id of the padding token, which is CTC's blank.
+        blank: id of CTC's blank.
         delimiter: id of the token between words; `None` if the vocabulary has none.
         letters: token of each other id that is not special.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    blank: int
+    delimiter: int | None
+    letters: Mapping[int, str]
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """Of a CTC tokenizer, whose padding token is the blank."""
         vocabulary = tokenizer.get_vocab()
-        self.blank: int = tokenizer.pad_token_id
-        self.delimiter: int | None = vocabulary.get(tokenizer.word_delimiter_token)
-        special = {*tokenizer.all_special_ids, self.blank, self.delimiter}
+        delimiter = vocabulary.get(tokenizer.word_delimiter_token)
+        special = {*tokenizer.all_special_ids, tokenizer.pad_token_id, delimiter}
         lower = getattr(tokenizer, "do_lower_case", False)
-        self.letters: dict[int, str] = {
+        letters = {
             index: token.lower() if lower else token for token, index in vocabulary.items() if index not in special
         }
+        return cls(tokenizer.pad_token_id, delimiter, letters)
 
 
 def greedy(log_probs: np.ndarray) -> np.ndarray:
@@ -81,17 +91,27 @@ def words_of(
         first_frame: of the recording that `path` begins with.
     """
     starts = np.flatnonzero(np.diff(path, prepend=-1)).tolist()
-    ends = [*starts[1:], len(path)]
-    words, runs = [], []
-    for start, end in [*zip(starts, ends), (None, None)]:
-        token = alphabet.delimiter if start is None else int(path[start])
-        if start is not None and token in alphabet.letters:
-            runs.append((start, end, alphabet.letters[token], log_probs[start:end, token].max()))
-        elif runs and (start is None or token == alphabet.delimiter):
-            text = "".join(letter for *_, letter, _ in runs)
-            seconds = ((first_frame + frame) * seconds_per_frame for frame in (runs[0][0], runs[-1][1]))
-            words.append(Word(text, *seconds, float(np.exp([peak for *_, peak in runs]).mean())))
-            runs = []
+    words: list[Word] = []
+    letters: list[str] = []
+    peaks: list[np.float32] = []
+    first, last = 0, 0
+
+    def end_word() -> None:
+        if letters:
+            begin, end = ((first_frame + frame) * seconds_per_frame for frame in (first, last))
+            words.append(Word("".join(letters), begin, end, float(np.exp(peaks).mean())))
+        letters.clear()
+        peaks.clear()
+
+    for start, end in zip(starts, [*starts[1:], len(path)]):
+        token = int(path[start])
+        if token == alphabet.delimiter:
+            end_word()
+        elif token in alphabet.letters:
+            first, last = (first if letters else start), end
+            letters.append(alphabet.letters[token])
+            peaks.append(log_probs[start:end, token].max())
+    end_word()
     return words
 
 
@@ -99,6 +119,7 @@ class BeamSearch:
     """A decoder for words of a lexicon that an n-gram language model finds likely.
 
     Args:
+        alphabet: of the model.
         lm_path: KenLM's, or in ARPA format.
         lexicon_path: text file with a word on each line. Default: the unigrams of an ARPA file.
         beam_width: hypotheses kept from frame to frame.
@@ -106,8 +127,8 @@ class BeamSearch:
         word_score: added for each word: positive for more and shorter words.
 
     Raises:
-        ImportError: flashlight-text is not installed.
-        ValueError: a file that is not there or not of its kind, no word that the letters of the model can spell, or a
+        MissingExtraError: flashlight-text is not installed.
+        UserError: a file that is not there or not of its kind, no word that the letters of the model can spell, or a
             tokenizer without delimiter of words.
     """
 
@@ -116,24 +137,24 @@ class BeamSearch:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        alphabet: Alphabet,
         lm_path: str | Path,
         lexicon_path: str | Path | None = None,
         beam_width: int = 100,
         lm_weight: float = 2.0,
         word_score: float = 0.0,
     ):
-        self.flashlight = optional("flashlight.lib.text.decoder", "decode", "beam search with a language model")
-        self.alphabet, self.beam_width = Alphabet(tokenizer), beam_width
+        self.flashlight = optional_module("flashlight.lib.text.decoder", "decode", "beam search with a language model")
+        self.alphabet, self.beam_width = alphabet, beam_width
         self.lm_weight, self.word_score = lm_weight, word_score
         if self.alphabet.delimiter is None:
-            raise ValueError(
-                f"beam search is over words, and no token of the tokenizer separates them: it lacks"
-                f" {tokenizer.word_delimiter_token!r}. Decode greedily"
+            raise UserError(
+                "beam search is over words, and the tokenizer has no token that separates them (word_delimiter_token):"
+                " decode greedily"
             )
         for path in filter(None, (lm_path, lexicon_path)):
             if not Path(path).is_file():
-                raise ValueError(
+                raise UserError(
                     f"{path} is no file: give an n-gram model (ARPA or KenLM), a lexicon as a list of words"
                 )
         words = read_unigrams(lm_path) if lexicon_path is None else read_words(lexicon_path)
@@ -144,7 +165,7 @@ class BeamSearch:
         ids = {letter: index for index, letter in self.alphabet.letters.items()}
         spellings = {word: [ids[letter] for letter in word] for word in words if set(word) <= ids.keys()}
         if not spellings:
-            raise ValueError(
+            raise UserError(
                 f"the model's letters ({' '.join(sorted(ids))}) spell none of the {len(words)} words of {source}, such"
                 f" as {', '.join(words[:3]) or 'none'}: is it another language, or the case of letters?"
             )
@@ -158,7 +179,7 @@ class BeamSearch:
         try:
             language_model = kenlm.KenLM(lm_path, dictionary)
         except RuntimeError as error:
-            raise ValueError(f"{lm_path} is no n-gram model, ARPA or KenLM: {error}") from error
+            raise UserError(f"{lm_path} is no n-gram model, ARPA or KenLM: {error}") from error
         trie = self.flashlight.Trie(max(self.alphabet.letters) + 1, self.alphabet.delimiter)
         beginning = language_model.start(False)
         for word, spelling in spellings.items():
@@ -184,11 +205,11 @@ class BeamSearch:
     def __call__(self, log_probs: np.ndarray) -> np.ndarray:
         """
         Raises:
-            ValueError: fewer logits than the tokenizer has letters.
+            UserError: fewer logits than the tokenizer has letters.
         """
         num_frames, vocab_size = log_probs.shape
         if vocab_size <= max(self.alphabet.letters):
-            raise ValueError(f"the model knows {vocab_size} tokens, the tokenizer more: they do not belong together")
+            raise UserError(f"the model knows {vocab_size} tokens, the tokenizer more: they do not belong together")
         # a word is complete with its delimiter, which the last word of a recording lacks: one more frame of it
         frames = np.full((num_frames + 1, vocab_size), -1e4, dtype=np.float32)
         frames[:-1] = log_probs
@@ -200,35 +221,16 @@ class BeamSearch:
         return path
 
 
-def beam_search(
-    logits: np.ndarray,
-    processor: Wav2Vec2Processor,
-    lm_path: str | Path,
-    lexicon_path: str | Path | None = None,
-    **options: Any,
-) -> str:
-    """The text of the logits of one recording, shape (num_frames, vocab_size), such as `pipeline` leaves aside.
-
-    It reads the language model each time: for more than a few recordings, make one `BeamSearch`.
-
-    Args:
-        options: of `BeamSearch`.
-    """
-    log_probs = np.asarray(logits, dtype=np.float32)
-    search = BeamSearch(processor.tokenizer, lm_path, lexicon_path, **options)
-    return text_of(words_of(search(log_probs), log_probs, search.alphabet, 1.0))
-
-
 def read_unigrams(lm_path: str | Path) -> list[str]:
     """The words of a language model in ARPA format.
 
     Raises:
-        ValueError: another format.
+        UserError: another format.
     """
     words, inside = [], False
     with Path(lm_path).open(encoding="utf-8", errors="replace") as lines:
         if next(lines, "").strip() != "\\data\\":
-            raise ValueError(f"{lm_path} is not in ARPA format, so its words cannot be listed: give a lexicon as well")
+            raise UserError(f"{lm_path} is not in ARPA format, so its words cannot be listed: give a lexicon as well")
         for line in lines:
             if line.startswith("\\"):
                 if inside:
@@ -243,15 +245,3 @@ def read_words(lexicon_path: str | Path) -> list[str]:
     """The first word of each line."""
     lines = Path(lexicon_path).read_text(encoding="utf-8").splitlines()
     return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
-
-
-def optional(module: str, extra: str, purpose: str) -> Any:
-    """A module that `extra` installs.
-
-    Raises:
-        ImportError: it is not installed; the message says for what it is needed, and how to get it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{purpose} needs the extra {extra!r}: pip install '.[{extra}]' ({error})") from error

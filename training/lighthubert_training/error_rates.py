@@ -1,6 +1,5 @@
-"""Word and character error rate as metrics of `evaluate`, for the training script and for
-`evaluate.evaluator("automatic-speech-recognition")`. jiwer computes them; nothing is fetched from the Hub, as
-`evaluate.load("wer")` would.
+"""Word and character error rate, which jiwer computes: as functions, and as metrics of `evaluate` for its evaluator.
+Nothing is fetched from the Hub, as `evaluate.load("wer")` would.
 
     from evaluate import evaluator
 
@@ -19,6 +18,16 @@ import evaluate
 import jiwer
 
 
+def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Edits between words, or phones, with spaces between, over the number of those in the references."""
+    return float(jiwer.wer(list(references), list(hypotheses)))
+
+
+def character_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Edits between characters, spaces among them, over the number of those in the references."""
+    return float(jiwer.cer(list(references), list(hypotheses)))
+
+
 class ErrorRate(evaluate.Metric):
     """Substitutions, deletions and insertions, over the number of units in the references.
 
@@ -26,7 +35,7 @@ class ErrorRate(evaluate.Metric):
     name. It may exceed 1.
     """
 
-    rate: Callable[[list[str], list[str]], float]
+    rate: Callable[[Sequence[str], Sequence[str]], float]
     unit: str
 
     def __init__(self, **options):
@@ -41,16 +50,16 @@ class ErrorRate(evaluate.Metric):
         )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return {self.name: float(type(self).rate(list(references), list(predictions)))}
+        return {self.name: type(self).rate(references, predictions)}
 
 
 class WordErrorRate(ErrorRate):
     """`wer`, of words between spaces."""
 
-    name, unit, rate = "wer", "word", staticmethod(jiwer.wer)
+    name, unit, rate = "wer", "word", staticmethod(word_error_rate)
 
 
 class CharacterErrorRate(ErrorRate):
     """`cer`, of characters, spaces among them."""
 
-    name, unit, rate = "cer", "character", staticmethod(jiwer.cer)
+    name, unit, rate = "cer", "character", staticmethod(character_error_rate)

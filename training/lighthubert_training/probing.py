@@ -2,9 +2,12 @@
 frames."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import r2_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -12,26 +15,10 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel, SequenceFeatureExtractor
 
-from lighthubert_training.distillation.teacher import Teacher, draw_time_mask, num_true_frames, true_frames
-
-
-Batch = dict[str, torch.Tensor]
-
-
-def make_batches(
-    waveforms: Sequence[np.ndarray], extractor: SequenceFeatureExtractor, batch_size: int = 16
-) -> list[Batch]:
-    """Padded batches of `input_values` and `attention_mask`, in the order of `waveforms`."""
-    return [
-        extractor(
-            list(waveforms[start : start + batch_size]),
-            sampling_rate=extractor.sampling_rate,
-            padding=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        for start in range(0, len(waveforms), batch_size)
-    ]
+from lighthubert_training.data.audio import load_waveform
+from lighthubert_training.data.collators import Batch, padded_batches
+from lighthubert_training.data.strings import SAMPLING_RATE, Speech, read_parquet
+from lighthubert_training.masks import draw_time_mask, true_frames, true_lengths
 
 
 @torch.no_grad()
@@ -66,13 +53,13 @@ def cross_validated_accuracy(features: np.ndarray, labels: Sequence, num_folds: 
 def draw_masks(
     model: PreTrainedModel, batches: Sequence[Batch], mask_time_prob: float, mask_time_length: int
 ) -> list[torch.Tensor]:
-    """Frames that models do not see: bool (batch_size, num_frames) for each batch.
+    """Frames that are masked, bool (batch_size, num_frames) for each batch.
 
     They depend on the order of the recordings only, so that models are compared on the same input.
     """
     masks, seed = [], 0
     for batch in batches:
-        num_frames = num_true_frames(model, batch["attention_mask"])
+        num_frames = true_lengths(model, batch["attention_mask"]).tolist()
         masks.append(draw_time_mask(num_frames, mask_time_prob, mask_time_length, range(seed, seed + len(num_frames))))
         seed += len(num_frames)
     return masks
@@ -80,7 +67,7 @@ def draw_masks(
 
 @torch.no_grad()
 def masked_features(model: PreTrainedModel, batches: Sequence[Batch], masks: Sequence[torch.Tensor]) -> np.ndarray:
-    """Last hidden states of the frames that `model` does not see: (num_frames, hidden_size)."""
+    """Last hidden states of the masked frames, (num_frames, hidden_size)."""
     features = [
         model(batch["input_values"], attention_mask=batch["attention_mask"], mask_time_indices=mask.clone())
         for batch, mask in zip(batches, masks, strict=True)
@@ -88,10 +75,11 @@ def masked_features(model: PreTrainedModel, batches: Sequence[Batch], masks: Seq
     return torch.cat([output.last_hidden_state[mask] for output, mask in zip(features, masks, strict=True)]).numpy()
 
 
-def masked_targets(teacher: Teacher, batches: Sequence[Batch], masks: Sequence[torch.Tensor]) -> np.ndarray:
-    """The teacher's distillation targets of the same frames: (num_frames, hidden_size of the teacher)."""
-    answers = [teacher(batch["input_values"], batch["attention_mask"]) for batch in batches]
-    return torch.cat([answer.targets[0][mask] for answer, mask in zip(answers, masks, strict=True)]).numpy()
+def masked_targets(teacher: Any, batches: Sequence[Batch], masks: Sequence[torch.Tensor]) -> np.ndarray:
+    """The distillation targets of the same frames, (num_frames, hidden_size of the teacher): the first of the `targets`
+    that `teacher(input_values, attention_mask)` gives."""
+    outputs = [teacher(batch["input_values"], batch["attention_mask"]) for batch in batches]
+    return torch.cat([output.targets[0][mask] for output, mask in zip(outputs, masks, strict=True)]).numpy()
 
 
 def ridge_r2(
@@ -100,3 +88,66 @@ def ridge_r2(
     """Share of the variance of the test targets that a ridge regression, fitted to training frames, explains."""
     regression = make_pipeline(StandardScaler(), Ridge()).fit(train_features, train_targets)
     return float(r2_score(test_targets, regression.predict(test_features), multioutput="variance_weighted"))
+
+
+class ProbeBench:
+    """Data that models are compared on: words with labels for the probes, and any speech for the frames.
+
+    Args:
+        train, test: recordings that probes are fitted to, and recordings that they are tested on.
+        teacher: gives the targets of R2, as `masked_targets` asks for them; its `model` is the base model.
+        max_recordings: of each kind, drawn at random.
+        mask_time_prob, mask_time_length: of the frames that R2 is measured on. Spoken words are short: a span of 10
+            frames is half of one.
+    """
+
+    def __init__(
+        self,
+        train: Speech,
+        test: Speech,
+        teacher: Any,
+        extractor: SequenceFeatureExtractor,
+        max_recordings: int,
+        mask_time_prob: float = 0.3,
+        mask_time_length: int = 5,
+    ):
+        self.teacher = teacher
+
+        def some(recordings: Dataset) -> Dataset:
+            return recordings.shuffle(seed=0).select(range(min(max_recordings, len(recordings))))
+
+        def waveforms(recordings: Dataset) -> list[np.ndarray]:
+            return [load_waveform(audio, SAMPLING_RATE) for audio in recordings["audio"]]
+
+        def frames(file: Path) -> list[Batch]:
+            return padded_batches(extractor, sorted(waveforms(some(read_parquet(file))), key=len))
+
+        self.train_words, self.test_words = some(train.words), some(test.words)
+        self.train_batches = padded_batches(extractor, waveforms(self.train_words))
+        self.test_batches = padded_batches(extractor, waveforms(self.test_words))
+        self.train_frames, self.test_frames = frames(train.file), frames(test.file)
+        self.masks = [
+            draw_masks(teacher.model, frames, mask_time_prob, mask_time_length)
+            for frames in (self.train_frames, self.test_frames)
+        ]
+        self.train_targets = masked_targets(teacher, self.train_frames, self.masks[0])
+        self.test_targets = masked_targets(teacher, self.test_frames, self.masks[1])
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """R2 and the probes' accuracies of the frozen `model`, for the labels that the data has."""
+        model = model.eval()
+        row = {
+            "r2": ridge_r2(
+                masked_features(model, self.train_frames, self.masks[0]),
+                self.train_targets,
+                masked_features(model, self.test_frames, self.masks[1]),
+                self.test_targets,
+            )
+        }
+        test = pooled_features(model, self.test_batches)
+        if "digit" in self.test_words.column_names:
+            train = pooled_features(model, self.train_batches)
+            row["digit"] = probe_accuracy(train, self.train_words["digit"], test, self.test_words["digit"])
+        if "speaker" in self.test_words.column_names:
+            row["speaker"] = cross_validated_accuracy(test, self.test_words["speaker"])
+        return row

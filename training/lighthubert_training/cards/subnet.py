@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lighthubert_training.cards.render import render
 from modeling_lighthubert import LightHubertForCTC, LightHubertForSequenceClassification, LightHubertPreTrainedModel
+from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.export import Runner, speed_up
 from modeling_lighthubert.profiling import macs_per_second
 
 
-CARD_TEMPLATE = Path(__file__).parent / "templates/subnet.md"
 FACTS_FILE = "facts.json"
 TASKS: dict[type, tuple[str, str]] = {
     LightHubertForCTC: ("automatic-speech-recognition", "speech recognition with CTC"),
@@ -82,17 +83,17 @@ def read_results(
             `None`: the run was that of the model itself.
 
     Raises:
-        ValueError: a file cannot be read, is about another subnet, or has no figures of this one.
+        UserError: a file cannot be read, is about another subnet, or has no figures of this one.
     """
     found = []
     for file in files:
         try:
             content = json.loads(Path(file).read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(f"--results {file} cannot be read: {error}") from error
+            raise UserError(f"--results {file} cannot be read: {error}") from error
         if "fitness" in content:
             if content["best"]["subnet"] != dict(subnet):
-                raise ValueError(f"--results {file} is about another subnet than this: give the best.json beside it")
+                raise UserError(f"--results {file} is about another subnet than this: give the best.json beside it")
             found.append({"metric": content["fitness"], "value": content["best"]["error"]})
             continue
         figures = {
@@ -108,7 +109,7 @@ def read_results(
                 if figure.endswith(f"_{name}")
             }
         if not figures:
-            raise ValueError(
+            raise UserError(
                 f"--results {file} has no figures of this subnet: give eval_results.json of its training, or"
                 " results.json of the search that found it"
             )
@@ -135,7 +136,7 @@ def example(name: str, pipeline_tag: str, form: str) -> str:
     return f"from transformers import {classes}\n\n" + EXAMPLES[pipeline_tag].format(name=name, remote=remote)
 
 
-def render_card(
+def render_subnet_card(
     facts: Mapping[str, Any],
     name: str,
     license: str,
@@ -165,7 +166,8 @@ def render_card(
         for each in results
     ]
     lines = ["| figure | value |", "|---|---|", *(f"| {each['metric']} | {each['value']:.4f} |" for each in results)]
-    return ModelCard.from_template(
+    return render(
+        "subnet",
         ModelCardData(
             model_name=name,
             language=language,
@@ -175,7 +177,6 @@ def render_card(
             tags=["speech", "hubert", "lighthubert"],
             eval_results=measured or None,
         ),
-        template_path=CARD_TEMPLATE,
         name=name,
         supernet=facts["cut_from"],
         teacher=facts.get("teacher"),

@@ -1,25 +1,17 @@
-"""Speech for training: from datasets on the Hub, files or folders to recordings, encoded until they are needed.
+"""Where speech comes from: datasets on the Hub, tables, manifests and folders, as rows of encoded recordings."""
 
-Audio columns are never decoded by datasets (`Audio(decode=False)`), so nothing here requires torchcodec: soundfile
-reads, and soxr resamples. What makes batches of them is in `batches.py`.
-"""
-
-import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import soundfile
-import soxr
-import torch
 from datasets import Audio, Dataset, IterableDataset, Value, concatenate_datasets, load_dataset
 
+from lighthubert_training.data.audio import UNREADABLE, duration, encoded_source, level
+from modeling_lighthubert.errors import UserError
 
-UNREADABLE = (soundfile.LibsndfileError, OSError, ValueError)
-"""What reading a broken recording raises."""
 
 AUDIO_SUFFIXES = (".flac", ".mp3", ".ogg", ".opus", ".wav")
 MANIFESTS = {".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -64,56 +56,12 @@ class DataArguments:
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that measure recordings for the three options above."}
     )
-
-
-def load_waveform(audio: Any, sampling_rate: int) -> np.ndarray:
-    """A recording as mono float32 samples, shape (num_samples), at `sampling_rate` Hz.
-
-    Args:
-        audio: a path, the bytes of a file (WAV, FLAC, OGG, MP3), or a row of an `Audio` column: a dictionary with
-            `bytes` or `path`, one with `array` and `sampling_rate`, or a torchcodec decoder.
-
-    Raises:
-        ValueError: nothing of that kind, or audio that is empty, NaN or infinite.
-    """
-    if hasattr(audio, "get_all_samples"):
-        samples = audio.get_all_samples()
-        waveform, rate = samples.data.numpy().T, samples.sample_rate
-    elif isinstance(audio, Mapping) and audio.get("array") is not None:
-        waveform, rate = np.asarray(audio["array"]), audio["sampling_rate"]
-    else:
-        waveform, rate = soundfile.read(_encoded(audio), dtype="float32")
-    if np.issubdtype(waveform.dtype, np.integer):
-        waveform = waveform / np.iinfo(waveform.dtype).max
-    waveform = waveform.mean(axis=1) if waveform.ndim == 2 else waveform
-    if not len(waveform) or not np.isfinite(waveform).all():
-        raise ValueError("audio is empty, or has NaN or infinite samples")
-    return soxr.resample(waveform.astype(np.float32), rate, sampling_rate)
-
-
-def duration(audio: Any) -> float:
-    """Seconds of an encoded recording, of which only the header is read; 0 if there is none.
-
-    Args:
-        audio: a path, bytes, or a row of an undecoded `Audio` column.
-    """
-    try:
-        return soundfile.info(_encoded(audio)).duration
-    except UNREADABLE:
-        return 0.0
-
-
-def _encoded(audio: Any) -> io.BytesIO | str | Path:
-    """What soundfile opens."""
-    source = (audio.get("bytes") or audio.get("path")) if isinstance(audio, Mapping) else audio
-    if not isinstance(source, bytes | str | Path):
-        raise ValueError(f"audio has to be a path, bytes, or a row of an Audio column, not {audio!r:.80}")
-    return io.BytesIO(source) if isinstance(source, bytes) else source
-
-
-def level(waveform: np.ndarray) -> float:
-    """Root mean square in decibels relative to full scale."""
-    return float(10 * np.log10(np.mean(np.square(waveform, dtype=np.float64)) + 1e-20))
+    max_unreadable_share: float = field(
+        default=0.01,
+        metadata={
+            "help": "Recordings that cannot be read are named and left out; a larger share of all ends the run."
+        },
+    )
 
 
 def load_speech(
@@ -124,7 +72,7 @@ def load_speech(
     The columns are that of the audio and `other_columns`. Only training data are streamed.
 
     Raises:
-        ValueError: no data to train on, a source without such a column or of an unknown kind, or no recordings.
+        UserError: no data to train on, a source without such a column or of an unknown kind, or no recordings.
     """
     streaming = arguments.streaming and training
     limit = arguments.max_train_samples if training else arguments.max_eval_samples
@@ -136,7 +84,7 @@ def load_speech(
         there = source.column_names or list(next(iter(source), {}))
         for column, option in zip(columns, ("audio_column_name", "text_column_name")):
             if column not in there:
-                raise ValueError(f"{name} has no column {column!r}: choose --{option} from {there}")
+                raise UserError(f"{name} has no column {column!r}: choose --{option} from {there}")
     encoded = [
         source.select_columns(columns).cast_column(arguments.audio_column_name, Audio(decode=False))
         for source in sources.values()
@@ -146,7 +94,7 @@ def load_speech(
         speech = speech.take(limit) if streaming else speech.select(range(min(limit, len(speech))))
     speech = _filtered(speech, arguments)
     if not streaming and not len(speech):
-        raise ValueError(f"no recordings in {', '.join(sources)}, or none that the filters leave")
+        raise UserError(f"no recordings in {', '.join(sources)}, or none that the filters leave")
     return speech
 
 
@@ -158,7 +106,7 @@ def _load_sources(arguments: DataArguments, training: bool) -> dict[str, Dataset
         return {file: _load_file(Path(file), arguments.audio_column_name, streaming) for file in files}
     splits = arguments.train_split_name if training else arguments.eval_split_name
     if arguments.dataset_name is None and training:
-        raise ValueError("nothing to train on: give --train_file or --dataset_name")
+        raise UserError("nothing to train on: give --train_file or --dataset_name")
     if arguments.dataset_name is None or arguments.train_file is not None or splits is None:
         return {}
     names = arguments.dataset_name
@@ -175,23 +123,23 @@ def _load(source: str, *names: str | None, **options: Any) -> Dataset | Iterable
     try:
         return load_dataset(*names, **options)
     except ValueError as error:
-        raise ValueError(f"{source} cannot be loaded: {error}") from error
+        raise UserError(f"{source} cannot be loaded: {error}") from error
 
 
 def _for_each(names: Sequence[str], option: str, values: Sequence[str | None]) -> Sequence[str | None]:
     if len(values) not in (1, len(names)):
-        raise ValueError(f"--{option} has {len(values)} values for {len(names)} datasets: give one for each, or one")
+        raise UserError(f"--{option} has {len(values)} values for {len(names)} datasets: give one for each, or one")
     return values if len(values) == len(names) else [*values] * len(names)
 
 
 def _load_file(path: Path, column: str, streaming: bool) -> Dataset | IterableDataset:
     """A file of recordings or of their paths, or a folder of audio. Paths are relative to the file."""
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist")
     if path.is_dir():
         found = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
         if not found:
-            raise ValueError(f"{path} has no audio: {', '.join(AUDIO_SUFFIXES)}")
+            raise UserError(f"{path} has no audio: {', '.join(AUDIO_SUFFIXES)}")
         dataset = Dataset.from_dict({column: found})
     elif path.suffix == ".parquet":
         return _load(str(path), "parquet", data_files=str(path), split="train", streaming=streaming)
@@ -206,7 +154,7 @@ def _load_file(path: Path, column: str, streaming: bool) -> Dataset | IterableDa
         dataset = _with_folder(dataset, column, str(path.parent))
     else:
         known = ", ".join([".parquet", *MANIFESTS, ".tsv"])
-        raise ValueError(f"{path} is of no known kind: give a folder of audio, or a file in {known}")
+        raise UserError(f"{path} is of no known kind: give a folder of audio, or a file in {known}")
     return dataset.to_iterable_dataset() if streaming else dataset
 
 
@@ -235,28 +183,9 @@ def _filtered(speech: Dataset | IterableDataset, arguments: DataArguments) -> Da
         if not least <= seconds <= (most or seconds):
             return False
         try:
-            return loud is None or level(soundfile.read(_encoded(audio))[0]) >= loud
+            return loud is None or level(soundfile.read(encoded_source(audio))[0]) >= loud
         except UNREADABLE:
             return True
 
     workers = {} if isinstance(speech, IterableDataset) else {"num_proc": arguments.preprocessing_num_workers}
     return speech.filter(counts, input_columns=arguments.audio_column_name, **workers)
-
-
-class SpeechDataset(torch.utils.data.Dataset):
-    """Decoded recordings: item i is a waveform, shape (num_samples)."""
-
-    def __init__(self, dataset: Dataset, audio_column_name: str, sampling_rate: int):
-        self.audio = dataset.select_columns([audio_column_name])
-        self.audio_column_name = audio_column_name
-        self.sampling_rate = sampling_rate
-
-    def __len__(self) -> int:
-        return len(self.audio)
-
-    def encoded(self, index: int) -> dict[str, Any]:
-        """Recording `index` as it is stored: `bytes` or `path`."""
-        return self.audio[index][self.audio_column_name]
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return load_waveform(self.encoded(index), self.sampling_rate)

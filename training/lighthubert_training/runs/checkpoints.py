@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+
+from lighthubert_training.runs.distributed import any_process
+from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.files import write_json
 
 
 logger = get_logger(__name__)
@@ -54,8 +57,8 @@ def save_checkpoint(
         return None
     if accelerator.is_main_process:
         try:
-            (unfinished / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-            seal(unfinished)
+            write_json(unfinished / STATE, {"step": step, **state})
+            write_manifest(unfinished)
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.replace(folder)
             _prune(output_dir, limit)
@@ -76,18 +79,18 @@ def find_checkpoint(accelerator: Accelerator, which: str, output_dir: Path) -> t
         The folder, and what `save_checkpoint` was given as `state`, with `step`; `None` if there is none yet.
 
     Raises:
-        ValueError: the folder that was named is no whole checkpoint, or all checkpoints are damaged.
+        UserError: the folder that was named is no whole checkpoint, or all checkpoints are damaged.
     """
     chosen: list[Path | str | None] = [None]
     if accelerator.is_main_process:
         try:
-            chosen = [newest_whole(output_dir) if which == "latest" else whole(Path(which))]
-        except ValueError as error:
+            chosen = [newest_checkpoint(output_dir) if which == "latest" else require_whole(Path(which))]
+        except UserError as error:
             chosen = [str(error)]
     broadcast_object_list(chosen)
     folder = chosen[0]
     if isinstance(folder, str):
-        raise ValueError(folder)
+        raise UserError(folder)
     return None if folder is None else (folder, _state(folder))
 
 
@@ -101,7 +104,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
-def damage(folder: Path) -> str | None:
+def checkpoint_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or `None` if every file is as it was written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -113,32 +116,32 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def whole(folder: Path) -> Path:
+def require_whole(folder: Path) -> Path:
     """The same folder, if it is a checkpoint without damage.
 
     Raises:
-        ValueError: it is not.
+        UserError: it is not.
     """
-    if reason := damage(folder):
-        raise ValueError(f"cannot go on from {folder}: {reason}")
+    if reason := checkpoint_damage(folder):
+        raise UserError(f"cannot go on from {folder}: {reason}")
     return folder
 
 
-def newest_whole(output_dir: Path) -> Path | None:
+def newest_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint without damage, `None` if there is none at all; damaged ones are named and passed over.
 
     Raises:
-        ValueError: all are damaged.
+        UserError: all are damaged.
     """
     reasons = []
     for folder in reversed(checkpoints(output_dir)):
-        reason = damage(folder)
+        reason = checkpoint_damage(folder)
         if reason is None:
             return folder
         logger.warning(f"{folder} is damaged, {reason}: trying the one before")
         reasons.append(folder.name)
     if reasons:
-        raise ValueError(
+        raise UserError(
             f"every checkpoint in {output_dir} is damaged ({', '.join(reasons)}): delete them to start anew"
         )
     return None
@@ -153,7 +156,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Writes the manifest, after everything it names is on the disk."""
     for path in _files(folder):
         with path.open("rb") as file:
@@ -182,8 +185,3 @@ def _prune(output_dir: Path, limit: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
     for left in output_dir.glob(f"unfinished-{PREFIX}*"):
         shutil.rmtree(left, ignore_errors=True)
-
-
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether `flag` is set on any process."""
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)

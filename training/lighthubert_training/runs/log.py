@@ -1,26 +1,13 @@
-"""What a run tells: losses and speed, on the progress bar, to TensorBoard and in a history; their plot; the card."""
+"""What a training run reports: losses and speed, on the progress bar, to TensorBoard, and in a history."""
 
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import psutil
 import torch
 from accelerate import Accelerator
-from huggingface_hub import ModelCard, ModelCardData
-
-from modeling_lighthubert import LightHubertForPreTraining
-from modeling_lighthubert.profiling import macs_per_second
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-
-CARD_TEMPLATE = Path(__file__).parents[1] / "cards/templates/supernet.md"
 
 
 class RunLog:
@@ -78,54 +65,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
-
-
-def plot_losses(history: list[dict[str, float]], path: Path) -> None:
-    """Losses against steps as a PNG: of training by class of subnet, of evaluation by subnet."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    names = dict.fromkeys(name for entry in history for name in entry if "loss" in name)
-    for name in names:
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        style = {"marker": "o", "linestyle": "--"} if name.startswith("eval_") else {"linewidth": 1}
-        axes.plot(*zip(*points), label=name, **style)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="steps", ylabel="loss")
-    axes.grid(alpha=0.3)
-    if names:
-        axes.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def write_card(
-    student: LightHubertForPreTraining, recipe: Mapping[str, Any], results: Mapping[str, float], folder: Path
-) -> None:
-    """The model card, `README.md`: what the student is, what it learnt from, and its losses on held-out speech."""
-    space = student.search_space
-    subnets = {"this model": student.subnet} if space is None else space.named
-
-    def public(name: str) -> str:  # a name on the Hub as it is, of the paths of this machine the end
-        return Path(name).name if Path(name).exists() else name
-
-    sources = recipe["train_file"] or recipe["dataset_name"]
-    card = ModelCard.from_template(
-        ModelCardData(library_name="transformers", tags=["speech", "hubert", "lighthubert"]),
-        template_path=CARD_TEMPLATE,
-        name=folder.resolve().name,
-        space=space,
-        subnets={
-            name: (
-                subnet,
-                student.hubert.num_subnet_parameters(None if space is None else subnet),
-                macs_per_second(student.hubert, subnet),
-            )
-            for name, subnet in subnets.items()
-        },
-        recipe=recipe,
-        teacher=public(recipe["teacher_name_or_path"]),
-        start=recipe["student_name_or_path"] and public(recipe["student_name_or_path"]),
-        sources=[public(source) for source in sources],
-        results=results,
-    )
-    card.save(folder / "README.md")

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from modeling_lighthubert import LightHubertPreTrainedModel, SearchSpace, Subnet
 from modeling_lighthubert.profiling import SAMPLING_RATE, measure_latency
-from modeling_lighthubert.search_space import widening
+from modeling_lighthubert.search_space import nondecreasing_choices
 
 
 def parts_of(subnet: Subnet) -> list[str]:
@@ -80,7 +80,7 @@ def time_parts(model: LightHubertPreTrainedModel, seconds: float, repeats: int) 
 
 def covering(space: SearchSpace) -> list[Subnet]:
     """Subnets with layers all alike, which together have every part that a subnet can have."""
-    ears = [None] if space.conv_dim is None else list(widening(space.conv_dim))
+    ears = [None] if space.conv_dim is None else list(nondecreasing_choices(space.conv_dim))
     depth, windows = space.num_hidden_layers[0], space.attention_window or (None,)
     shapes = [
         Subnet(width, (heads,) * depth, (int(width * ratio),) * depth, space.head_dim, ears[0], (window,) * depth)

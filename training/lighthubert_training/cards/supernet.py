@@ -1,0 +1,41 @@
+"""The card of a student of distillation: a supernet, or one model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from lighthubert_training.cards.render import public_name, render, save_card
+from modeling_lighthubert import LightHubertForPreTraining
+from modeling_lighthubert.profiling import macs_per_second
+
+
+def write_supernet_card(
+    student: LightHubertForPreTraining, recipe: Mapping[str, Any], results: Mapping[str, float], folder: Path
+) -> None:
+    """Writes `README.md`: what the student is, what it was trained on, and its losses on held-out speech."""
+    space = student.search_space
+    subnets = {"this model": student.subnet} if space is None else space.named
+
+    sources = recipe["train_file"] or recipe["dataset_name"]
+    card = render(
+        "supernet",
+        ModelCardData(library_name="transformers", tags=["speech", "hubert", "lighthubert"]),
+        name=folder.resolve().name,
+        space=space,
+        subnets={
+            name: (
+                subnet,
+                student.hubert.num_subnet_parameters(None if space is None else subnet),
+                macs_per_second(student.hubert, subnet),
+            )
+            for name, subnet in subnets.items()
+        },
+        recipe=recipe,
+        teacher=public_name(recipe["teacher_name_or_path"]),
+        start=recipe["student_name_or_path"] and public_name(recipe["student_name_or_path"]),
+        sources=[public_name(source) for source in sources],
+        results=results,
+    )
+    save_card(card, folder / "README.md")
