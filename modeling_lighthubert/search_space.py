@@ -9,7 +9,7 @@ import json
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -36,7 +36,7 @@ def kept_layers(num_hidden_layers: int, depth: int) -> tuple[int, ...]:
 
 
 @cache
-def widening(choices: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+def nondecreasing_choices(choices: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
     """All ways to choose a width for each convolution so that none is narrower than the one before it.
 
     The first convolutions see the most frames, so this is where narrow ones save the most.
@@ -393,30 +393,31 @@ class SearchSpace(JsonValue):
     def num_subnets(self) -> int:
         """Exact count: feature encoders x widths x sum over depths d of (ratios x heads x windows) ** d."""
         per_layer = len(self.ffn_ratio) * len(self.num_attention_heads) * len(self.attention_window or (None,))
-        encoders = 1 if self.conv_dim is None else len(widening(self.conv_dim))
+        encoders = 1 if self.conv_dim is None else len(nondecreasing_choices(self.conv_dim))
         return encoders * len(self.hidden_size) * sum(per_layer**depth for depth in self.num_hidden_layers)
-
-    def __len__(self) -> int:
-        return self.num_subnets
-
-    def __bool__(self) -> bool:  # Python would ask `__len__`, which cannot say more than 2 ** 63 - 1
-        return True
 
     @property
     def largest(self) -> Subnet:
         """The most of everything."""
-        return self._extreme(max)
+        return self._uniform(lambda choices: choices[-1])
 
     @property
     def smallest(self) -> Subnet:
         """The least of everything."""
-        return self._extreme(min)
+        return self._uniform(lambda choices: choices[0])
+
+    @property
+    def middle(self) -> Subnet:
+        """The middle of every choice, the upper one of two; a convolution that would be narrower than the one before
+        it has the least that is not."""
+        return self._uniform(lambda choices: choices[len(choices) // 2])
 
     @property
     def named(self) -> dict[str, Subnet]:
-        """Subnets that can be asked for by name: `largest`, `smallest`, and those of the paper's that are inside."""
+        """Subnets that can be asked for by name: `largest`, `smallest`, `middle`, and those of the paper's that are
+        inside."""
         inside = {name: self.resolve(subnet) for name, subnet in NAMED_SUBNETS.items() if subnet in self}
-        return {"largest": self.largest, "smallest": self.smallest, **inside}
+        return {"largest": self.largest, "smallest": self.smallest, "middle": self.middle, **inside}
 
     def resolve(self, subnet: "str | Subnet | Mapping[str, Any]") -> Subnet:
         """The subnet behind a name, a dict or a `Subnet`. Where convolutions are to be chosen, one that does not name
@@ -461,7 +462,7 @@ class SearchSpace(JsonValue):
 
     def sample_conv_dim(self, rng: random.Random) -> tuple[int, ...] | None:
         """Draws channels of all convolutions, each way to choose them as likely as the others."""
-        return None if self.conv_dim is None else rng.choice(widening(self.conv_dim))
+        return None if self.conv_dim is None else rng.choice(nondecreasing_choices(self.conv_dim))
 
     def sample_attention_window(self, depth: int, rng: random.Random) -> tuple[int | None, ...] | None:
         """Draws a window for each of `depth` layers."""
@@ -486,8 +487,10 @@ class SearchSpace(JsonValue):
         ratios = [redraw(ratio, self.ffn_ratio) for ratio in ratios]
         channels = list(subnet.conv_dim or ())
         for layer, choices in enumerate(self.conv_dim or ()):
-            low, high = (channels[layer - 1] if layer else 0), (*channels[layer + 1 :], max(choices))[0]
-            channels[layer] = redraw(channels[layer], tuple(width for width in choices if low <= width <= high))
+            before = channels[layer - 1] if layer > 0 else choices[0]
+            after = channels[layer + 1] if layer + 1 < len(channels) else choices[-1]
+            allowed = tuple(width for width in choices if before <= width <= after)
+            channels[layer] = redraw(channels[layer], allowed)
         windows = None
         if self.attention_window is not None:
             windows = [*self._windows(subnet)[:depth], *(rng.choice(self.attention_window) for _ in added)]
@@ -515,12 +518,16 @@ class SearchSpace(JsonValue):
         heads, ratios, windows = map(list, zip(*layers, strict=True))
         return self._assemble(width, heads, ratios, conv_dim, windows)
 
-    def _extreme(self, choose: Any) -> Subnet:
-        depth = choose(self.num_hidden_layers)
-        heads, ratios = [choose(self.num_attention_heads)] * depth, [choose(self.ffn_ratio)] * depth
-        conv_dim = None if self.conv_dim is None else [choose(layer) for layer in self.conv_dim]
-        windows = None if self.attention_window is None else [choose(self.attention_window, key=_span)] * depth
-        return self._assemble(choose(self.hidden_size), heads, ratios, conv_dim, windows)
+    def _uniform(self, pick: Callable[[Sequence[Any]], Any]) -> Subnet:
+        """The subnet whose layers all have what `pick` takes from the choices, which are in ascending order."""
+        depth = pick(self.num_hidden_layers)
+        channels: list[int] = []
+        for choices in self.conv_dim or ():
+            least = max([pick(choices), *channels[-1:]])
+            channels.append(min(width for width in choices if width >= least))
+        heads, ratios = [pick(self.num_attention_heads)] * depth, [pick(self.ffn_ratio)] * depth
+        windows = None if self.attention_window is None else [pick(self.attention_window)] * depth
+        return self._assemble(pick(self.hidden_size), heads, ratios, channels or None, windows)
 
     def _assemble(
         self,
