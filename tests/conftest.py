@@ -119,6 +119,25 @@ def answer(model: torch.nn.Module, *inputs: torch.Tensor, **kwargs) -> torch.Ten
     return outputs.predictions[0] if "predictions" in outputs else outputs.last_hidden_state
 
 
+def assert_close(actual: Any, expected: Any, terms: int = 1000) -> None:
+    """Asserts that `actual` is `expected` but for the order in which its sums were taken.
+
+    Adding up n terms rounds n times, each time by at most eps = 2 ** -23 of the magnitude (in fp32). Two orders round
+    otherwise, and so differ by about eps * sqrt(n) * magnitude. The tolerance is ten times that, for other CPUs and
+    libraries add up in other blocks; the magnitude is the largest value that is expected, because small values beside
+    it are what large terms left. A wrong slice or mask differs by a hundredth of it and more.
+
+    Args:
+        terms: how many are added up one after another on the way to a value. Default: that of a tiny model of twelve
+            layers, with about ten products in each, whose sums of up to 192 terms are taken in blocks of eight. An
+            Intel and an AMD CPU differ from each other by a tenth of what that allows.
+    """
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    magnitude = expected.detach().abs().max().item() if expected.numel() else 0.0
+    tolerance = 10 * torch.finfo(expected.dtype).eps * terms**0.5 * magnitude
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
