@@ -5,14 +5,22 @@ BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.installed
 CODE := modeling_lighthubert training demo benchmarks model_cards tests
 
-.PHONY: demo test quality style clean
+.PHONY: demo test test-fast test-integration quality style clean
 
 demo: $(ENVIRONMENT)  ## The whole way, on the speech and the teacher in demo/. ARGS are passed on.
 	$(BIN)/python demo/run_demo.py $(ARGS)
 
 # files in the order of their names: by number of tests, the demonstration, few and long, would come last and alone
-test: $(ENVIRONMENT)
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test: $(ENVIRONMENT)  ## All tests.
+	$(PYTEST) $(ARGS)
+
+test-fast: $(ENVIRONMENT)  ## Those that run no whole script.
+	$(PYTEST) tests/modeling tests/training $(ARGS)
+
+test-integration: $(ENVIRONMENT)  ## Those that run whole scripts, as users do.
+	$(PYTEST) tests/integration $(ARGS)
 
 quality: $(ENVIRONMENT)
 	$(BIN)/ruff check $(CODE)
