@@ -42,7 +42,7 @@ class LightHubertConfig(HubertConfig):
             Size of an attention head. Attention in a layer is `head_dim` times its heads wide, which may differ from
             the width of the subnet.
         feat_extract_norm (`str`, *optional*, defaults to `"layer"`):
-            `"layer"` as in the released models: the answer for a recording does not depend on what it is padded or
+            `"layer"` as in the released models: the output for a recording does not depend on what it is padded or
             batched with. `"group"`, as in HuBERT Base and wav2vec 2.0 Base, takes statistics over the padded length
             and cannot promise that.
         layerdrop (`float`, *optional*, defaults to 0.0):

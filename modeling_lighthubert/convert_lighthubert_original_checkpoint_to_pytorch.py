@@ -9,24 +9,23 @@ whole or not at all.
 
 import argparse
 import ast
+import logging
 import operator
 import pickle
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import StrictDataclassError
 from transformers import Wav2Vec2FeatureExtractor
-from transformers.utils import logging
 
 from . import LightHubertConfig, LightHubertForPreTraining, SearchSpace
-from .search_space import search_space_from
+from .errors import UserError, run, user_error
+from .files import require_unused, whole_folder
+from .loading import parse_search_space
 
 
-logger = logging.get_logger("lighthubert.convert")
+logger = logging.getLogger("modeling_lighthubert.convert")
 
 # Ours on the left of a layer's number or name, fairseq's on the right
 NAMES = {
@@ -69,21 +68,22 @@ def load_original_checkpoint(checkpoint_path: str) -> tuple[dict[str, Any], dict
     """Model settings and weights of a `.pt` file, given by path or as `organisation/repository/file` on the Hub.
 
     Raises:
-        ValueError: the file is missing, damaged, holds anything but tensors and plain values, or is another model's.
+        UserError: the file is missing, damaged, holds anything but tensors and plain values, or is another model's.
     """
     path = Path(checkpoint_path)
     if not path.is_file():
         parts = checkpoint_path.split("/")
         if path.is_absolute() or len(parts) < 3:
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint_path} is no file. Give a path, or organisation/repository/file on the Hub, such as"
                 " mechanicalsea/lighthubert/lighthubert_small.pt"
             )
-        path = Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+        with user_error(f"{checkpoint_path} cannot be downloaded: "):
+            path = Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as a checkpoint: it is damaged, or holds code beside weights, which is never run"
             f" ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no details'})"
         ) from error
@@ -91,11 +91,11 @@ def load_original_checkpoint(checkpoint_path: str) -> tuple[dict[str, Any], dict
     settings = checkpoint["cfg"].get("model") if isinstance(checkpoint.get("cfg"), dict) else None
     weights = checkpoint.get("model")
     if not isinstance(settings, dict) or settings.get("_name") not in ("hubert_pruner", "student_hubert"):
-        raise ValueError(f"{path} is not a LightHuBERT checkpoint: cfg.model names no hubert_pruner or student_hubert")
+        raise UserError(f"{path} is not a LightHuBERT checkpoint: cfg.model names no hubert_pruner or student_hubert")
     if missing := [name for name in SETTINGS if name not in settings]:
-        raise ValueError(f"{path} is not a LightHuBERT checkpoint: its settings lack {missing}")
+        raise UserError(f"{path} is not a LightHuBERT checkpoint: its settings lack {missing}")
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise ValueError(f"{path} is not a LightHuBERT checkpoint: 'model' is not a dictionary of tensors")
+        raise UserError(f"{path} is not a LightHuBERT checkpoint: 'model' is not a dictionary of tensors")
     return settings, weights
 
 
@@ -116,14 +116,14 @@ def parse_conv_layers(text: str) -> list[tuple[int, int, int]]:
                 times < 100
             ):
                 return value(left) * times
-        raise ValueError(f"conv_feature_layers={text!r} is not a list of (channels, kernel, stride)")
+        raise UserError(f"conv_feature_layers={text!r} is not a list of (channels, kernel, stride)")
 
     try:
         layers = value(ast.parse(text, mode="eval").body)
     except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"conv_feature_layers={text!r} is not a list of (channels, kernel, stride)") from error
+        raise UserError(f"conv_feature_layers={text!r} is not a list of (channels, kernel, stride)") from error
     if not isinstance(layers, list) or not all(isinstance(layer, tuple) and len(layer) == 3 for layer in layers):
-        raise ValueError(f"conv_feature_layers={text!r} is not a list of (channels, kernel, stride)")
+        raise UserError(f"conv_feature_layers={text!r} is not a list of (channels, kernel, stride)")
     return layers
 
 
@@ -131,13 +131,13 @@ def find_search_space(settings: dict[str, Any]) -> SearchSpace | None:
     """The search space that the settings name: `None` for stage 1, which is one model.
 
     Raises:
-        ValueError: a supernet whose settings do not say which space it was trained for.
+        UserError: a supernet whose settings do not say which space it was trained for.
     """
     if settings["_name"] == "student_hubert":
         return None
     name = Path(str(settings.get("pruner_supernet", ""))).stem
     if name not in ("small", "base"):
-        raise ValueError("the checkpoint does not say which search space it was trained for: give --search_space")
+        raise UserError("the checkpoint does not say which search space it was trained for: give --search_space")
     return SearchSpace.preset(name)
 
 
@@ -197,28 +197,29 @@ def convert(checkpoint_path: str, search_space: SearchSpace | None = None) -> Li
         search_space: overrides what the checkpoint says, or says what it does not.
 
     Raises:
-        ValueError: not a LightHuBERT checkpoint, or one whose tensors do not fit its settings.
+        UserError: not a LightHuBERT checkpoint, or one whose tensors do not fit its settings.
     """
     settings, weights = load_original_checkpoint(checkpoint_path)
     space = search_space or find_search_space(settings)
     head = weights.get(f"layer_pred_heads.{settings['encoder_layers'] - 1}.weight")
-    config = make_config(settings, space, None if head is None else head.shape[0])
+    with user_error(f"{checkpoint_path}: "):
+        config = make_config(settings, space, None if head is None else head.shape[0])
     with torch.device("meta"):
         model = LightHubertForPreTraining(config)
     state, used = {}, set()
     for name, parameter in model.state_dict().items():
         theirs = original_name(name, config)
         if theirs not in weights:
-            raise ValueError(f"{checkpoint_path} lacks {theirs} (our {name})")
+            raise UserError(f"{checkpoint_path} lacks {theirs} (our {name})")
         if weights[theirs].shape != parameter.shape:
-            raise ValueError(
+            raise UserError(
                 f"{theirs} has shape {tuple(weights[theirs].shape)}, but its settings say {tuple(parameter.shape)}"
             )
         state[name] = weights[theirs].float()
         used.add(theirs)
     unused = sorted(set(weights) - used)
     if unknown := [name for name in unused if not name.startswith(UNUSED)]:
-        raise ValueError(f"{checkpoint_path} has weights that LightHuBERT does not know: {unknown}")
+        raise UserError(f"{checkpoint_path} has weights that LightHuBERT does not know: {unknown}")
     if unused:
         logger.warning(f"Dropped, because nothing uses them: {', '.join(unused)}")
     model.load_state_dict(state, assign=True)
@@ -245,27 +246,14 @@ model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
 
 
 def save_whole(model: LightHubertForPreTraining, folder: Path, checkpoint_path: str, name: str) -> None:
-    """Writes model, code, feature extractor and card beside `folder`, then renames: there is never half a folder.
-
-    Raises:
-        ValueError: `folder` exists and is not empty.
-    """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already: choose another --pytorch_dump_folder_path, or delete it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.unfinished-", dir=folder.parent))
-    try:
+    """Writes model, code, feature extractor and card: all of it, or nothing on an error."""
+    with whole_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
         Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(unfinished)
         space = model.search_space
         content = f"{space.num_subnets:,} subnets, {space}" if space else f"one model, {model.subnet}"
         card = MODEL_CARD.format(name=name, checkpoint=Path(checkpoint_path).name, content=content)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
-        unfinished.chmod(0o755)
-        unfinished.replace(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -281,27 +269,25 @@ def main(arguments: list[str] | None = None) -> None:
         help="small, base, or a JSON file with the choices. Default: what the checkpoint says (stage 1 is one model).",
     )
     parser.add_argument(
-        "--trim", action="store_true", help="Store no more width than the largest subnet has. Answers stay the same."
+        "--trim", action="store_true", help="Store no more width than the largest subnet has. Outputs stay the same."
     )
     parser.add_argument("--push_to_hub", metavar="ID", help="Hub repository to push the folder to.")
     options = parser.parse_args(arguments)
-    try:
-        space = options.search_space
-        if space is not None:
-            space = SearchSpace.from_json_file(space) if space.endswith(".json") else search_space_from(space)
-        model = convert(options.checkpoint_path, space)
-        if options.trim:
+    folder = require_unused(options.pytorch_dump_folder_path, "--pytorch_dump_folder_path")
+    model = convert(options.checkpoint_path, parse_search_space(options.search_space))
+    if options.trim:
+        with user_error():
             model = model.trim()
-        folder = options.pytorch_dump_folder_path
-        save_whole(model, folder, options.checkpoint_path, options.push_to_hub or folder.name)
-        print(f"{folder}: {model.num_parameters():,} parameters, subnet {model.subnet}")
-        if options.push_to_hub:
+    save_whole(model, folder, options.checkpoint_path, options.push_to_hub or folder.name)
+    print(f"{folder}: {model.num_parameters():,} parameters, subnet {model.subnet}")
+    if options.push_to_hub:
+        try:
             repo = HfApi().create_repo(options.push_to_hub, exist_ok=True)
             HfApi().upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Convert LightHuBERT")
-            print(f"pushed to {repo}")
-    except (ValueError, OSError, StrictDataclassError) as error:
-        parser.exit(1, f"error: {error}\n")
+        except Exception as error:  # which, depends on the client's HTTP library
+            raise ConnectionError(f"{folder} is whole, but is not pushed to {options.push_to_hub}: {error}") from error
+        print(f"pushed to {repo}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,7 +2,7 @@
 names.
 
 Each is a plain torch layer with three more methods: `select` says which part is used from now on, `selected` gives
-that part as one tensor, and `cut_state` gives the state dict of the plain layer that would answer alike. `forward`
+that part as one tensor, and `cut_state` gives the state dict of the plain layer with the same outputs. `forward`
 reads the part where it lies, through views of the full weights: none is gathered first, and gradients reach what was
 used and nothing else. Sizes are full until the first `select`. What "the part" means is fixed by the released
 checkpoints: rows and columns from the front, except in the FFN (see `leading`).
@@ -43,10 +43,10 @@ class ElasticLayer(ABC):
 
     @abstractmethod
     def num_selected_parameters(self) -> int:
-        """Number of parameters of the plain layer that answers like the selected part."""
+        """Number of parameters of the plain layer that equals the selected part."""
 
     def cut_state(self) -> dict[str, torch.Tensor]:
-        """State dict of the plain layer that answers like the selected part. Tensors may be views of this layer's."""
+        """State dict of the plain layer that equals the selected part. Tensors may be views of this layer's."""
         weight, bias = self.selected()
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
@@ -215,7 +215,7 @@ class PositionalConv1d(nn.Conv1d):
     """The grouped position convolution of a cut model, right in bfloat16 too.
 
     Where a CPU has matrix tiles (AMX), oneDNN's grouped convolutions of long kernels in bfloat16 are wrong if a group
-    has fewer than 16 channels (torch 2.13: by as much as the answer itself; with AVX-512 alone they are right). These
+    has fewer than 16 channels (torch 2.13: by as much as the output itself; with AVX-512 alone they are right). These
     are computed in single precision.
     """
 

@@ -7,6 +7,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+
+LIBRARY_ERRORS = (ValueError, OSError, StrictDataclassError, SafetensorError)
+"""How libraries say that a file, a configuration or a value is wrong."""
+
 
 class UserError(ValueError):
     """Something is wrong with what the user gave. The message says what was given, what is allowed, and what to do."""
@@ -18,16 +25,18 @@ class MissingExtraError(UserError, ImportError):
 
 @contextmanager
 def user_error(prefix: str = "") -> Iterator[None]:
-    """Inside the block, a `ValueError` or `OSError` of a library is the user's mistake.
+    """Inside the block, an error of a library in `LIBRARY_ERRORS` is the user's mistake.
+
+    A `ConnectionError` is not, and passes.
 
     Raises:
         UserError: with the message of the error, behind `prefix`.
     """
     try:
         yield
-    except UserError:
+    except (UserError, ConnectionError):
         raise
-    except (ValueError, OSError) as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(f"{prefix}{error}") from error
 
 

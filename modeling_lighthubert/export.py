@@ -1,13 +1,14 @@
 """Exports of a subnet: as a cut model, as a stock HuBERT of transformers (`to_hubert`), as an ONNX file.
 
-    python -m modeling_lighthubert.export supernet --subnet best.json --format hubert --output_dir small
+    python -m modeling_lighthubert.export --model_name_or_path supernet --subnet best.json --format hubert \\
+        --output_dir small
 
-prints what was lost and gained: the difference from the cut model's answers, size, and speed on this machine.
+prints what was lost and gained: the difference from the cut model's outputs, size, and speed on this machine.
 """
 
 import argparse
 import statistics
-import time
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoFeatureExtractor,
     AutoTokenizer,
     HubertConfig,
@@ -25,17 +25,19 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.models.hubert.modeling_hubert import HubertPreTrainedModel
+from transformers.utils import cached_file
 
 from . import (
     LightHubertForCTC,
-    LightHubertForPreTraining,
     LightHubertForSequenceClassification,
     LightHubertModel,
     LightHubertPreTrainedModel,
-    Subnet,
-    modeling_lighthubert,
 )
-from .onnx_export import to_onnx
+from .errors import LIBRARY_ERRORS, UserError, run
+from .files import require_unused, whole_folder
+from .loading import load_cut_lighthubert
+from .onnx_export import onnx_session, to_onnx
+from .profiling import SAMPLING_RATE, median_ratio, time_in_turns
 
 
 HUBERT_CLASSES: dict[type[LightHubertPreTrainedModel], type[HubertPreTrainedModel]] = {
@@ -46,7 +48,7 @@ HUBERT_CLASSES: dict[type[LightHubertPreTrainedModel], type[HubertPreTrainedMode
 
 
 def to_hubert(model: LightHubertPreTrainedModel) -> HubertPreTrainedModel:
-    """A stock `HubertModel`, `HubertForCTC` or `HubertForSequenceClassification` with the answers of `model`.
+    """A stock `HubertModel`, `HubertForCTC` or `HubertForSequenceClassification` with the outputs of `model`.
 
     All layers of a HuBERT have the same number of heads and FFN units. Layers that have fewer are filled up with
     zeros, which changes nothing: a zero value head adds zero, and so does a unit whose activation of zero is zero.
@@ -56,22 +58,22 @@ def to_hubert(model: LightHubertPreTrainedModel) -> HubertPreTrainedModel:
         model: a cut model, or a supernet, whose selected subnet is exported.
 
     Raises:
-        ValueError: transformers has no such HuBERT head, or a stock HuBERT cannot hold the subnet exactly
+        UserError: transformers has no such HuBERT head, or a stock HuBERT cannot hold the subnet exactly
             (`Subnet.is_hubert_exportable` tells beforehand); the message names the layer.
     """
     hubert_class = HUBERT_CLASSES.get(type(model))
     if hubert_class is None:
         allowed = [ours.__name__ for ours in HUBERT_CLASSES]
-        raise ValueError(f"transformers has no HuBERT like {type(model).__name__}: export one of {allowed}")
+        raise UserError(f"transformers has no HuBERT like {type(model).__name__}: export one of {allowed}")
     subnet = model.subnet
     if subnet.hubert_obstacle:
-        raise ValueError(f"a stock HuBERT cannot hold this subnet exactly: {subnet.hubert_obstacle}")
+        raise UserError(f"a stock HuBERT cannot hold this subnet exactly: {subnet.hubert_obstacle}")
     if model.search_space is not None:
         model = model.extract_subnet()
     config = model.config
     if len(set(subnet.intermediate_size)) > 1 and ACT2FN[config.hidden_act](torch.zeros(1)) != 0:
         narrow = subnet.intermediate_size.index(min(subnet.intermediate_size))
-        raise ValueError(
+        raise UserError(
             f"a stock HuBERT cannot hold this subnet exactly: layer {narrow} has fewer FFN units than others, and"
             f" {config.hidden_act}(0) is not 0"
         )
@@ -94,39 +96,16 @@ def _zero_padded(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 Runner = Callable[[torch.Tensor], torch.Tensor]
-"""From audio (batch_size, num_samples) to logits or hidden states, in fp32."""
+"""From audio (batch_size, num_samples) to logits or hidden states: fp32 on the CPU, wherever they are computed."""
 
 
-def load(model_name_or_path: str, subnet: str | None = None) -> LightHubertPreTrainedModel:
-    """The cut model of a subnet, with the head of its supernet, but for those of distillation.
-
-    Args:
-        subnet: a name or a JSON file. Default: the selected one.
-
-    Raises:
-        ValueError: a subnet of what is no supernet, or no checkpoint of ours.
-    """
-    config = AutoConfig.from_pretrained(model_name_or_path)
-    name = (config.architectures or ["LightHubertModel"])[0]
-    model_class = getattr(modeling_lighthubert, name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, LightHubertPreTrainedModel)):
-        raise ValueError(f"{model_name_or_path} is a {name}: export a LightHuBERT")
-    if model_class is LightHubertForPreTraining:
-        model_class = LightHubertModel
-    model = model_class.from_pretrained(model_name_or_path).eval()
-    if model.search_space is None and subnet is not None:
-        raise ValueError(f"subnet {subnet}: {model_name_or_path} is one model, no supernet to choose from")
-    chosen = Subnet.from_json_file(subnet) if subnet is not None and subnet.endswith(".json") else subnet
-    return model.extract_subnet(chosen)
-
-
-def save(
-    model: LightHubertPreTrainedModel, folder: Path, form: str, dtype: torch.dtype, quantize: str | None
+def write_export(
+    model: LightHubertPreTrainedModel, folder: Path, form: str, dtype: torch.dtype, quantize: str | None = None
 ) -> tuple[Runner, Path]:
-    """Writes a cut model in one of `FORMATS`.
+    """Writes a cut model in one of `FORMATS`. Its own weights are rounded to `dtype`, too.
 
     Returns:
-        What runs the file that was written, and the file.
+        What runs the file that was written, on the device of `model`, and the file.
     """
     if form == "onnx":
         to_onnx(model, folder, quantize)
@@ -134,35 +113,50 @@ def save(
         return onnx_runner(file), file
     exported = model if form == "transformers" else to_hubert(model)
     type(exported).to(exported, dtype).save_pretrained(folder)
-    return torch_runner(type(exported).from_pretrained(folder, dtype=dtype).eval()), folder / "model.safetensors"
+    written = type(exported).from_pretrained(folder, dtype=dtype).eval().to(model.device)
+    return torch_runner(written), folder / "model.safetensors"
+
+
+PROCESSORS = (
+    ("feature extractor", AutoFeatureExtractor, ("preprocessor_config.json", "processor_config.json")),
+    ("tokenizer", AutoTokenizer, ("tokenizer_config.json",)),
+)
 
 
 def copy_processor(model_name_or_path: str, folder: Path) -> None:
-    """Saves the feature extractor and the tokenizer of the supernet, as far as there are any."""
-    for auto_class in (AutoFeatureExtractor, AutoTokenizer):
+    """Saves the feature extractor and the tokenizer of the supernet, as far as there are any.
+
+    What cannot be read is named on standard error, and so is a checkpoint that has neither.
+    """
+    found = []
+    for name, auto_class, files in PROCESSORS:
+        lookup = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        if not any(cached_file(model_name_or_path, file, **lookup) for file in files):
+            continue
+        found.append(name)
         try:
             auto_class.from_pretrained(model_name_or_path).save_pretrained(folder)
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
+        except (*LIBRARY_ERRORS, TypeError, KeyError, ImportError) as error:
+            _warn(f"the {name} of {model_name_or_path} is left out, because it cannot be read: {error}")
+    if not found:
+        _warn(f"{model_name_or_path} has no feature extractor and no tokenizer to copy")
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 def torch_runner(model: HubertPreTrainedModel) -> Runner:
     @torch.inference_mode()
     def run(audio: torch.Tensor) -> torch.Tensor:
-        outputs = model(audio.to(model.dtype))
-        return (outputs.logits if "logits" in outputs else outputs.last_hidden_state).float()
+        outputs = model(audio.to(model.device, model.dtype))
+        return (outputs.logits if "logits" in outputs else outputs.last_hidden_state).float().cpu()
 
     return run
 
 
 def onnx_runner(file: Path) -> Runner:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # its threads would go on waiting busily, and take the cores from what has its turn next
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(file)
 
     def run(audio: torch.Tensor) -> torch.Tensor:
         mask = torch.ones(audio.shape, dtype=torch.long)
@@ -174,50 +168,64 @@ def onnx_runner(file: Path) -> Runner:
 
 def speed_up(reference: Runner, exported: Runner, seconds: float, repeats: int) -> tuple[float, float]:
     """How many times faster the export is, the median of ratios, both taking turns; and the seconds that it takes."""
-    audio = torch.randn(1, int(16_000 * seconds))
-    times: list[list[float]] = []
-    for _ in range(repeats + 1):
-        times.append([])
-        for run in (reference, exported):
-            start = time.perf_counter()
-            run(audio)
-            times[-1].append(time.perf_counter() - start)
-    del times[0]  # the first is a warm-up
-    return statistics.median(one / other for one, other in times), statistics.median(other for _, other in times)
+    audio = torch.randn(1, int(SAMPLING_RATE * seconds))
+    runs = {"reference": lambda: reference(audio), "exported": lambda: exported(audio)}
+    times = time_in_turns(runs, repeats)
+    return median_ratio(times["reference"], times["exported"]), statistics.median(times["exported"])
 
 
 FORMATS = ("transformers", "hubert", "onnx")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Folder or Hub id of a LightHuBERT checkpoint.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the export.")
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of a LightHuBERT checkpoint.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the export. Must not be in use.")
     parser.add_argument("--subnet", help="Name or JSON file of a subnet. Default: the one the checkpoint selects.")
     parser.add_argument(
         "--format", choices=FORMATS, default="transformers", help="Default: transformers, a cut model."
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Of weights.")
-    parser.add_argument("--quantize", choices=("int8",), help="8-bit weights, of an ONNX file.")
-    parser.add_argument("--repeats", type=int, default=20, help="Timed runs of 5 s of audio (default: 20).")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="Dtype of the weights (default: float32).")
+    parser.add_argument("--quantize", choices=("int8",), help="8-bit weights for an ONNX file.")
+    parser.add_argument("--repeats", type=int, default=20, help="Number of timed runs of 5 s of audio (default: 20).")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="Device of the comparison, such as cuda (default: cpu).",
+    )
     options = parser.parse_args(arguments)
     if options.quantize and options.format != "onnx":
         parser.error("--quantize is for --format onnx")
     if options.format == "onnx" and options.dtype != "float32":
         parser.error("--dtype is not for --format onnx: an ONNX file has float32, or --quantize int8")
-    model = load(options.model, options.subnet)
+    if options.format == "onnx" and options.device != "cpu":
+        parser.error("--device is not for --format onnx: an ONNX file is compared on the CPU")
+    if options.repeats < 1:
+        parser.error("--repeats has to be at least 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
+    require_unused(options.output_dir)
+    source, dtype = options.model_name_or_path, getattr(torch, options.dtype)
+    model = load_cut_lighthubert(source, options.subnet, device=options.device, dtype=torch.float32)
     reference = torch_runner(model.extract_subnet())
-    exported, file = save(model, options.output_dir, options.format, getattr(torch, options.dtype), options.quantize)
-    copy_processor(options.model, options.output_dir)
-    audio = torch.randn(1, 80_000, generator=torch.Generator().manual_seed(0))
+    with whole_folder(options.output_dir) as folder:
+        exported, file = write_export(model, folder, options.format, dtype, options.quantize)
+        copy_processor(source, folder)
+    file = options.output_dir / file.name
+    audio = torch.randn(1, 5 * SAMPLING_RATE, generator=torch.Generator().manual_seed(0))
     expected, found = reference(audio), exported(audio)
     difference = float((found - expected).square().mean().sqrt() / expected.std())
     size, (faster, _) = file.stat().st_size, speed_up(reference, exported, 5.0, options.repeats)
     print(model.subnet)
     print(f"{file}: {size / 2**20:.1f} MiB, {size / (4 * model.num_parameters()):.2f} times the parameters in fp32")
-    print(f"difference from the cut model, on noise: {difference:.1e} of the deviation of its answers (RMS)")
-    print(f"speed, 5 s of audio, {torch.get_num_threads()} threads: {faster:.2f} times that of the cut model")
+    print(f"difference from the cut model, on noise: {difference:.1e} of the deviation of its outputs (RMS)")
+    where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else options.device
+    print(f"speed, 5 s of audio, {where}: {faster:.2f} times that of the cut model")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

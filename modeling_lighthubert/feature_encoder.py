@@ -14,11 +14,11 @@ from .elastic import ElasticConv1d, ElasticGroupNorm, ElasticLayerNorm
 
 
 VALUES_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
-"""Values that the first convolution gives at once, where no gradients are wanted: more audio is heard in pieces.
+"""Activation budget of the first convolution under `no_grad`; longer input is encoded in chunks.
 
-Half an hour in one piece would be 12 GB; on what is no CPU a piece of the full width is 40 s. On a CPU already arrays
-of 32 MiB cost more than they have to: malloc returns them to the system (mallopt(3), M_MMAP_THRESHOLD), which then
-clears every page of the next one anew.
+CPU: 2 ** 21 values (8 MiB in fp32), below glibc's largest mmap threshold of 32 MiB: malloc returns larger arrays to
+the system (mallopt(3), M_MMAP_THRESHOLD), which clears every page of the next one anew. Other devices: 2 ** 26 values,
+about 40 s of audio at full width; half an hour in one piece would take 12 GB.
 """
 
 
@@ -26,8 +26,8 @@ class FrameConv1d(nn.Conv1d):
     """A strided convolution of frames that lie in memory one after another, as matrix products over rows of them.
 
     A row has `stride` frames. All rows are multiplied with the first `stride` taps of the kernel, and with the taps
-    that reach into the next row: nothing is copied. The time has to be a multiple of the stride; for the last frames
-    that come out, the kernel reaches beyond the recording, and they are of no use.
+    that reach into the next row: nothing is copied. The time has to be a multiple of the stride. For the last frames
+    of the output the kernel reaches beyond the recording: they have to be dropped.
     """
 
     def _conv_forward(  # (batch, in, time) -> (batch, out, time / stride)
@@ -92,7 +92,7 @@ class LightHubertFeatureEncoder(HubertFeatureEncoder):
         if batch_size > 1:
             parts = input_values.split(max(1, samples_at_once // num_samples))
             return torch.cat([self.forward(part) for part in parts])  # hooks are for the whole
-        # frames know nothing of those far away
+        # a frame depends on a few samples only
         samples_per_frame, samples_of_first = 1, 1
         for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
             samples_per_frame, samples_of_first = samples_per_frame * stride, (samples_of_first - 1) * stride + kernel

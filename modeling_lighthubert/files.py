@@ -45,15 +45,21 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Inside the block, a new folder beside `folder`, which replaces it at the end; not on an error."""
-    folder = Path(folder)
-    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+    """Inside the block, a new folder beside `folder`, which replaces it at the end; not on an error.
+
+    Its permissions are those of the umask. What a kill left behind of an earlier one is deleted.
+    """
+    folder = Path(folder).resolve()  # a link stays one, and "." has a name
+    unfinished, replaced = (folder.with_name(f"{UNFINISHED}{kind}{folder.name}") for kind in ("", "old-"))
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.replace(replaced)
         unfinished.replace(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from . import LightHubertForPreTraining, LightHubertModel, modeling_lighthubert
+from . import LightHubertForPreTraining, LightHubertModel, LightHubertPreTrainedModel, modeling_lighthubert
 from .errors import UserError, user_error
 from .search_space import SearchSpace, Subnet, search_space_from
 
@@ -46,6 +46,9 @@ def load_config(model_name_or_path: str | Path) -> PreTrainedConfig:
     Raises:
         UserError: there is none, or it cannot be read.
     """
+    path = Path(model_name_or_path)
+    if not path.exists() and (path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2):
+        raise UserError(f"{path} does not exist: give the folder of a checkpoint, or its name on the Hub")
     with user_error(f"{model_name_or_path} cannot be loaded: "):
         return AutoConfig.from_pretrained(model_name_or_path)
 
@@ -70,17 +73,19 @@ def load_model(
         options: of `from_pretrained`. With `output_loading_info=True` the report is returned as well.
 
     Raises:
-        UserError: no checkpoint that transformers can load, a subnet of what is no supernet, or no such subnet.
+        UserError: no checkpoint that transformers can load, a subnet of what is no supernet, no such subnet, or no
+            such device.
     """
-    head = head or _own_class(load_config(model_name_or_path))
+    config = load_config(model_name_or_path)
+    device = None if device is None else parse_device(device)
     with user_error(f"{model_name_or_path} cannot be loaded: "):
-        loaded = head.from_pretrained(model_name_or_path, dtype=dtype, **options)
-    model: PreTrainedModel = loaded[0] if isinstance(loaded, tuple) else loaded
+        loaded = (head or _default_class(config)).from_pretrained(model_name_or_path, dtype=dtype, **options)
+    model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
     if subnet is not None:
         if not is_supernet(model):
             raise UserError(f"subnet {subnet}: {model_name_or_path} is one model, no supernet to choose one from")
         with user_error():
-            model.set_subnet(parse_subnet(subnet))  # type: ignore[operator]
+            model.set_subnet(parse_subnet(subnet))
     model = model.eval() if device is None else model.eval().to(device)
     return (model, *loaded[1:]) if isinstance(loaded, tuple) else model
 
@@ -93,12 +98,41 @@ def load_cut_model(model_name_or_path: str | Path, subnet: SubnetLike | None = N
     return (model, *report) if report else model
 
 
+def load_cut_lighthubert(
+    model_name_or_path: str | Path, subnet: SubnetLike | None = None, **options: Any
+) -> LightHubertPreTrainedModel:
+    """As `load_cut_model`, of a checkpoint of ours.
+
+    Raises:
+        UserError: it is another model's.
+    """
+    config = load_config(model_name_or_path)
+    if config.model_type != "lighthubert":
+        name = (config.architectures or [f"{config.model_type} checkpoint"])[0]
+        raise UserError(f"{model_name_or_path} is a {name}: give a LightHuBERT")
+    return load_cut_model(model_name_or_path, subnet, **options)
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        UserError: torch knows no such device, or this machine has none.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
 def is_supernet(model: Any) -> bool:
     """Whether a model, or a configuration, holds subnets to choose from."""
     return getattr(getattr(model, "config", model), "search_space", None) is not None
 
 
-def _own_class(config: PreTrainedConfig) -> Any:
+def _default_class(config: PreTrainedConfig) -> Any:
     """The class of a checkpoint of ours, the base model for one with the heads of distillation; else `AutoModel`."""
-    named = getattr(modeling_lighthubert, (config.architectures or ["AutoModel"])[0], AutoModel)
-    return LightHubertModel if named is LightHubertForPreTraining else named
+    name = (config.architectures or [""])[0]
+    if name == LightHubertForPreTraining.__name__:
+        return LightHubertModel
+    return getattr(modeling_lighthubert, name) if name in modeling_lighthubert.__all__ else AutoModel

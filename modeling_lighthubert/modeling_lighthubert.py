@@ -54,7 +54,7 @@ from .elastic import (
 )
 from .feature_encoder import LightHubertFeatureEncoder
 from .search_space import SearchSpace, Subnet, kept_layers, search_space_from, subnet_from
-from .windowed_attention import true_frames, windowed_attention
+from .windowed_attention import recover_frame_mask, windowed_attention
 
 
 def linear(
@@ -75,9 +75,9 @@ def layer_norm(config: LightHubertConfig) -> nn.LayerNorm:
     return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
-def windows_of(subnet: Subnet) -> tuple[int | None, ...]:
-    """Window of each layer, `None` for everything."""
-    return subnet.attention_window or (None,) * subnet.num_hidden_layers
+def frame_mask(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """Frames that are not padding, bool (batch_size, num_frames), of recordings of `lengths` frames, (batch_size)."""
+    return torch.arange(num_frames, device=lengths.device) < lengths[:, None]
 
 
 class LightHubertPositionalConvEmbedding(HubertPositionalConvEmbedding):
@@ -101,18 +101,18 @@ class LightHubertPositionalConvEmbedding(HubertPositionalConvEmbedding):
             self.batch_norm.select(hidden_size)
 
     def __getstate__(self) -> dict[str, Any]:
-        # weight norm makes a class on the fly, which pickle cannot name: of the convolution only the parameters travel
+        # weight norm makes a class on the fly, which pickle cannot name: it gets the parameters alone
         if not hasattr(self.conv, "parametrizations"):
             return self.__dict__
-        travelling = (dict(self.conv.named_parameters()), getattr(self.conv, "num_selected", None))
-        return {**self.__dict__, "_modules": {**self._modules, "conv": None}, "_conv": travelling}
+        pickled = (dict(self.conv.named_parameters()), getattr(self.conv, "num_selected", None))
+        return {**self.__dict__, "_modules": {**self._modules, "conv": None}, "_conv": pickled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        travelling = state.pop("_conv", None)
+        pickled = state.pop("_conv", None)
         super().__setstate__(state)
-        if travelling is None:
+        if pickled is None:
             return
-        parameters, selected = travelling
+        parameters, selected = pickled
         with torch.device("meta"):
             self.conv = type(self)(self.config).conv.train(self.training)
         for name, parameter in parameters.items():
@@ -150,10 +150,11 @@ class LightHubertAttention(HubertAttention):
     def forward(  # type: ignore[override]
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in HuBERT; with a `window`, each frame attends to so many on each side, and there are no weights to give.
+        """As in HuBERT; with a `window`, each frame attends to so many on each side, and no weights are returned.
 
         Raises:
-            ValueError: there is a window, and the attention back end has masks that do not say which frames are true.
+            ValueError: there is a window, and the attention back end has masks that do not say which frames are
+                padding.
         """
         if self.window is None:
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
@@ -162,8 +163,8 @@ class LightHubertAttention(HubertAttention):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         dropout = self.dropout if self.training else 0.0
-        is_true = true_frames(attention_mask)
-        outputs = windowed_attention(query, key, value, self.window, is_true, self.scaling, dropout)
+        mask = recover_frame_mask(attention_mask)
+        outputs = windowed_attention(query, key, value, self.window, mask, self.scaling, dropout)
         return self.out_proj(outputs.transpose(1, 2).flatten(2)), None
 
     def select(self, hidden_size: int, num_attention_heads: int, window: int | None) -> None:
@@ -186,9 +187,11 @@ class LightHubertFeedForward(HubertFeedForward):
         self.output_dense.select(intermediate_size, hidden_size)
 
 
-class LightHubertEncoderLayer(HubertEncoderLayer):
+class SizedEncoderLayer(nn.Module):
+    """What both kinds of layers share: heads and FFN units of their own, instead of those of the configuration."""
+
     def __init__(self, config: LightHubertConfig, num_attention_heads: int, intermediate_size: int):
-        nn.Module.__init__(self)  # HuBERT's own would make all layers alike
+        nn.Module.__init__(self)  # HuBERT's own, which is next in line, would make all layers alike
         self.attention = LightHubertAttention(config, num_attention_heads)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layer_norm = layer_norm(config)
@@ -204,14 +207,20 @@ class LightHubertEncoderLayer(HubertEncoderLayer):
         self.final_layer_norm.select(hidden_size)
 
 
-class LightHubertEncoderLayerStableLayerNorm(HubertEncoderLayerStableLayerNorm):
+class LightHubertEncoderLayer(SizedEncoderLayer, HubertEncoderLayer):
+    """HuBERT's layer with norms after attention and FFN."""
+
+
+class LightHubertEncoderLayerStableLayerNorm(SizedEncoderLayer, HubertEncoderLayerStableLayerNorm):
+    """HuBERT's layer with norms before attention and FFN."""
+
     adapter_layer = None
-    __init__ = LightHubertEncoderLayer.__init__
-    select = LightHubertEncoderLayer.select
 
 
-class LightHubertEncoder(HubertEncoder):
-    layer_class = LightHubertEncoderLayer
+class SizedEncoder(nn.Module):
+    """What both encoders share: layers of different sizes, of which a subnet may keep some."""
+
+    layer_class: type[SizedEncoderLayer]
 
     def __init__(self, config: LightHubertConfig):
         nn.Module.__init__(self)  # as above
@@ -223,7 +232,7 @@ class LightHubertEncoder(HubertEncoder):
             subnet = config.selected_subnet()
             sizes = zip(subnet.num_attention_heads, subnet.intermediate_size, strict=True)
             self.layers = nn.ModuleList(self.layer_class(config, heads, size) for heads, size in sizes)
-            for layer, window in zip(self.layers, windows_of(subnet), strict=True):
+            for layer, window in zip(self.layers, subnet.layer_windows, strict=True):
                 layer.attention.window = window
         else:
             full = (config.num_attention_heads, config.intermediate_size)
@@ -234,15 +243,17 @@ class LightHubertEncoder(HubertEncoder):
         self.pos_conv_embed.select(subnet.hidden_size)
         self.layer_norm.select(subnet.hidden_size)
         self.layers.select(kept_layers(len(self.layers), subnet.num_hidden_layers))
-        sizes = (subnet.num_attention_heads, subnet.intermediate_size, windows_of(subnet))
+        sizes = (subnet.num_attention_heads, subnet.intermediate_size, subnet.layer_windows)
         for layer, heads, intermediate_size, window in zip(self.layers, *sizes, strict=True):
             layer.select(subnet.hidden_size, heads, intermediate_size, window)
 
 
-class LightHubertEncoderStableLayerNorm(HubertEncoderStableLayerNorm):
+class LightHubertEncoder(SizedEncoder, HubertEncoder):
+    layer_class = LightHubertEncoderLayer
+
+
+class LightHubertEncoderStableLayerNorm(SizedEncoder, HubertEncoderStableLayerNorm):
     layer_class = LightHubertEncoderLayerStableLayerNorm
-    __init__ = LightHubertEncoder.__init__
-    select = LightHubertEncoder.select
 
 
 class LightHubertPreTrainedModel(HubertPreTrainedModel):
@@ -254,6 +265,7 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
     config: LightHubertConfig
     config_class = LightHubertConfig
     base_model_prefix = "hubert"
+    _search_space: tuple[dict[str, Any] | None, SearchSpace | None] = (None, None)
     # none of the losses is normalised by `num_items_in_batch`: Trainer has to average them itself
     accepts_loss_kwargs = False
     _no_split_modules = [
@@ -279,7 +291,10 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
     @property
     def search_space(self) -> SearchSpace | None:
         """The subnets this model holds, or `None` of a cut model."""
-        return None if self.config.search_space is None else search_space_from(self.config.search_space)
+        values = self.config.search_space
+        if values is not self._search_space[0]:  # validated once for each value that the configuration gets
+            self._search_space = (values, search_space_from(values))
+        return self._search_space[1]
 
     @property
     def subnet(self) -> Subnet:
@@ -330,7 +345,7 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
         return num_selected_parameters(self) - (missing_width if has_mask_embedding else 0)
 
     def extract_subnet(self, subnet: str | Subnet | Mapping[str, Any] | None = None) -> Self:
-        """Cuts out `subnet` (default: the selected one): an ordinary small model that answers alike, with its own
+        """Cuts out `subnet` (default: the selected one): an ordinary small model with the same outputs, and its own
         weights.
 
         It has this model's class, head, dtype, device and training mode, and trains in full. The selection of this
@@ -410,10 +425,13 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
 class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
     """The bare LightHuBERT: raw waveform in, hidden states out.
 
-    With `feat_extract_norm="layer"` the answer for a recording does not depend on what it is padded or batched with,
+    With `feat_extract_norm="layer"` the output for a recording does not depend on what it is padded or batched with,
     as long as `attention_mask` is given. With `"group"` (HuBERT Base, wav2vec 2.0 Base) the first convolution's norm
     takes its statistics over the padded length, and it does.
     """
+
+    # a base model of what distillation left is meant to lack its heads
+    _keys_to_ignore_on_load_unexpected = [r"^prediction_heads\."]
 
     def __init__(self, config: LightHubertConfig):
         config = copy.deepcopy(config)
@@ -485,7 +503,7 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
 
     @property
     def samples_per_first_frame(self) -> int:
-        """Samples that the first frame sees: 400 (25 ms at 16 kHz) for the usual convolutions."""
+        """Samples that the first frame is computed from: 400 (25 ms at 16 kHz) for the usual convolutions."""
         samples = 1
         for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
             samples = (samples - 1) * stride + kernel
@@ -609,7 +627,7 @@ class LightHubertForPreTraining(LightHubertWithHead):
 class LightHubertForCTC(LightHubertWithHead, HubertForCTC):
     """LightHuBERT with a linear layer on top for speech recognition with connectionist temporal classification.
 
-    Frames of padding are blanks: transformers' pipeline reads them as well, and what a model says there is anything.
+    Frames of padding are blanks: transformers' pipeline decodes them as well, and their logits would be arbitrary.
     """
 
     target_lang = None
@@ -633,11 +651,11 @@ class LightHubertForCTC(LightHubertWithHead, HubertForCTC):
         """Arguments as in [`LightHubertModel`], and `labels` (batch_size, num_labels), -100 where there are none."""
         outputs = super().forward(input_values, attention_mask, labels, return_dict=True, **kwargs)
         if attention_mask is not None:
-            num_frames = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
-            frames = torch.arange(outputs.logits.shape[1], device=outputs.logits.device)
+            lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1))
             blank = torch.zeros_like(outputs.logits[0, 0])
             blank[self.config.pad_token_id] = self.BLANK_LOGIT
-            outputs.logits = torch.where((frames < num_frames[:, None])[..., None], outputs.logits, blank)
+            frames = frame_mask(lengths, outputs.logits.shape[1])
+            outputs.logits = torch.where(frames[..., None], outputs.logits, blank)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 

@@ -1,7 +1,7 @@
-"""ONNX files of cut models and stock HuBERTs: for any number of recordings of any length, checked on the spot."""
+"""ONNX files of cut models and stock HuBERTs: for any number of recordings of any length, compared with torch as they
+are written."""
 
 import copy
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,9 @@ from torch import nn
 from transformers.models.hubert.modeling_hubert import HubertPreTrainedModel
 
 from . import LightHubertPreTrainedModel
+from .errors import UserError, optional_module
+from .files import whole_file
+from .modeling_lighthubert import frame_mask
 
 
 CHECKS = ((1, 8000), (1, 16_123), (3, 31_999))
@@ -30,42 +33,56 @@ def to_onnx(
         model: a cut model, a supernet, whose selected subnet is exported, or a stock HuBERT.
         quantize: `"int8"` stores the weights of matrix products in 8 bits, and computes with them (ONNX Runtime's
             dynamic quantisation).
-        max_difference: from torch's answers; nothing is written above it. Not asked of a quantised file.
+        max_difference: from torch's outputs; nothing is written above it. Not asked of a quantised file.
 
     Returns:
-        The largest difference from torch's answers, as a multiple of their standard deviation.
+        The largest difference from torch's outputs, as a multiple of their standard deviation.
 
     Raises:
-        ImportError: the extra `onnx` is not installed.
-        ValueError: `quantize` is something else, or the file answers differently.
+        MissingExtraError: the extra `onnx` is not installed.
+        UserError: `quantize` is something else, or the outputs differ by more than `max_difference`.
     """
     if quantize not in (None, "int8"):
-        raise ValueError(f"quantize={quantize!r} is not known: choose 'int8' or None")
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError("ONNX files need more: pip install 'lighthubert-transformers[onnx]'") from error
-    answering = Answering(model).eval()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        file = Path(scratch) / "model.onnx"
-        _write(answering, file)
+        raise UserError(f"quantize={quantize!r} is not known: choose 'int8' or None")
+    for module in ("onnx", "onnxruntime", "onnxscript"):
+        optional_module(module, "onnx", "writing an ONNX file")
+    exported = ExportedModel(model).eval()
+    with whole_file(Path(folder) / ("model.onnx" if quantize is None else "model_int8.onnx")) as file:
+        _write(exported, file)
         if quantize == "int8":
-            file = _quantised(file)
-        difference = _difference(answering, file)
+            _quantize(file)
+        difference = _difference(exported, file)
         if quantize is None and difference > max_difference:
-            raise ValueError(
+            raise UserError(
                 f"the ONNX file differs from torch by {difference:.1e}, more than max_difference={max_difference:g}:"
                 " nothing is written"
             )
-        file.replace(folder / file.name)
-    answering.model.config.save_pretrained(folder)
+    exported.model.config.save_pretrained(folder)
     return difference
 
 
-class Answering(nn.Module):
+def onnx_session(file: str | Path, num_threads: int | None = None) -> Any:
+    """An `onnxruntime.InferenceSession` of `file` on the CPU.
+
+    Args:
+        num_threads: default: as many as torch has.
+
+    Raises:
+        MissingExtraError: the extra `onnx` is not installed.
+        UserError: there is no such file, or ONNX Runtime cannot run it.
+    """
+    onnxruntime: Any = optional_module("onnxruntime", "onnx", "running an ONNX file")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads or torch.get_num_threads()
+    # its threads would go on waiting busily, and take the cores from what has its turn next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has a dozen, which have nothing in common
+        raise UserError(f"{file} cannot be run: {error}") from error
+
+
+class ExportedModel(nn.Module):
     """What is exported: a copy of the model, cut and folded, from two tensors to one."""
 
     def __init__(self, model: HubertPreTrainedModel):
@@ -90,17 +107,17 @@ class Answering(nn.Module):
         return "last_hidden_state" if self.model is self.model.base_model else "logits"
 
 
-def _write(answering: Answering, file: Path) -> None:
+def _write(exported: ExportedModel, file: Path) -> None:
     batch, samples = torch.export.Dim("batch_size"), torch.export.Dim("num_samples")
     shapes: dict[int, Any] = {0: batch, 1: samples}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, of itself
         torch.onnx.export(
-            answering,
+            exported,
             (torch.randn(2, 8000), torch.ones(2, 8000, dtype=torch.long)),
             str(file),
             input_names=["input_values", "attention_mask"],
-            output_names=[answering.output_name],
+            output_names=[exported.output_name],
             dynamic_shapes=(shapes, shapes),
             external_data=False,
             dynamo=True,
@@ -108,32 +125,28 @@ def _write(answering: Answering, file: Path) -> None:
         )
 
 
-def _quantised(file: Path) -> Path:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    quantised = file.with_name("model_int8.onnx")
-    quantize_dynamic(file, quantised, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
-    return quantised
+def _quantize(file: Path) -> None:
+    quantization: Any = optional_module("onnxruntime.quantization", "onnx", "writing an ONNX file in 8 bits")
+    weight_type = quantization.QuantType.QInt8
+    quantization.quantize_dynamic(file, file, weight_type=weight_type, op_types_to_quantize=["MatMul", "Gemm"])
 
 
 @torch.no_grad()
-def _difference(answering: Answering, file: Path) -> float:
+def _difference(exported: ExportedModel, file: Path) -> float:
     """The largest that is found over `CHECKS`, on frames that are not padding."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    session = onnx_session(file)
     largest, generator = 0.0, torch.Generator().manual_seed(0)
     for batch_size, num_samples in CHECKS:
         audio = torch.randn(batch_size, num_samples, generator=generator)
         mask = torch.ones(batch_size, num_samples, dtype=torch.long)
         if batch_size > 1:
             mask[-1, num_samples // 2 :] = 0
-        expected = answering(audio * mask, mask)
+        expected = exported(audio * mask, mask)
         inputs = {"input_values": (audio * mask).numpy(), "attention_mask": mask.numpy()}
-        found = torch.from_numpy(session.run([answering.output_name], inputs)[0])
+        found = torch.from_numpy(session.run([exported.output_name], inputs)[0])
         deviation = (found - expected) / expected.std()
         if deviation.ndim == 3:
-            lengths = answering.model._get_feat_extract_output_lengths(mask.sum(-1))
-            deviation = deviation[torch.arange(deviation.shape[1]) < lengths[:, None]]
+            lengths = exported.model._get_feat_extract_output_lengths(mask.sum(-1))
+            deviation = deviation[frame_mask(lengths, deviation.shape[1])]
         largest = max(largest, float(deviation.abs().max()))
     return largest

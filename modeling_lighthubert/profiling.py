@@ -1,19 +1,22 @@
 """What a subnet costs: parameters, multiply-accumulates (MACs), and time on this machine.
 
-python -m modeling_lighthubert.profiling FOLDER --subnet a_small --seconds 5
+python -m modeling_lighthubert.profiling --model_name_or_path FOLDER --subnet a_small --seconds 5
 """
 
 import argparse
+import random
+import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoModel
 
 from . import LightHubertPreTrainedModel, Subnet
 from .elastic import num_selected_parameters, selected_children
+from .errors import run, user_error
+from .loading import load_cut_lighthubert
 
 
 SAMPLING_RATE = 16_000
@@ -21,16 +24,65 @@ SAMPLING_RATE = 16_000
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one part of a model: `num_parameters`, and `macs` for a clip (batch of one)."""
+    """Cost of a part of a model: its parameters, and its MACs for one clip."""
 
-    part: str
-    num_parameters: int
-    macs: int
+    num_parameters: int = 0
+    macs: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.num_parameters + other.num_parameters, self.macs + other.macs)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Cost of each part of a subnet.
+
+    Attributes:
+        subnet: whose costs these are.
+        feature_encoder: all convolutions with their norms.
+        projection: feature projection.
+        position: position convolution.
+        layers: transformer layers that the subnet has, from bottom to top.
+        norm: layer norm before or after the layers, and mask embedding.
+        head: of a model with one.
+    """
+
+    subnet: Subnet
+    feature_encoder: Cost
+    projection: Cost
+    position: Cost
+    layers: tuple[Cost, ...]
+    norm: Cost
+    head: Cost | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        return self.total.num_parameters
+
+    @property
+    def macs(self) -> int:
+        return self.total.macs
+
+    @property
+    def total(self) -> Cost:
+        return sum((cost for _, cost in self.rows()), Cost())
+
+    def rows(self) -> Iterator[tuple[str, Cost]]:
+        """Titles and costs of the parts, in the order in which audio passes them."""
+        yield "feature encoder", self.feature_encoder
+        yield "feature projection", self.projection
+        yield "position convolution", self.position
+        sizes = zip(self.layers, self.subnet.num_attention_heads, self.subnet.intermediate_size, strict=True)
+        for index, (cost, heads, units) in enumerate(sizes):
+            yield f"layer {index} ({heads} heads, FFN {units})", cost
+        yield "layer norm, mask embedding", self.norm
+        if self.head is not None:
+            yield "head", self.head
 
 
 def profile_subnet(
     model: LightHubertPreTrainedModel, subnet: str | Subnet | Mapping[str, Any] | None = None, seconds: float = 1.0
-) -> list[Cost]:
+) -> Profile:
     """Cost of each part of `subnet` for one clip of `seconds`, analytically: nothing is run.
 
     MACs count matrix products and convolutions, as FLOP counters do (one MAC is two FLOPs there). Attention grows
@@ -38,9 +90,13 @@ def profile_subnet(
     the pairs inside it are counted. Of a head, the layers that read hidden states are counted.
 
     Args:
-        model: a supernet or a cut model.
+        model: a supernet or a cut model. A `subnet` of a supernet is selected for the moment: no other thread may run
+            the model meanwhile.
         subnet: default: the selected one.
         seconds: length of the clip at 16 kHz.
+
+    Raises:
+        ValueError: the clip is shorter than one frame, or the subnet is not in the search space.
     """
     if subnet is not None and model.search_space is not None:
         with model.using_subnet(subnet):
@@ -60,30 +116,25 @@ def profile_subnet(
     conv_frames = num_frames + (config.num_conv_pos_embeddings + 1) % 2
     position_macs = conv_frames * width * (width // groups) * config.num_conv_pos_embeddings
 
-    costs = [
-        Cost("feature encoder", num_selected_parameters(base.feature_extractor), encoder_macs),
-        Cost(
-            "feature projection",
-            num_selected_parameters(base.feature_projection),
-            num_frames * channels * width,
-        ),
-        Cost("position convolution", num_selected_parameters(base.encoder.pos_conv_embed), position_macs),
-    ]
-    windows = subnet.attention_window or (None,) * subnet.num_hidden_layers
-    layers = zip(selected_children(base.encoder.layers), windows, strict=True)
-    sizes = zip(layers, subnet.num_attention_heads, subnet.intermediate_size, strict=True)
-    for ((name, layer), window), heads, intermediate_size in sizes:
+    layers = []
+    sizes = (subnet.num_attention_heads, subnet.intermediate_size, subnet.layer_windows)
+    for (_, layer), heads, units, window in zip(selected_children(base.encoder.layers), *sizes, strict=True):
         attention = heads * subnet.head_dim
-        macs = num_frames * width * (4 * attention + 2 * intermediate_size)
-        macs += 2 * num_pairs(num_frames, window) * attention
-        part = f"layer {name} ({heads} heads, FFN {intermediate_size})"
-        costs.append(Cost(part, num_selected_parameters(layer), macs))
-    costs.append(Cost("layer norm, mask embedding", 2 * width + _mask_embedding_size(model), 0))
-    if model is not base:
-        head_macs = sum(num_frames * width * layer.out_features for layer in model.elastic_heads())
-        in_base = sum(cost.num_parameters for cost in costs)
-        costs.append(Cost("head", model.num_subnet_parameters() - in_base, head_macs))
-    return costs
+        macs = num_frames * width * (4 * attention + 2 * units) + 2 * num_pairs(num_frames, window) * attention
+        layers.append(Cost(num_selected_parameters(layer), macs))
+    mask_embedding = width if hasattr(base, "masked_spec_embed") else 0
+    profile = Profile(
+        subnet,
+        feature_encoder=Cost(num_selected_parameters(base.feature_extractor), encoder_macs),
+        projection=Cost(num_selected_parameters(base.feature_projection), num_frames * channels * width),
+        position=Cost(num_selected_parameters(base.encoder.pos_conv_embed), position_macs),
+        layers=tuple(layers),
+        norm=Cost(2 * width + mask_embedding),
+    )
+    if model is base:
+        return profile
+    head_macs = sum(num_frames * width * layer.out_features for layer in model.elastic_heads())
+    return replace(profile, head=Cost(model.num_subnet_parameters() - profile.num_parameters, head_macs))
 
 
 def num_pairs(num_frames: int, window: int | None) -> int:
@@ -97,7 +148,41 @@ def macs_per_second(
     model: LightHubertPreTrainedModel, subnet: str | Subnet | Mapping[str, Any] | None = None, seconds: float = 1.0
 ) -> float:
     """MACs per second of audio in clips of `seconds`."""
-    return sum(cost.macs for cost in profile_subnet(model, subnet, seconds)) / seconds
+    return profile_subnet(model, subnet, seconds).macs / seconds
+
+
+def time_in_turns(
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warm_up: int = 1,
+    synchronize: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds that each of `runs` takes in each repeat.
+
+    All take turns within a repeat, so that whatever else the machine does hits all of them, and the order is drawn
+    anew in every repeat.
+
+    Args:
+        repeats: timed rounds.
+        warm_up: rounds before those, which are not timed.
+        synchronize: waits for the device, such as `torch.cuda.synchronize`.
+    """
+    rng = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(warm_up + repeats):
+        for name in rng.sample(sorted(runs), len(runs)):
+            start = time.perf_counter()
+            runs[name]()
+            if synchronize is not None:
+                synchronize()
+            if repeat >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def median_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
+    """Median over the repeats of time over reference time, see `time_in_turns`."""
+    return statistics.median(one / other for one, other in zip(times, reference, strict=True))
 
 
 @torch.no_grad()
@@ -110,50 +195,43 @@ def measure_latency(
     """
     parameter = next(model.parameters())
     audio = torch.randn(batch_size, int(seconds * SAMPLING_RATE)).to(parameter.device, parameter.dtype)
-    times = []
-    for _ in range(warm_up + repeats):
-        start = time.perf_counter()
-        model(audio)
-        if audio.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times[warm_up:])[repeats // 2]
+    synchronize = torch.cuda.synchronize if audio.is_cuda else None
+    times = time_in_turns({"model": lambda: model(audio)}, repeats, warm_up, synchronize)
+    return statistics.median(times["model"])
 
 
-def format_table(costs: list[Cost], seconds: float) -> str:
-    """The costs as text, with their shares."""
-    parameters, macs = sum(cost.num_parameters for cost in costs), sum(cost.macs for cost in costs)
-    width = max(len(cost.part) for cost in costs)
+def format_table(profile: Profile, seconds: float) -> str:
+    """The costs as text, and each as a fraction of their sum."""
+    rows, total = list(profile.rows()), profile.total
+    width = max(len(title) for title, _ in rows)
     lines = [f"{'part':<{width}}  {'parameters':>12}  {'share':>6}  {'MMAC/s':>9}  {'share':>6}"]
-    for cost in [*costs, Cost("total", parameters, macs)]:
+    for title, cost in [*rows, ("total", total)]:
         lines.append(
-            f"{cost.part:<{width}}  {cost.num_parameters:>12,}  {cost.num_parameters / parameters:>6.1%}"
-            f"  {cost.macs / seconds / 1e6:>9.1f}  {cost.macs / macs:>6.1%}"
+            f"{title:<{width}}  {cost.num_parameters:>12,}  {cost.num_parameters / total.num_parameters:>6.1%}"
+            f"  {cost.macs / seconds / 1e6:>9.1f}  {cost.macs / total.macs:>6.1%}"
         )
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
-def _mask_embedding_size(model: LightHubertPreTrainedModel) -> int:
-    return model.subnet.hidden_size if hasattr(model.base_model, "masked_spec_embed") else 0
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Folder or Hub id of a LightHuBERT checkpoint.")
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub id of a LightHuBERT checkpoint.")
     parser.add_argument("--subnet", help="Name or JSON file of a subnet. Default: the one the checkpoint selects.")
     parser.add_argument("--seconds", type=float, default=5.0, help="Length of the clip (default: 5).")
     parser.add_argument(
-        "--repeats", type=int, default=20, help="Timed runs, of which the median counts (default: 20)."
+        "--repeats", type=int, default=20, help="Number of timed runs, of which the median counts (default: 20)."
     )
+    parser.add_argument("--device", default="cpu", help="Device that runs the model, such as cuda (default: cpu).")
     options = parser.parse_args(arguments)
-    model = AutoModel.from_pretrained(options.model)
-    if options.subnet:
-        subnet = Subnet.from_json_file(options.subnet) if options.subnet.endswith(".json") else options.subnet
-        model = model.extract_subnet(subnet)
+    if options.repeats < 1:
+        parser.error("--repeats has to be at least 1")
+    model = load_cut_lighthubert(options.model_name_or_path, options.subnet, device=options.device)
+    with user_error():
+        profile = profile_subnet(model, seconds=options.seconds)
     latency = measure_latency(model, options.seconds, repeats=options.repeats)
     print(model.subnet)
-    print(format_table(profile_subnet(model, seconds=options.seconds), options.seconds))
+    print(format_table(profile, options.seconds))
     print(
         f"latency {latency * 1e3:.1f} ms for {options.seconds:g} s of audio, real-time factor"
         f" {latency / options.seconds:.4f} ({torch.get_num_threads()} threads, {model.dtype}, {model.device})"
@@ -161,4 +239,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

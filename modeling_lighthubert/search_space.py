@@ -187,6 +187,11 @@ class Subnet(JsonValue):
         return len(self.num_attention_heads)
 
     @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Attention window of each layer, `None` for everything."""
+        return self.attention_window or (None,) * self.num_hidden_layers
+
+    @property
     def hubert_obstacle(self) -> str | None:
         """Why a stock `HubertModel` cannot hold this subnet exactly, or `None` if it can.
 
@@ -493,7 +498,7 @@ class SearchSpace(JsonValue):
             channels[layer] = redraw(channels[layer], allowed)
         windows = None
         if self.attention_window is not None:
-            windows = [*self._windows(subnet)[:depth], *(rng.choice(self.attention_window) for _ in added)]
+            windows = [*subnet.layer_windows[:depth], *(rng.choice(self.attention_window) for _ in added)]
             windows = [redraw(window, self.attention_window) for window in windows]
         return self._assemble(width, heads, ratios, channels or None, windows)
 
@@ -511,7 +516,7 @@ class SearchSpace(JsonValue):
                 (
                     rng.choice(parents).num_attention_heads[layer],
                     self._ratios(rng.choice(parents))[layer],
-                    None if self.attention_window is None else self._windows(rng.choice(parents))[layer],
+                    None if self.attention_window is None else rng.choice(parents).layer_windows[layer],
                 )
             )
         conv_dim = None if self.conv_dim is None else rng.choice((one, other)).conv_dim
@@ -542,10 +547,6 @@ class SearchSpace(JsonValue):
         return Subnet(width, tuple(heads), sizes, self.head_dim, channels, None if windows is None else tuple(windows))
 
     @staticmethod
-    def _windows(subnet: Subnet) -> list[int | None]:
-        return list(subnet.attention_window or [None] * subnet.num_hidden_layers)
-
-    @staticmethod
     def _ratios(subnet: Subnet) -> list[float]:
         return [size / subnet.hidden_size for size in subnet.intermediate_size]
 
@@ -562,7 +563,7 @@ class SearchSpace(JsonValue):
             require(f"num_attention_heads[{layer}]", subnet.num_attention_heads[layer], self.num_attention_heads)
             require(f"intermediate_size[{layer}]", subnet.intermediate_size[layer], sizes)
             windows = (None,) if self.attention_window is None else self.attention_window
-            require(f"attention_window[{layer}]", self._windows(subnet)[layer], windows)
+            require(f"attention_window[{layer}]", subnet.layer_windows[layer], windows)
         if subnet.conv_dim is None:
             return
         if self.conv_dim is None:

@@ -1,4 +1,4 @@
-"""Attention to the frames near by, in memory that grows with the length and not with its square."""
+"""Attention within a window of frames, in memory that grows with the length and not with its square."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ import torch.nn.functional as F
 
 
 BLOCK = 64
-"""Frames that are computed together at least: narrow windows alone would be many small products."""
+"""Minimum block length in frames: blocks as short as a narrow window would be many small products."""
 
 
-def true_frames(attention_mask: Any) -> torch.Tensor | None:
-    """Which frames are not padding, bool (batch_size, num_frames), from the mask of an attention back end.
+def recover_frame_mask(attention_mask: Any) -> torch.Tensor | None:
+    """Frames that are not padding, bool (batch_size, num_frames), from the mask of an attention back end.
 
     Raises:
         ValueError: the back end has masks of its own kind (flex attention).
@@ -31,18 +31,20 @@ def windowed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     window: int,
-    is_true_frame: torch.Tensor | None,
+    frame_mask: torch.Tensor | None,
     scale: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """What attention gives if each frame sees `window` frames on either side of it, and itself.
+    """Attention of each frame to itself and `window` frames on either side.
 
-    The same as full attention with a band as its mask, where a frame is no padding. Frames of padding see themselves.
+    It equals full attention with a band for its mask wherever a frame is not padding. Frames of padding attend to
+    themselves.
 
     Args:
         query, key, value: (batch_size, num_heads, num_frames, head_dim).
-        is_true_frame: bool (batch_size, num_frames), which frames are not padding; `None` if all are true.
-        scale: of the products.
+        frame_mask: frames that are not padding, bool (batch_size, num_frames); `None` if none is.
+        scale: factor of the products of query and key.
+        dropout: probability that an attention weight is dropped.
 
     Returns:
         (batch_size, num_heads, num_frames, head_dim).
@@ -58,14 +60,15 @@ def windowed_attention(
         return states.permute(0, 2, 1, 4, 3).flatten(0, 1)
 
     positions = torch.arange(-window, block + window, device=query.device)
-    near = positions - positions[window : window + block, None]
-    if is_true_frame is None:
-        is_true_frame = torch.ones(1, num_frames, dtype=torch.bool, device=query.device)
-    true_keys = F.pad(is_true_frame, (window, window + missing)).unfold(1, block + 2 * window, block)
-    sees = (near.abs() <= window) & true_keys[:, :, None] | (near == 0)  # of a row without keys softmax is NaN
-    sees = sees.expand(batch_size, -1, -1, -1).flatten(0, 1)[:, None]
+    distances = positions - positions[window : window + block, None]
+    if frame_mask is None:
+        frame_mask = torch.ones(1, num_frames, dtype=torch.bool, device=query.device)
+    true_keys = F.pad(frame_mask, (window, window + missing)).unfold(1, block + 2 * window, block)
+    # every row has its own frame for a key: softmax of a row without keys is NaN
+    mask = (distances.abs() <= window) & true_keys[:, :, None] | (distances == 0)
+    mask = mask.expand(batch_size, -1, -1, -1).flatten(0, 1)[:, None]
     outputs = F.scaled_dot_product_attention(
-        in_blocks(query, 0), in_blocks(key, window), in_blocks(value, window), sees, dropout, scale=scale
+        in_blocks(query, 0), in_blocks(key, window), in_blocks(value, window), mask, dropout, scale=scale
     )
     outputs = outputs.unflatten(0, (batch_size, num_blocks)).transpose(1, 2).flatten(2, 3)
     return outputs[:, :, :num_frames]
