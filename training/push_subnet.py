@@ -25,7 +25,8 @@ from transformers.utils import logging
 
 from lighthubert_training.cards.subnet import FACTS_FILE, measured_speed, read_results, render_card, subnet_facts
 from lighthubert_training.runs.options import parse_recipe
-from modeling_lighthubert.export import copy_processor, load, save, torch_runner
+from modeling_lighthubert.export import copy_processor, torch_runner, write_export
+from modeling_lighthubert.loading import load_cut_lighthubert
 from modeling_lighthubert.search_space import search_space_from
 
 
@@ -107,7 +108,7 @@ class Publication:
         self.license = license
         space = getattr(AutoConfig.from_pretrained(source), "search_space", None)
         self.space = None if space is None else search_space_from(space)
-        self.model = load(source, arguments.subnet)
+        self.model = load_cut_lighthubert(source, arguments.subnet)
         name = arguments.supernet_name or (Path(source).resolve().name if Path(source).exists() else source)
         self.facts = subnet_facts(self.model, name, arguments.format)
         self.facts |= {"teacher": arguments.teacher} if arguments.teacher else {}
@@ -164,14 +165,15 @@ class Publication:
         """Everything that is pushed. The speed of weights that are published already is not measured anew: otherwise
         no push would be like the one before."""
         arguments = self.arguments
-        exported, file = save(self.model, folder, arguments.format, getattr(torch, arguments.dtype), None)
+        exported, file = write_export(self.model, folder, arguments.format, getattr(torch, arguments.dtype))
         copy_processor(arguments.model_name_or_path, folder)
         with file.open("rb") as weights:
             self.facts["sha256"] = hashlib.file_digest(weights, "sha256").hexdigest()
         if published is not None and published.get("sha256") == self.facts["sha256"] and "speed" in published:
             self.facts["speed"] = published["speed"]
         else:
-            largest = torch_runner(load(arguments.model_name_or_path, None if self.space is None else "largest"))
+            largest = None if self.space is None else "largest"
+            largest = torch_runner(load_cut_lighthubert(arguments.model_name_or_path, largest))
             self.facts["speed"] = measured_speed(exported, largest, arguments.dtype, arguments.repeats)
         (folder / FACTS_FILE).write_text(json.dumps(self.facts, indent=2) + "\n")
         card = render_card(
