@@ -1,34 +1,23 @@
 """Batches put similar lengths together, follow from the seed, and go on where they stopped, streamed or not."""
 
-import io
 import itertools
 import json
 import random
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
-import soundfile
-from datasets import Audio, Dataset, IterableDataset, concatenate_datasets
-from test_speech_data import RATE, TONE, encoded
+from datasets import IterableDataset, concatenate_datasets
+from speech import RATE, TONE, at_hand, encoded, undecoded
 from torch.utils.data import DataLoader
 from transformers import Wav2Vec2FeatureExtractor
 
-from lighthubert_training.data.batches import (
-    BatchSampler,
-    DistillationCollator,
-    RandomAccessSampler,
-    StreamSampler,
-    Unreadable,
-    Visit,
-    Visits,
-    durations,
-)
-from lighthubert_training.data.sources import DataArguments, SpeechDataset, load_speech
+from lighthubert_training.data.batches import BatchSampler, EpochSampler, RandomAccessSampler, StreamSampler
+from lighthubert_training.data.collators import DistillationCollator
+from lighthubert_training.data.recordings import CroppedRecordings, Item, Unreadable
+from lighthubert_training.data.sources import DataArguments, load_speech
 
 
 SECONDS = [random.Random(0).uniform(1, 35) for _ in range(2000)]  # as in LibriSpeech
-EXTRACTOR = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
 
 
 def sampler(seconds=SECONDS, **settings) -> BatchSampler:
@@ -36,24 +25,24 @@ def sampler(seconds=SECONDS, **settings) -> BatchSampler:
     return RandomAccessSampler(seconds, **(defaults | settings))
 
 
-def batches(count: int, seconds=SECONDS, **settings) -> list[list[Visit]]:
+def batches(count: int, seconds=SECONDS, **settings) -> list[list[Item]]:
     return list(itertools.islice(sampler(seconds, **settings), count))
 
 
-def test_an_epoch_visits_nearly_every_recording_once():
-    visits = [visit for batch in batches(250) for visit in batch]
-    assert len(set(visits)) == 2000
-    assert [visit.epoch for visit in batches(260)[255]] == [1] * 8
+def test_an_epoch_has_nearly_every_recording_once():
+    items = [item for batch in batches(250) for item in batch]
+    assert len(set(items)) == 2000
+    assert [item.epoch for item in batches(260)[255]] == [1] * 8
 
 
-def padded_seconds(batch: Sequence[Visit], crop: float = 40.0) -> float:
-    return len(batch) * max(min(SECONDS[visit.index], crop) for visit in batch)
+def padded_seconds(batch: Sequence[Item], crop: float = 40.0) -> float:
+    return len(batch) * max(min(SECONDS[item.index], crop) for item in batch)
 
 
 def test_batches_put_similar_lengths_together_and_keep_below_their_seconds():
     drawn = batches(200, batch_size=64, max_batch_seconds=100)
     assert max(map(padded_seconds, drawn)) <= 100
-    spoken = sum(SECONDS[visit.index] for batch in drawn for visit in batch)
+    spoken = sum(SECONDS[item.index] for batch in drawn for item in batch)
     assert spoken > 0.9 * sum(map(padded_seconds, drawn))
 
 
@@ -69,17 +58,17 @@ def test_a_resumed_sampler_goes_on_where_it_stopped():
 
 def test_processes_and_accumulated_batches_share_the_recordings_of_a_step():
     together = batches(10, batch_size=8)
-    shares = [batches(10, batch_size=2, shares=[share], num_shares=4) for share in range(4)]
-    accumulated = batches(40, batch_size=2, shares=range(4), num_shares=4)
+    slices = [batches(10, batch_size=2, slices=[number], num_slices=4) for number in range(4)]
+    accumulated = batches(40, batch_size=2, slices=range(4), num_slices=4)
     for step, batch in enumerate(together):
-        assert sorted(batch) == sorted(visit for share in shares for visit in share[step])
-        assert sorted(batch) == sorted(visit for part in accumulated[4 * step : 4 * step + 4] for visit in part)
+        assert sorted(batch) == sorted(item for each in slices for item in each[step])
+        assert sorted(batch) == sorted(item for each in accumulated[4 * step : 4 * step + 4] for item in each)
 
 
 def test_recordings_of_no_length_are_left_out_and_too_few_are_refused():
-    assert {visit.index for batch in batches(4, [0, 5, 0, 7, 6], batch_size=1) for visit in batch} == {1, 3, 4}
+    assert {item.index for batch in batches(4, [0, 5, 0, 7, 6], batch_size=1) for item in batch} == {1, 3, 4}
     with pytest.raises(ValueError, match="2 recordings are too few for 4 batches a step"):
-        batches(1, [1, 2], num_shares=4)
+        batches(1, [1, 2], num_slices=4)
 
 
 def stream(num_sources: int = 2, broken: Sequence[int] = ()):
@@ -90,8 +79,7 @@ def stream(num_sources: int = 2, broken: Sequence[int] = ()):
         for number in range(20 * source, 20 * source + 20):
             audio = encoded(TONE[: 1000 + 200 * (number % 20)], format="WAV") if number not in broken else b"no audio"
             rows.append({"audio": {"bytes": audio, "path": f"{number}.wav"}})
-        dataset = Dataset.from_list(rows).cast_column("audio", Audio(decode=False))
-        sources.append(dataset.to_iterable_dataset(num_shards=2))
+        sources.append(undecoded(rows).to_iterable_dataset(num_shards=2))
     return concatenate_datasets(sources)
 
 
@@ -104,16 +92,16 @@ def stream_sampler(source=None, pool: int = 14, unreadable: Unreadable | None = 
     return drawn
 
 
-def names(batch: Sequence[Visit]) -> list[str]:
-    return [visit.audio["path"] for visit in batch]
+def names(batch: Sequence[Item]) -> list[str]:
+    return [item.audio["path"] for item in batch]
 
 
-def test_a_streamed_epoch_visits_every_recording_once_and_the_next_in_another_order():
-    visits = [visit for batch in itertools.islice(stream_sampler(batch_size=1), 80) for visit in batch]
-    first, second = ([visit.audio["path"] for visit in visits if visit.epoch == epoch] for epoch in (0, 1))
+def test_a_streamed_epoch_has_every_recording_once_and_the_next_in_another_order():
+    items = [item for batch in itertools.islice(stream_sampler(batch_size=1), 80) for item in batch]
+    first, second = ([item.audio["path"] for item in items if item.epoch == epoch] for epoch in (0, 1))
     assert sorted(first) == sorted(second) == sorted(f"{number}.wav" for number in range(40))
     assert first != second
-    assert len({(visit.epoch, visit.index) for visit in visits}) == 80
+    assert len({(item.epoch, item.index) for item in items}) == 80
 
 
 @pytest.mark.parametrize("ahead", [0, 7])
@@ -143,8 +131,7 @@ def test_a_filtered_stream_goes_on_where_it_stopped():
 
 def test_a_stream_of_parquet_files_goes_on_where_it_stopped(tmp_path):
     for number, row in enumerate(stream()):
-        file = Dataset.from_list([row]).cast_column("audio", Audio(decode=False))
-        file.to_parquet(tmp_path / f"{number}.parquet")
+        undecoded([row]).to_parquet(tmp_path / f"{number}.parquet")
     arguments = DataArguments(train_file=[str(path) for path in tmp_path.glob("*.parquet")], streaming=True)
     stopped = stream_sampler(load_speech(arguments, training=True))
     expected = list(itertools.islice(stopped, 10))
@@ -156,11 +143,11 @@ def test_a_stream_of_parquet_files_goes_on_where_it_stopped(tmp_path):
 
 def test_processes_share_the_recordings_of_a_streamed_step():
     together = list(itertools.islice(stream_sampler(batch_size=4), 8))
-    shares = [
-        list(itertools.islice(stream_sampler(batch_size=2, shares=[share], num_shares=2), 8)) for share in (0, 1)
+    slices = [
+        list(itertools.islice(stream_sampler(batch_size=2, slices=[number], num_slices=2), 8)) for number in (0, 1)
     ]
     for step, batch in enumerate(together):
-        assert sorted(names(batch)) == sorted(names(shares[0][step]) + names(shares[1][step]))
+        assert sorted(names(batch)) == sorted(names(slices[0][step]) + names(slices[1][step]))
 
 
 def test_streamed_recordings_without_a_header_are_named_and_too_many_stop_the_run(caplog):
@@ -178,53 +165,16 @@ def test_an_empty_stream_is_refused():
         next(iter(stream_sampler(stream().filter(lambda row: False))))
 
 
-def at_hand(rows: Sequence[dict]) -> SpeechDataset:
-    return SpeechDataset(Dataset.from_list(list(rows)).cast_column("audio", Audio(decode=False)), "audio", RATE)
-
-
-def broken_speech() -> SpeechDataset:
-    """Ten recordings; number 3 is cut after its header, number 7 has no header."""
-    whole = encoded(TONE, format="FLAC")
-    rows = [{"audio": {"bytes": whole, "path": f"tone-{index}.flac"}} for index in range(10)]
-    rows[3]["audio"]["bytes"], rows[7]["audio"]["bytes"] = whole[: len(whole) // 2], b"no audio"
-    return at_hand(rows)
-
-
-def test_long_recordings_are_cropped_alike_at_every_visit_of_an_epoch():
-    visits = Visits(broken_speech(), RATE, crop_seconds=0.1, seed=0)
-    recording = visits[Visit(3, 1)]
-    assert (recording.visit, recording.name, len(recording.waveform)) == ((3, 1), "tone-1.flac", 1600)
-    np.testing.assert_array_equal(recording.waveform, visits[Visit(3, 1)].waveform)
-    assert not np.array_equal(recording.waveform, visits[Visit(4, 1)].waveform)
-
-
-def test_a_visit_may_bring_its_audio():
-    file = io.BytesIO()
-    soundfile.write(file, TONE, RATE, format="WAV")
-    recording = Visits(None, RATE, 1.0, seed=0)[Visit(0, 5, {"bytes": file.getvalue(), "path": None})]
-    assert recording.name == "recording 5"
-    np.testing.assert_allclose(recording.waveform, TONE, atol=1e-4)
-
-
-def test_recordings_that_cannot_be_read_are_left_out_and_named():
-    speech = broken_speech()
-    assert [index for index, seconds in enumerate(durations(speech)) if seconds == 0] == [7]
-    visits, collator = Visits(speech, RATE, 1.0, seed=0), DistillationCollator(EXTRACTOR, EXTRACTOR, 400)
-    batch = collator([visits[Visit(0, index)] for index in (2, 7, 5)])
-    assert batch["visits"].tolist() == [[0, 2], [0, 5]]
-    assert batch["names"] == ["tone-2.flac", "tone-5.flac"]
-    assert [name for name, _ in batch["unreadable"]] == ["tone-7.flac"]
-    assert set(collator([visits[Visit(0, 3)]])) == {"unreadable"}
-
-
 @pytest.mark.parametrize("streamed", [False, True], ids=["at-hand", "streamed"])
 def test_workers_change_nothing_in_the_batches(streamed):
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+
     def drawn(num_workers: int) -> list[list[str]]:
         rows = list(stream())
         loader = DataLoader(
-            Visits(None if streamed else at_hand(rows), RATE, 1.0, seed=0),
+            CroppedRecordings(None if streamed else at_hand(rows), RATE, 1.0, seed=0),
             batch_sampler=stream_sampler() if streamed else sampler(list(range(1, 41)), batch_size=4),
-            collate_fn=DistillationCollator(EXTRACTOR, EXTRACTOR, 400),
+            collate_fn=DistillationCollator(extractor, extractor, 400),
             num_workers=num_workers,
         )
         return [batch["names"] for batch in itertools.islice(loader, 12)]
@@ -232,26 +182,27 @@ def test_workers_change_nothing_in_the_batches(streamed):
     assert drawn(2) == drawn(0)
 
 
-def test_a_few_unreadable_recordings_are_logged_and_too_many_stop_the_run(caplog):
-    unreadable = Unreadable(max_share=0.1, num_recordings=10)
-    unreadable.add("tone-7.flac", "no header")
-    unreadable.add("tone-7.flac", "no header")
-    assert caplog.text.count("tone-7.flac (no header)") == 1
-    with pytest.raises(ValueError, match=r"2 of 10 recordings cannot be read.*tone-3.flac \(cut off\)"):
-        unreadable.add("tone-3.flac", "cut off")
+def epoch_sampler(**settings) -> EpochSampler:
+    defaults = {"batch_size": 8, "max_batch_seconds": 100, "crop_seconds": 40.0, "seed": 0}
+    return EpochSampler(SECONDS, **(defaults | settings))
 
 
-def test_student_and_teacher_get_what_their_feature_extractors_say():
-    raw = Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
-    rows = [
-        {"audio": {"bytes": encoded(wave, format="WAV", subtype="FLOAT"), "path": None}}
-        for wave in (TONE, TONE[:4000] + 0.25, TONE[:100])
+def test_an_epoch_of_numbered_steps_has_the_same_batches_as_the_one_before_in_another_order():
+    numbered = epoch_sampler()
+    first = list(numbered)
+    numbered.set_epoch(1)
+    second = list(numbered)
+    assert len(first) == len(second) == len(numbered)
+    assert first != second
+    assert sorted(map(sorted, first)) == sorted(map(sorted, second))
+    assert len({index for batch in first for index in batch}) > 0.99 * len(SECONDS)
+    numbered.set_epoch(0)
+    assert list(numbered) == first
+
+
+def test_processes_share_the_steps_of_an_epoch():
+    together = list(epoch_sampler(max_batch_seconds=None))
+    slices = [
+        list(epoch_sampler(max_batch_seconds=None, batch_size=4, slices=[number], num_slices=2)) for number in (0, 1)
     ]
-    visits = Visits(at_hand(rows), RATE, 1.0, seed=0)
-    batch = DistillationCollator(EXTRACTOR, raw, 400)([visits[Visit(0, index)] for index in range(3)])
-    np.testing.assert_array_equal(batch["teacher_input_values"][0], TONE)
-    assert batch["attention_mask"].sum(-1).tolist() == [8000, 4000, 400]
-    for row, length in enumerate((8000, 4000, 400)):
-        values = batch["input_values"][row, :length]
-        assert abs(float(values.mean())) < 1e-3
-        assert float(values.std()) == pytest.approx(1, abs=1e-2)
+    assert [sorted(batch) for batch in together] == [sorted(one + two) for one, two in zip(*slices, strict=True)]

@@ -1,6 +1,5 @@
-"""Every form that recordings come in becomes the same waveform, and nothing unreadable passes."""
+"""Every kind of source gives the same recordings, put together, limited and filtered; mistakes are named."""
 
-import io
 import json
 from pathlib import Path
 
@@ -8,88 +7,14 @@ import numpy as np
 import pytest
 import soundfile
 from datasets import Audio, Dataset, IterableDataset
+from speech import RATE, TONE, encoded, undecoded
 
-from lighthubert_training.data.sources import DataArguments, SpeechDataset, duration, level, load_speech, load_waveform
-
-
-RATE = 16_000
-TONE = np.sin(2 * np.pi * 440 * np.arange(RATE // 2) / RATE).astype(np.float32) * 0.5
-
-
-def encoded(waveform: np.ndarray, rate: int = RATE, **format) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, waveform, rate, **format)
-    return file.getvalue()
-
-
-class Decoder:
-    """What a decoded torchcodec column gives: samples as (channels, time)."""
-
-    def get_all_samples(self):
-        import torch
-
-        class Samples:
-            data, sample_rate = torch.from_numpy(np.stack([TONE, TONE])), RATE
-
-        return Samples()
-
-
-@pytest.mark.parametrize(
-    "audio",
-    [
-        encoded(TONE, format="WAV"),
-        {"bytes": encoded(TONE, format="FLAC"), "path": None},
-        {"array": TONE, "sampling_rate": RATE},
-        {"array": (TONE * 32767).astype(np.int16), "sampling_rate": RATE},
-        {"array": np.stack([TONE, TONE], axis=1), "sampling_rate": RATE},
-        Decoder(),
-    ],
-    ids=["bytes", "row", "array", "int16", "stereo", "decoder"],
-)
-def test_every_form_of_audio_becomes_the_same_waveform(audio):
-    waveform = load_waveform(audio, RATE)
-    assert waveform.dtype == np.float32
-    np.testing.assert_allclose(waveform, TONE, atol=1e-4)
-
-
-@pytest.mark.parametrize("format", [{"format": "OGG", "subtype": "OPUS"}, {"format": "MP3"}])
-def test_compressed_audio_is_read(format):
-    waveform = load_waveform(encoded(TONE, **format), RATE)
-    assert abs(np.abs(waveform).max() - 0.5) < 0.1
-
-
-def test_a_path_is_read_and_resampled(tmp_path):
-    path = tmp_path / "tone.wav"
-    soundfile.write(path, TONE[::2], RATE // 2)
-    waveform = load_waveform(str(path), RATE)
-    assert len(waveform) == len(TONE)
-    np.testing.assert_allclose(waveform[1000:-1000], TONE[1000:-1000], atol=0.02)
-
-
-@pytest.mark.parametrize("samples", [[], [np.nan, 0.0], [np.inf]])
-def test_empty_and_broken_audio_is_refused(samples):
-    with pytest.raises(ValueError, match="empty, or has NaN"):
-        load_waveform({"array": np.array(samples), "sampling_rate": RATE}, RATE)
-
-
-def test_what_is_no_audio_is_refused():
-    for nothing in (None, 3, {"bytes": None, "path": None}):
-        with pytest.raises(ValueError, match="audio has to be a path, bytes, or a row of an Audio column"):
-            load_waveform(nothing, RATE)
-
-
-def test_durations_come_from_headers():
-    assert duration(encoded(TONE, format="FLAC")) == 0.5
-    assert duration({"bytes": encoded(TONE, rate=8000, format="WAV"), "path": None}) == 1.0
-    assert duration(b"no audio") == 0.0
-
-
-def test_a_sine_of_half_of_full_scale_has_minus_nine_decibels():
-    assert level(TONE) == pytest.approx(-9.03, abs=0.01)
+from lighthubert_training.data.audio import load_waveform
+from lighthubert_training.data.sources import DataArguments, load_speech
 
 
 def write_parquet(path: Path, rows: list[dict]) -> str:
-    Dataset.from_list(rows).cast_column("audio", Audio(decode=False)).to_parquet(path)
+    undecoded(rows).to_parquet(path)
     return str(path)
 
 
@@ -213,8 +138,3 @@ def test_bad_sources_are_refused(tmp_path, file, message):
 def test_no_data_at_all_is_refused():
     with pytest.raises(ValueError, match="--train_file or --dataset_name"):
         load_speech(DataArguments(), training=True)
-
-
-def test_items_of_a_dataset_are_resampled(parquet):
-    speech = SpeechDataset(load_speech(DataArguments(train_file=[parquet]), training=True), "audio", 8000)
-    assert [len(waveform) for waveform in speech] == [4000] * 3

@@ -67,7 +67,9 @@ def read_recording(audio: Any, sampling_rate: int, name: str, labels: Any = None
     try:
         return Recording(name, load_waveform(audio, sampling_rate), "", labels)
     except UNREADABLE as error:
-        return Recording(name, None, str(error) or type(error).__name__, labels)
+        # that of soundfile says where in memory the bytes are, but for its `error_string`
+        problem = getattr(error, "error_string", str(error)) or type(error).__name__
+        return Recording(name, None, problem, labels)
 
 
 class Unreadable:
