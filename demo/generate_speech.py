@@ -1,11 +1,11 @@
 """Makes the speech of the demonstration with espeak-ng: spoken digits and strings of digits, by many voices.
 
     apt-get install espeak-ng
-    python demo/generate_speech.py
+    python demo/generate_speech.py --output_dir speech
 
-Writes `demo/speech/train.parquet` and `demo/speech/test.parquet`, whose speakers differ. A speaker is one voice with
-its own pitch and speed; every recording varies both a little, and has silence around it, a gain and some noise. The
-same seed gives the same recordings.
+Writes `train.parquet` and `test.parquet`, such as those in `demo/speech`, whose speakers differ. A speaker is one
+voice with its own pitch and speed; every recording varies both a little, and has silence around it, a gain and some
+noise. The same seed gives the same recordings.
 """
 
 import io
@@ -15,7 +15,6 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,13 @@ import soxr
 from datasets import Audio, Dataset
 from transformers import HfArgumentParser
 
+from lighthubert_training.data.audio import duration
+from lighthubert_training.data.strings import SAMPLING_RATE
+from lighthubert_training.runs.options import parse_options
+from modeling_lighthubert.errors import UserError, run
+from modeling_lighthubert.files import require_unused, whole_folder
 
-SAMPLING_RATE = 16_000
+
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -79,31 +83,29 @@ TEST_SPEAKERS = (
 class SpeechArguments:
     """How much speech is made."""
 
-    output_dir: str = field(
-        default=str(Path(__file__).parent / "speech"), metadata={"help": "Folder of the two parquet files."}
-    )
+    output_dir: str = field(metadata={"help": "Folder of the two Parquet files."})
     train_takes: int = field(default=3, metadata={"help": "Recordings of each digit by each training speaker."})
     train_strings: int = field(default=36, metadata={"help": "Strings of digits by each training speaker."})
     test_takes: int = field(default=8, metadata={"help": "Recordings of each digit by each test speaker."})
     test_strings: int = field(default=18, metadata={"help": "Strings of digits by each test speaker."})
-    compression_level: float = field(default=0.97, metadata={"help": "Of Opus: 0 is largest, 1 smallest."})
-    seed: int = field(default=0, metadata={"help": "Of everything random."})
+    compression_level: float = field(default=0.97, metadata={"help": "Compression of Opus, from 0 to 1, the most."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
 def speak(text: str, speaker: Speaker, rng: random.Random) -> np.ndarray:
     """One recording: float32 samples at 16 kHz, shape (num_samples).
 
     Raises:
-        RuntimeError: espeak-ng is not installed, or does not know the voice.
+        UserError: espeak-ng is not installed, or does not know the voice.
     """
     if shutil.which("espeak-ng") is None:
-        raise RuntimeError("espeak-ng is not installed: `apt-get install espeak-ng`, or `brew install espeak-ng`")
+        raise UserError("espeak-ng is not installed: `apt-get install espeak-ng`, or `brew install espeak-ng`")
     pitch = max(0, min(99, speaker.pitch + rng.randint(-8, 8)))
     speed = round(speaker.speed * rng.uniform(0.85, 1.2))
     command = ["espeak-ng", "-v", speaker.name, "-p", str(pitch), "-s", str(speed), "--stdout", text]
     result = subprocess.run(command, capture_output=True, check=False)
     if result.returncode or not result.stdout:
-        raise RuntimeError(f"espeak-ng failed: {result.stderr.decode().strip()}")
+        raise UserError(f"espeak-ng failed: {result.stderr.decode().strip()}")
     voice, rate = soundfile.read(io.BytesIO(result.stdout), dtype="float32")
     voice = soxr.resample(voice, rate, SAMPLING_RATE)
     loud = np.flatnonzero(np.abs(voice) > 1e-3)
@@ -149,22 +151,18 @@ def record(speakers: tuple[Speaker, ...], num_takes: int, num_strings: int, argu
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(SpeechArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses()
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, speakers, num_takes, num_strings in (
-        ("train", TRAIN_SPEAKERS, arguments.train_takes, arguments.train_strings),
-        ("test", TEST_SPEAKERS, arguments.test_takes, arguments.test_strings),
-    ):
-        dataset = record(speakers, num_takes, num_strings, arguments)
-        file = folder / f"{name}.parquet"
-        dataset.to_parquet(file)
-        seconds = sum(soundfile.info(io.BytesIO(audio["bytes"])).duration for audio in dataset["audio"])
-        size = file.stat().st_size / 1e6
-        print(
-            f"{file}: {len(dataset)} recordings of {len(speakers)} speakers, {seconds / 60:.1f} minutes, {size:.2f} MB"
-        )
+    (arguments,) = parse_options(HfArgumentParser(SpeechArguments, description=__doc__.splitlines()[0]))
+    with whole_folder(require_unused(arguments.output_dir)) as folder:
+        for name, speakers, num_takes, num_strings in (
+            ("train", TRAIN_SPEAKERS, arguments.train_takes, arguments.train_strings),
+            ("test", TEST_SPEAKERS, arguments.test_takes, arguments.test_strings),
+        ):
+            dataset, file = record(speakers, num_takes, num_strings, arguments), folder / f"{name}.parquet"
+            dataset.to_parquet(file)
+            minutes, size = sum(map(duration, dataset["audio"])) / 60, file.stat().st_size / 1e6
+            recordings = f"{name}: {len(dataset)} recordings of {len(speakers)} speakers"
+            print(f"{recordings}, {minutes:.1f} minutes, {size:.2f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

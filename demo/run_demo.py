@@ -8,60 +8,39 @@ Without arguments it uses the speech and the tiny teacher in this folder. Other 
 speaker. Every training run is a command that a user could type; it is printed before it runs.
 """
 
-import io
 import json
 import random
 import shlex
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-
-ROOT = Path(__file__).resolve().parent.parent
-import matplotlib
-import numpy as np
-import soundfile
-from datasets import Audio, Dataset, disable_progress_bars, load_dataset
-from transformers import (
-    AutoModel,
-    AutoModelForCTC,
-    HfArgumentParser,
-    PreTrainedModel,
-    Wav2Vec2FeatureExtractor,
-    set_seed,
-)
+from datasets import disable_progress_bars
+from transformers import HfArgumentParser, PreTrainedModel, Wav2Vec2FeatureExtractor, set_seed
 from transformers.utils import logging
 
-from lighthubert_training.cards.subnet import FACTS_FILE, render_card, subnet_facts
-from lighthubert_training.data.sources import load_waveform
+from lighthubert_training.cards.render import save_card
+from lighthubert_training.cards.subnet import FACTS_FILE, render_subnet_card, subnet_facts
+from lighthubert_training.data.strings import Speech, prepare_speech
 from lighthubert_training.distillation.teacher import ObjectiveArguments, Teacher
-from lighthubert_training.probing import (
-    Batch,
-    cross_validated_accuracy,
-    draw_masks,
-    make_batches,
-    masked_features,
-    masked_targets,
-    pooled_features,
-    probe_accuracy,
-    ridge_r2,
-)
-from modeling_lighthubert import LightHubertModel, SearchSpace, Subnet
+from lighthubert_training.probing import ProbeBench
+from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.plots import new_figure, save_figure
+from lighthubert_training.runs.tables import markdown_table
+from modeling_lighthubert import LightHubertModel
+from modeling_lighthubert.errors import UserError, run
+from modeling_lighthubert.files import write_json, write_text
+from modeling_lighthubert.loading import load_model
 from modeling_lighthubert.profiling import macs_per_second, measure_latency
 
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-
-SAMPLING_RATE = 16_000
+ROOT = Path(__file__).resolve().parent.parent
 NUM_TARGET_LAYERS = 4
-MASK_TIME_PROB, MASK_TIME_LENGTH = 0.3, 5  # spoken words are short: a span of 10 frames is half of one
 
 
 @dataclass
@@ -85,7 +64,12 @@ class DemoArguments:
     max_probe_recordings: int = field(
         default=600, metadata={"help": "Training, and held-out, recordings that models are compared on."}
     )
-    seed: int = field(default=0, metadata={"help": "Of everything random."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
+
+    def __post_init__(self) -> None:
+        for option, file in (("train_file", self.train_file), ("test_file", self.test_file)):
+            if not Path(file).is_file():
+                raise ValueError(f"--{option} {file} is not there: give a Parquet file")
 
 
 @contextmanager
@@ -97,170 +81,61 @@ def stage(title: str) -> Iterator[None]:
     print(f"   {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def run(*command: str | Path) -> None:
-    """Prints and runs a Python script of this project."""
-    words = [str(word) for word in command]
-    print("   $ python " + shlex.join(word.replace(f"{ROOT}/", "") for word in words), flush=True)
-    subprocess.run([sys.executable, *words], check=True, cwd=ROOT)
+def run_script(script: str, *positional: Path, **options: Any) -> None:
+    """Prints and runs a Python script of this project. If it fails, it has said why, and this process ends with its
+    exit status."""
+    words = [*map(str, positional), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+    print("   $ python " + shlex.join(word.replace(f"{ROOT}/", "") for word in (script, *words)), flush=True)
+    if status := subprocess.run([sys.executable, str(ROOT / script), *words], check=False).returncode:
+        sys.exit(status)
 
 
-@dataclass
-class Speech:
-    """One part, training or held-out, of the recordings.
-
-    Attributes:
-        words: recordings of single words; of anything, where there are none.
-        file: Parquet file with all recordings.
-        strings_file: Parquet file with those of several words, real ones or joined.
-    """
-
-    words: Dataset
-    file: Path
-    strings_file: Path
+def distil(arguments: DemoArguments, train_file: Path, output_dir: Path, **options: Any) -> None:
+    """One run of the distillation script."""
+    run_script(
+        "training/run_distillation.py", config="small_budget", train_file=train_file,
+        teacher_name_or_path=arguments.teacher, search_space=arguments.search_space, seed=arguments.seed,
+        output_dir=output_dir, **options,
+    )  # fmt: skip
 
 
-def prepare_speech(file: str, folder: Path, name: str, num_strings: int, rng: random.Random) -> Speech:
-    """Reads recordings, joins words to strings if there are none, and writes both files to `folder`."""
-    dataset = load_dataset("parquet", data_files=file, split="train").cast_column("audio", Audio(decode=False))
-    words = dataset.filter(lambda text: len(text.split()) == 1, input_columns="text")
-    strings = dataset.filter(lambda text: len(text.split()) > 1, input_columns="text")
-    if not len(strings):
-        strings = join_words(words, num_strings, rng)
-    everything = Dataset.from_list(
-        [*words.select_columns(["audio", "text"]), *strings.select_columns(["audio", "text"])]
-    )
-    speech = Speech(words if len(words) else strings, folder / f"{name}.parquet", folder / f"{name}-strings.parquet")
-    everything.cast_column("audio", Audio(decode=False)).to_parquet(speech.file)
-    strings.to_parquet(speech.strings_file)
-    return speech
+def recognise(
+    arguments: DemoArguments, start: Path, train: Speech, test: Speech, output_dir: Path, **options: Any
+) -> dict[str, Any]:
+    """Fine-tunes `start` with CTC, and transcribes the test recordings in a process without our package."""
+    run_script(
+        "training/run_speech_recognition_ctc.py", config="ctc_small_budget", model_name_or_path=start,
+        train_file=train.strings_file, validation_file=test.strings_file, max_eval_samples=10,
+        max_steps=arguments.ctc_steps, seed=arguments.seed, output_dir=output_dir, **options,
+    )  # fmt: skip
+    results = output_dir / "transcripts.json"
+    run_script("demo/transcribe.py", output_dir, test.strings_file, output_file=results)
+    return json.loads(results.read_text(encoding="utf-8"))
 
 
-def join_words(
-    words: Dataset,
-    num_strings: int,
-    rng: random.Random,
-    num_words: tuple[int, int] = (3, 6),
-    pause: tuple[float, float] = (0.05, 0.25),
-) -> Dataset:
-    """Strings of single-word recordings of one speaker, each with a pause behind it.
-
-    Args:
-        num_words: of a string, at least and at most.
-        pause: seconds, at least and at most.
-    """
-    by_speaker = defaultdict(list)
-    for index, speaker in enumerate(words["speaker"] if "speaker" in words.column_names else [""] * len(words)):
-        by_speaker[speaker].append(index)
-    rows = []
-    for _ in range(num_strings):
-        speaker = rng.choice(sorted(by_speaker))
-        chosen = words.select(rng.choices(by_speaker[speaker], k=rng.randint(*num_words)))
-        parts = []
-        for audio in chosen["audio"]:
-            silence = np.zeros(int(rng.uniform(*pause) * SAMPLING_RATE), dtype=np.float32)
-            parts += [load_waveform(audio, SAMPLING_RATE), silence]
-        file = io.BytesIO()
-        soundfile.write(file, np.concatenate(parts), SAMPLING_RATE, format="FLAC")
-        audio = {"bytes": file.getvalue(), "path": None}
-        rows.append({"audio": audio, "text": " ".join(chosen["text"]), "speaker": speaker})
-    return Dataset.from_list(rows).cast_column("audio", Audio(decode=False))
+def measure_model(name: str, kind: str, model: PreTrainedModel, macs: float, bench: ProbeBench) -> dict[str, Any]:
+    """A row of the table."""
+    latency = measure_latency(model.eval(), 5.0)
+    row = {"model": name, "kind": kind, "parameters": model.num_parameters(), "macs": macs, "rtf": latency / 5.0}
+    return row | bench.measure(model)
 
 
-def middle_subnet(space: SearchSpace) -> Subnet:
-    """The subnet of the middle choices."""
-
-    def middle(choices: tuple) -> float:
-        return choices[len(choices) // 2]
-
-    width = middle(space.hidden_size)
-    return Subnet.uniform(
-        width,
-        middle(space.num_hidden_layers),
-        middle(space.num_attention_heads),
-        int(middle(space.ffn_ratio) * width),
-        space.head_dim,
-    )
-
-
-class Bench:
-    """What models are measured on: words with labels for the probes, and any speech for the frames.
-
-    Args:
-        train, test: what the probes are fitted to, and what they are asked.
-        max_recordings: of each kind, drawn at random.
-    """
-
-    def __init__(
-        self, train: Speech, test: Speech, teacher: Teacher, extractor: Wav2Vec2FeatureExtractor, max_recordings: int
-    ):
-        self.teacher = teacher
-
-        def some(recordings: Dataset) -> Dataset:
-            return recordings.shuffle(seed=0).select(range(min(max_recordings, len(recordings))))
-
-        def waveforms(recordings: Dataset) -> list[np.ndarray]:
-            return [load_waveform(audio, SAMPLING_RATE) for audio in recordings["audio"]]
-
-        def frames(file: Path) -> list[Batch]:
-            recordings = load_dataset("parquet", data_files=str(file), split="train")
-            by_length = sorted(waveforms(some(recordings.cast_column("audio", Audio(decode=False)))), key=len)
-            return make_batches(by_length, extractor)
-
-        self.train_words, self.test_words = some(train.words), some(test.words)
-        self.train_batches = make_batches(waveforms(self.train_words), extractor)
-        self.test_batches = make_batches(waveforms(self.test_words), extractor)
-        self.train_frames, self.test_frames = frames(train.file), frames(test.file)
-        self.masks = [
-            draw_masks(teacher.model, frames, MASK_TIME_PROB, MASK_TIME_LENGTH)
-            for frames in (self.train_frames, self.test_frames)
-        ]
-        self.train_targets = masked_targets(teacher, self.train_frames, self.masks[0])
-        self.test_targets = masked_targets(teacher, self.test_frames, self.masks[1])
-
-    def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """R2 and the probes' accuracies of the frozen `model`, for the labels that the data has."""
-        model = model.eval()
-        row = {
-            "r2": ridge_r2(
-                masked_features(model, self.train_frames, self.masks[0]),
-                self.train_targets,
-                masked_features(model, self.test_frames, self.masks[1]),
-                self.test_targets,
-            )
-        }
-        test = pooled_features(model, self.test_batches)
-        if "digit" in self.test_words.column_names:
-            train = pooled_features(model, self.train_batches)
-            row["digit"] = probe_accuracy(train, self.train_words["digit"], test, self.test_words["digit"])
-        if "speaker" in self.test_words.column_names:
-            row["speaker"] = cross_validated_accuracy(test, self.test_words["speaker"])
-        return row
-
-
-def measure_subnets(
-    arguments: DemoArguments, supernet: LightHubertModel, subnets: dict[str, Subnet], bench: Bench
-) -> list[dict]:
+def measure_subnets(arguments: DemoArguments, supernet: LightHubertModel, bench: ProbeBench) -> list[dict[str, Any]]:
     """Rows of the table: the teacher, and each subnet distilled, as an untrained slice of the teacher, and random."""
-    space = supernet.search_space
-    untrained = LightHubertModel.from_pretrained(arguments.teacher, search_space=space)
-    rows = [
-        {"model": "teacher", "kind": "teacher", "parameters": bench.teacher.model.num_parameters(),
-         "macs": macs_per_second(untrained, space.largest), "rtf": measure_latency(bench.teacher.model, 5.0) / 5.0,
-         **bench.measure(bench.teacher.model)}
-    ]  # fmt: skip
-    for name, subnet in subnets.items():
+    space, teacher = supernet.search_space, bench.teacher.model
+    untrained = load_model(arguments.teacher, head=LightHubertModel, search_space=space)
+    rows = [measure_model("teacher", "teacher", teacher, macs_per_second(untrained, space.largest), bench)]
+    for name in ("largest", "middle", "smallest"):
         models = {
-            "distilled": supernet.extract_subnet(subnet),
-            "slice of the teacher": untrained.extract_subnet(subnet),
-            "random weights": LightHubertModel(supernet.config.cut_to(subnet)),
+            "distilled": supernet.extract_subnet(name),
+            "slice of the teacher": untrained.extract_subnet(name),
+            "random weights": LightHubertModel(supernet.config.cut_to(space.named[name])),
         }
         for kind, model in models.items():
-            rows.append(
-                {"model": f"{name}, {kind}", "kind": kind, "parameters": model.num_parameters(),
-                 "macs": macs_per_second(model), "rtf": measure_latency(model.eval(), 5.0) / 5.0,
-                 **bench.measure(model)}
-            )  # fmt: skip
-            print("   " + format_row(rows[-1]), flush=True)
+            rows.append(measure_model(f"{name}, {kind}", kind, model, macs_per_second(model), bench))
+            texts = zip(COLUMNS, cells(rows[-1]), strict=True)
+            line = ", ".join(text if column == "model" else f"{column} {text}" for column, text in texts)
+            print(f"   {line}", flush=True)
     return rows
 
 
@@ -268,154 +143,111 @@ COLUMNS = ("model", "parameters", "MMAC/s", "real-time factor", "digit", "speake
 CTC_COLUMNS = ("fine-tuned with CTC", "WER", "CER")
 
 
-def cells(row: dict) -> list[str]:
+def cells(row: Mapping[str, Any]) -> list[str]:
     """The texts of a row of the table."""
-
-    def share(name: str) -> str:
-        return f"{row[name]:.1%}" if name in row else "n/a"
-
-    return [
-        row["model"],
-        f"{row['parameters']:,}",
-        f"{row['macs'] / 1e6:.1f}",
-        f"{row['rtf']:.4f}",
-        share("digit"),
-        share("speaker"),
-        f"{row['r2']:.3f}",
-    ]
+    probes = [f"{row[name]:.1%}" if name in row else "n/a" for name in ("digit", "speaker")]
+    costs = [f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f}", f"{row['rtf']:.4f}"]
+    return [row["model"], *costs, *probes, f"{row['r2']:.3f}"]
 
 
-def format_row(row: dict) -> str:
-    return ", ".join(
-        f"{name} {text}" if name != "model" else text for name, text in zip(COLUMNS, cells(row), strict=True)
-    )
-
-
-def markdown_table(header: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def plot(rows: list[dict], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """R2, and accuracy of each probe that the data has labels for, against MACs: one point for each model."""
     labels = {"digit": "digit probe, accuracy", "speaker": "speaker probe, accuracy", "r2": "R2 of the target"}
     measures = [measure for measure in labels if measure in rows[0]]
-    figure, panels = pyplot.subplots(1, len(measures), figsize=(4.5 * len(measures), 4), squeeze=False)
-    for axes, measure in zip(panels[0], measures, strict=True):
+    figure, panels = new_figure(len(measures), (4.5 * len(measures), 4))
+    for axes, measure in zip(panels, measures, strict=True):
         for kind, marker in (("random weights", "x"), ("slice of the teacher", "s"), ("distilled", "o")):
-            points = [row for row in rows if row["kind"] == kind]
-            axes.plot(
-                [row["macs"] / 1e6 for row in points], [row[measure] for row in points], marker=marker, label=kind
-            )
+            points = [(row["macs"] / 1e6, row[measure]) for row in rows if row["kind"] == kind]
+            axes.plot(*zip(*points), marker=marker, label=kind)
         axes.plot(rows[0]["macs"] / 1e6, rows[0][measure], "k*", markersize=11, label="teacher")
         axes.set(xlabel="million MACs per second of audio", ylabel=labels[measure])
-        axes.grid(alpha=0.3)
-    panels[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    panels[0].legend()
+    save_figure(figure, path)
 
 
-def write_card(folder: Path, arguments: DemoArguments, name: str, result: dict) -> None:
-    """The card of the fine-tuned subnet, and the facts that it is made of."""
-    facts = subnet_facts(AutoModelForCTC.from_pretrained(folder), "the supernet of the demonstration")
+def write_card(folder: Path, arguments: DemoArguments, result: Mapping[str, Any]) -> None:
+    """The card of the fine-tuned middle subnet, and the facts that it is made of."""
+    facts = subnet_facts(load_model(folder), "the supernet of the demonstration")
     facts["teacher"] = arguments.teacher.removeprefix(f"{ROOT}/")
     facts["results"] = [{"metric": metric, "value": result[metric]} for metric in ("wer", "cer")]
-    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
-    card = render_card(
+    write_json(folder / FACTS_FILE, facts)
+    test_file = Path(arguments.test_file).name
+    card = render_subnet_card(
         facts,
-        f"lighthubert-demo-{name}",
+        "lighthubert-demo-middle",
         "apache-2.0",
-        f"`{Path(arguments.train_file).name}`, tested on `{Path(arguments.test_file).name}`.",
-        dataset=Path(arguments.test_file).name,
+        f"`{Path(arguments.train_file).name}`, tested on `{test_file}`.",
+        dataset=test_file,
         language="en",
         limits="A demonstration: it has learnt the words of its small training set, and no others.",
     )
-    card.save(folder / "README.md")
+    save_card(card, folder / "README.md")
 
 
-def distil(arguments: DemoArguments, train_file: Path, output_dir: Path, *options: str | Path) -> None:
-    """One run of the distillation script."""
-    run(
-        ROOT / "training/run_distillation.py", "--config", ROOT / "training/lighthubert_training/configs/distillation/small_budget.yaml",
-        "--train_file", train_file, "--teacher_name_or_path", arguments.teacher,
-        "--search_space", arguments.search_space, "--seed", str(arguments.seed), "--output_dir", output_dir, *options,
-    )  # fmt: skip
+def write_results(output: Path, rows: list[dict[str, Any]], ctc: list[dict[str, Any]]) -> str:
+    """Writes both tables, as Markdown and as JSON, and the plot; returns the Markdown."""
+    table = markdown_table(COLUMNS, map(cells, rows))
+    table += "\n\n" + markdown_table(
+        CTC_COLUMNS, [[row["model"], f"{row['wer']:.1%}", f"{row['cer']:.1%}"] for row in ctc]
+    )
+    write_text(output / "results.md", table + "\n")
+    write_json(output / "results.json", {"models": rows, "ctc": ctc})
+    plot(rows, output / "accuracy-against-macs.png")
+    return table
 
 
-def recognise(
-    arguments: DemoArguments, start: Path, train: Speech, test: Speech, output_dir: Path, *options: str
-) -> dict:
-    """Fine-tunes `start` with CTC, and transcribes the test recordings in a process without our package."""
-    run(
-        ROOT / "training/run_speech_recognition_ctc.py", "--config", ROOT / "training/lighthubert_training/configs/recognition/ctc_small_budget.yaml",
-        "--model_name_or_path", start, "--train_file", train.strings_file, "--validation_file", test.strings_file,
-        "--max_eval_samples", "10", "--max_steps", str(arguments.ctc_steps), "--seed", str(arguments.seed),
-        "--output_dir", output_dir, *options,
-    )  # fmt: skip
-    results = output_dir / "transcripts.json"
-    run(ROOT / "demo/transcribe.py", output_dir, test.strings_file, "--output_file", results)
-    return json.loads(results.read_text())
+def compare_models(arguments: DemoArguments, output: Path, train: Speech, test: Speech) -> str:
+    """Distils the teacher, measures subnets, and fine-tunes one and its control. Returns the tables."""
+    with stage("2. Teacher"):
+        teacher = Teacher(load_model(arguments.teacher), ObjectiveArguments(num_target_layers=NUM_TARGET_LAYERS))
+        print(f"   {teacher.model.num_parameters():,} parameters")
+    with stage("3a. Stage 1: the largest subnet learns from the teacher"):
+        distil(arguments, train.file, output / "stage1", sampling="largest", max_steps=arguments.stage1_steps)
+    with stage("3b. Stage 2: all subnets learn"):
+        start, steps = output / "stage1", arguments.stage2_steps
+        distil(arguments, train.file, output / "supernet", student_name_or_path=start, max_steps=steps)
+    with stage("4. Subnets against the teacher, its untrained slices, and random weights"):
+        supernet = load_model(output / "supernet")
+        print(f"   the supernet holds {supernet.search_space.num_subnets:,} subnets")
+        extractor = Wav2Vec2FeatureExtractor.from_pretrained(output / "supernet")
+        bench = ProbeBench(train, test, teacher, extractor, arguments.max_probe_recordings)
+        rows = measure_subnets(arguments, supernet, bench)
+    with stage("5. Speech recognition: the middle subnet, and the same shape from random weights"):
+        shape = supernet.config.cut_to(supernet.search_space.middle)
+        supernet.extract_subnet("middle").save_pretrained(output / "middle")
+        LightHubertModel(shape).save_pretrained(output / "middle-random")
+        ctc = []
+        for name, start, folder, options in (
+            ("middle, distilled", "middle", "asr", {}),
+            ("middle, random weights", "middle-random", "asr-random", {"freeze_feature_encoder": False}),
+        ):
+            result = recognise(arguments, output / start, train, test, output / folder, **options)
+            ctc.append({"model": name, "wer": result["wer"], "cer": result["cer"]})
+    write_card(output / "asr", arguments, ctc[0])
+    return write_results(output, rows, ctc)
 
 
 def main() -> None:
-    parser = HfArgumentParser(DemoArguments, description=__doc__.splitlines()[0])
-    (arguments,) = parser.parse_args_into_dataclasses()
+    (arguments,) = parse_options(HfArgumentParser(DemoArguments, description=__doc__.splitlines()[0]))
+    output = Path(arguments.output_dir).resolve()
+    if (output / "data").exists():
+        raise UserError(
+            f"--output_dir {arguments.output_dir} holds a demonstration: choose another folder, or delete it"
+        )
     start = time.perf_counter()
     logging.set_verbosity_error()
     disable_progress_bars()
     set_seed(arguments.seed)
     rng = random.Random(arguments.seed)
-    output = Path(arguments.output_dir).resolve()
-    (output / "data").mkdir(parents=True, exist_ok=True)
-
     with stage("1. Speech"):
-        train_speech = prepare_speech(arguments.train_file, output / "data", "train", 1000, rng)
-        test_speech = prepare_speech(arguments.test_file, output / "data", "test", 100, rng)
-        print(f"   {len(train_speech.words)} words to train on, {len(test_speech.words)} to test on, and strings")
-    with stage("2. Teacher"):
-        teacher = Teacher(
-            AutoModel.from_pretrained(arguments.teacher), ObjectiveArguments(num_target_layers=NUM_TARGET_LAYERS)
+        train, test = (
+            prepare_speech(file, output / "data", part, num_strings, rng)
+            for part, file, num_strings in (("train", arguments.train_file, 1000), ("test", arguments.test_file, 100))
         )
-        print(f"   {teacher.model.num_parameters():,} parameters")
-    with stage("3a. Stage 1: the largest subnet learns from the teacher"):
-        distil(
-            arguments, train_speech.file, output / "stage1",
-            "--sampling", "largest", "--max_steps", str(arguments.stage1_steps),
-        )  # fmt: skip
-    with stage("3b. Stage 2: all subnets learn"):
-        distil(
-            arguments, train_speech.file, output / "supernet",
-            "--student_name_or_path", output / "stage1", "--max_steps", str(arguments.stage2_steps),
-        )  # fmt: skip
-    with stage("4. Subnets against the teacher, its untrained slices, and random weights"):
-        supernet = LightHubertModel.from_pretrained(output / "supernet")
-        space = supernet.search_space
-        print(f"   the supernet holds {space.num_subnets:,} subnets")
-        subnets = {"largest": space.largest, "middle": middle_subnet(space), "smallest": space.smallest}
-        extractor = Wav2Vec2FeatureExtractor.from_pretrained(output / "supernet")
-        bench = Bench(train_speech, test_speech, teacher, extractor, arguments.max_probe_recordings)
-        rows = measure_subnets(arguments, supernet, subnets, bench)
-    with stage("5. Speech recognition: the middle subnet, and the same shape from random weights"):
-        supernet.extract_subnet(subnets["middle"]).save_pretrained(output / "middle")
-        LightHubertModel(supernet.config.cut_to(subnets["middle"])).save_pretrained(output / "middle-random")
-        distilled = recognise(arguments, output / "middle", train_speech, test_speech, output / "asr")
-        control = recognise(
-            arguments, output / "middle-random", train_speech, test_speech, output / "asr-random",
-            "--freeze_feature_encoder", "False",
-        )  # fmt: skip
-    ctc = [
-        {"model": name, "wer": result["wer"], "cer": result["cer"]}
-        for name, result in (("middle, distilled", distilled), ("middle, random weights", control))
-    ]
-    table = markdown_table(COLUMNS, [cells(row) for row in rows])
-    ctc_table = markdown_table(CTC_COLUMNS, [[row["model"], f"{row['wer']:.1%}", f"{row['cer']:.1%}"] for row in ctc])
-    (output / "results.md").write_text(f"{table}\n\n{ctc_table}\n", encoding="utf-8")
-    (output / "results.json").write_text(json.dumps({"models": rows, "ctc": ctc}, indent=2) + "\n")
-    plot(rows, output / "accuracy-against-macs.png")
-    write_card(output / "asr", arguments, "middle", distilled)
-    print(f"\n{table}\n\n{ctc_table}\n")
-    print(f"All of it is in {arguments.output_dir}; {time.perf_counter() - start:.0f} s in all.")
+        print(f"   {len(train.words)} words to train on, {len(test.words)} to test on, and strings")
+    tables = compare_models(arguments, output, train, test)
+    print(f"\n{tables}\n\nAll of it is in {arguments.output_dir}; {time.perf_counter() - start:.0f} s in all.")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

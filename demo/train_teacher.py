@@ -1,23 +1,20 @@
 """Trains the tiny teacher of the demonstration as the first iteration of HuBERT is trained.
 
-    python demo/train_teacher.py
+    python demo/train_teacher.py --output_dir teacher
 
-Frames of the generated training speech are named by k-means clusters of their MFCCs (HuBERT, arXiv 2106.07447, section
-2.1); a small HuBERT learns to predict the names of frames that it does not see. The result is a stock `HubertModel`.
+Frames of the generated training speech are labelled with k-means clusters of their MFCCs (HuBERT, arXiv 2106.07447,
+section 2.1); a small HuBERT learns to predict the clusters of masked frames. The result is a stock `HubertModel`, such
+as that in `demo/teacher`.
 """
 
 import random
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-ROOT = Path(__file__).resolve().parent.parent
 import numpy as np
 import torch
-from datasets import Audio, load_dataset
 from scipy.fft import dct
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
@@ -33,13 +30,18 @@ from transformers import (
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 from transformers.models.hubert.modeling_hubert import _compute_mask_indices
 
-from lighthubert_training.data.sources import load_waveform
-from lighthubert_training.distillation.teacher import true_frames
-from lighthubert_training.probing import make_batches, pooled_features, probe_accuracy
+from lighthubert_training.data.audio import load_waveform
+from lighthubert_training.data.collators import pad, padded_batches
+from lighthubert_training.data.strings import SAMPLING_RATE, read_parquet
+from lighthubert_training.masks import true_frames
+from lighthubert_training.probing import pooled_features, probe_accuracy
+from lighthubert_training.runs.options import parse_options
+from modeling_lighthubert.errors import run
+from modeling_lighthubert.files import require_unused, whole_folder
 
 
-SAMPLING_RATE = 16_000
-WINDOW, HOP = 400, 320  # samples that HuBERT's frames see, and from one to the next
+ROOT = Path(__file__).resolve().parent.parent
+WINDOW, HOP = 400, 320  # of HuBERT's frames, in samples
 CONFIG = HubertConfig(
     hidden_size=128,
     num_hidden_layers=6,
@@ -59,28 +61,28 @@ CONFIG = HubertConfig(
 class TeacherArguments:
     """Data, units and schedule."""
 
+    output_dir: str = field(metadata={"help": "Folder of the teacher."})
     train_file: str = field(
         default=str(ROOT / "demo/speech/train.parquet"), metadata={"help": "Parquet file to train on."}
     )
     test_file: str = field(
         default=str(ROOT / "demo/speech/test.parquet"), metadata={"help": "Parquet file of the digit probe."}
     )
-    output_dir: str = field(default=str(ROOT / "demo/teacher"), metadata={"help": "Folder of the teacher."})
     num_units: int = field(default=100, metadata={"help": "Clusters of MFCCs, as in HuBERT's first iteration."})
-    mask_time_prob: float = field(default=0.5, metadata={"help": "Share of frames that are hidden."})
+    mask_time_prob: float = field(default=0.5, metadata={"help": "Share of frames that are masked."})
     mask_time_length: int = field(
         default=6,
-        metadata={"help": "Length of a hidden span in frames. HuBERT has 10; single digits have about 25 in all."},
+        metadata={"help": "Length of a masked span in frames. HuBERT has 10; single digits have about 25 in all."},
     )
     max_steps: int = field(default=2500, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=16, metadata={"help": "Recordings in a batch."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak of the schedule."})
-    seed: int = field(default=0, metadata={"help": "Of everything random."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
 def read(file: str) -> tuple[list[np.ndarray], np.ndarray]:
     """Waveforms at 16 kHz and digits (-1 for strings) of a corpus."""
-    dataset = load_dataset("parquet", data_files=file, split="train").cast_column("audio", Audio(decode=False))
+    dataset = read_parquet(file)
     return [load_waveform(audio, SAMPLING_RATE) for audio in dataset["audio"]], np.array(dataset["digit"])
 
 
@@ -103,9 +105,9 @@ def mfcc(waveform: np.ndarray) -> np.ndarray:
     return (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-5)
 
 
-def name_frames(waveforms: list[np.ndarray], num_units: int, seed: int) -> list[torch.Tensor]:
-    """The cluster of every frame of every waveform."""
-    features = [mfcc(waveform) for waveform in tqdm(waveforms, desc="MFCC", file=sys.stdout)]
+def cluster_frames(waveforms: list[np.ndarray], num_units: int, seed: int) -> list[torch.Tensor]:
+    """The cluster of every frame of every waveform, int64 (num_frames) each."""
+    features = [mfcc(waveform) for waveform in tqdm(waveforms, desc="MFCC")]
     clusters = MiniBatchKMeans(num_units, random_state=seed, batch_size=10_000, n_init=5).fit(np.concatenate(features))
     return [torch.from_numpy(clusters.predict(frames)).long() for frames in features]
 
@@ -138,10 +140,10 @@ def train(
     batches = draw_batches(
         [len(waveform) for waveform in waveforms], arguments.batch_size, random.Random(arguments.seed)
     )
-    bar = tqdm(range(arguments.max_steps), desc="training", file=sys.stdout)
+    bar = tqdm(range(arguments.max_steps), desc="training")
     accuracies, seconds, start = [], 0.0, time.perf_counter()
     for _, indices in zip(bar, batches):
-        (batch,) = make_batches([waveforms[index] for index in indices], extractor, len(indices))
+        batch = pad(extractor, [waveforms[index] for index in indices])
         targets = nn.utils.rnn.pad_sequence([units[index] for index in indices], batch_first=True)
         frames = true_frames(model, targets.shape[1], batch["attention_mask"])
         span = min(arguments.mask_time_length, int(frames.sum(-1).min()))
@@ -172,33 +174,34 @@ def digit_accuracy(model: HubertModel, extractor: Wav2Vec2FeatureExtractor, *cor
     features, labels = [], []
     for waveforms, digits in corpora:
         words = np.flatnonzero(digits >= 0)
-        features.append(pooled_features(model.eval(), make_batches([waveforms[index] for index in words], extractor)))
+        batches = padded_batches(extractor, [waveforms[index] for index in words])
+        features.append(pooled_features(model.eval(), batches))
         labels.append(digits[words])
     return probe_accuracy(features[0], labels[0], features[1], labels[1])
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(
-        TeacherArguments, description=__doc__.splitlines()[0]
-    ).parse_args_into_dataclasses()
+    (arguments,) = parse_options(HfArgumentParser(TeacherArguments, description=__doc__.splitlines()[0]))
+    require_unused(arguments.output_dir)
     set_seed(arguments.seed)
     start = time.perf_counter()
     corpus, test_corpus = read(arguments.train_file), read(arguments.test_file)
     waveforms, _ = corpus
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-    units = name_frames(waveforms, arguments.num_units, arguments.seed)
+    units = cluster_frames(waveforms, arguments.num_units, arguments.seed)
     model, head = HubertModel(CONFIG), nn.Linear(CONFIG.hidden_size, arguments.num_units)
     before = digit_accuracy(model, extractor, corpus, test_corpus)
     accuracy = train(model.train(), head, waveforms, units, extractor, arguments)
     after = digit_accuracy(model, extractor, corpus, test_corpus)
-    model.save_pretrained(arguments.output_dir)
-    extractor.save_pretrained(arguments.output_dir)
+    with whole_folder(arguments.output_dir) as folder:
+        model.save_pretrained(folder)
+        extractor.save_pretrained(folder)
     print(
-        f"{arguments.output_dir}: {model.num_parameters():,} parameters; {accuracy:.1%} of masked frames named right;"
+        f"{arguments.output_dir}: {model.num_parameters():,} parameters; {accuracy:.1%} of masked frames right;"
         f" digits of new voices {after:.1%} by a linear probe, {before:.1%} from random weights;"
         f" {(time.perf_counter() - start) / 60:.0f} minutes on {torch.get_num_threads()} threads"
     )
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,6 +1,8 @@
 """Transcribes recordings with a saved model and transformers alone: the code in the model's folder is all it needs.
 
 python demo/transcribe.py demo/output/asr demo/output/data/test-strings.parquet
+
+Our packages cannot be imported here, even where they are installed.
 """
 
 import argparse
@@ -8,9 +10,6 @@ import io
 import json
 import sys
 from pathlib import Path
-
-
-sys.modules["modeling_lighthubert"] = None  # whoever has the package installed: it cannot be imported here
 
 import jiwer
 import soundfile
@@ -26,6 +25,10 @@ def main() -> None:
     parser.add_argument("--output_file", type=Path, help="JSON file for the transcripts and error rates.")
     parser.add_argument("--num_shown", type=int, default=8, help="Transcripts to print (default: 8).")
     options = parser.parse_args()
+    for path in (options.model, options.test_file):
+        if not Path(path).exists():
+            parser.error(f"{path} does not exist")
+    sys.modules.update(dict.fromkeys(("modeling_lighthubert", "lighthubert_training")))  # None: importing them fails
     disable_progress_bars()
     recordings = load_dataset("parquet", data_files=options.test_file, split="train")
     recordings = recordings.cast_column("audio", Audio(decode=False))
@@ -41,12 +44,10 @@ def main() -> None:
     results = {"wer": jiwer.wer(references, hypotheses), "cer": jiwer.cer(references, hypotheses)}
     print(f"  {len(references)} recordings: WER {results['wer']:.1%}, CER {results['cer']:.1%}")
     if options.output_file is not None:
-        pairs = [
-            {"reference": reference, "hypothesis": hypothesis} for reference, hypothesis in zip(references, hypotheses)
-        ]
-        options.output_file.write_text(
-            json.dumps({**results, "transcripts": pairs}, indent=2, ensure_ascii=False) + "\n"
-        )
+        pairs = zip(references, hypotheses, strict=True)
+        results["transcripts"] = [{"reference": text, "hypothesis": found} for text, found in pairs]
+        text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+        options.output_file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

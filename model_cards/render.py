@@ -16,20 +16,22 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-
-FOLDER = Path(__file__).resolve().parent
-from lighthubert_training.cards.subnet import FACTS_FILE, render_card
+from lighthubert_training.cards.render import render, save_card
+from lighthubert_training.cards.subnet import FACTS_FILE, render_subnet_card
 from modeling_lighthubert import LightHubertConfig, LightHubertModel, SearchSpace, Subnet
+from modeling_lighthubert.errors import run, user_error
+from modeling_lighthubert.files import write_json
 from modeling_lighthubert.profiling import macs_per_second
 
 
+FOLDER = Path(__file__).resolve().parent
 RELEASED = {"lighthubert-base": "base", "lighthubert-small": "small", "lighthubert-stage1": None}
-"""Space of each checkpoint, `None` where it is one model."""
+"""Preset of the search space of each checkpoint, `None` for one model."""
 DEMO = "lighthubert-demo"
 
 
 def released_facts(name: str) -> dict[str, Any]:
-    """What a converted checkpoint is, counted from its shape; supernets are trimmed."""
+    """Facts of a converted checkpoint, counted from its shape; supernets are trimmed."""
     preset = RELEASED[name]
     space = getattr(SearchSpace, preset)() if preset else None
     config = LightHubertConfig(search_space=space, mask_time_prob=0.65)
@@ -41,11 +43,11 @@ def released_facts(name: str) -> dict[str, Any]:
         "num_parameters": model.num_parameters(),
         "num_subnets": space.num_subnets if space else None,
         "space": space.to_dict() if space else None,
-        "subnets": [described(each, subnet, model) for each, subnet in subnets.items()],
+        "subnets": [subnet_row(each, subnet, model) for each, subnet in subnets.items()],
     }
 
 
-def described(name: str, subnet: Subnet, model: LightHubertModel) -> dict[str, Any]:
+def subnet_row(name: str, subnet: Subnet, model: LightHubertModel) -> dict[str, Any]:
     """A row of the card: the named subnets have the same heads and FFN units in all layers."""
     return {
         "name": name,
@@ -59,7 +61,8 @@ def described(name: str, subnet: Subnet, model: LightHubertModel) -> dict[str, A
 
 
 def render_released(name: str, facts: dict[str, Any]) -> ModelCard:
-    return ModelCard.from_template(
+    return render(
+        "released",
         ModelCardData(
             language="en",
             license="mit",  # of the authors' repository
@@ -67,14 +70,13 @@ def render_released(name: str, facts: dict[str, Any]) -> ModelCard:
             pipeline_tag="feature-extraction",
             tags=["speech", "hubert", "lighthubert", *(["once-for-all"] if facts["num_subnets"] else [])],
         ),
-        template_path=FOLDER.parent / "training/lighthubert_training/cards/templates/released.md",
         name=name,
         **facts,
     )
 
 
 def render_demo(facts: dict[str, Any]) -> ModelCard:
-    return render_card(
+    return render_subnet_card(
         facts,
         DEMO,
         "apache-2.0",
@@ -85,7 +87,7 @@ def render_demo(facts: dict[str, Any]) -> ModelCard:
     )
 
 
-def render(name: str, facts: dict[str, Any]) -> ModelCard:
+def render_card(name: str, facts: dict[str, Any]) -> ModelCard:
     return render_demo(facts) if name == DEMO else render_released(name, facts)
 
 
@@ -96,13 +98,14 @@ def main() -> None:
     options = parser.parse_args()
     facts = {name: released_facts(name) for name in RELEASED} if options.facts else {}
     if options.demo:
-        facts[DEMO] = json.loads((options.demo / FACTS_FILE).read_text())
+        with user_error(f"--demo {options.demo}: "):
+            facts[DEMO] = json.loads((options.demo / FACTS_FILE).read_text())
     for name, content in facts.items():
-        (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        write_json(FOLDER / f"{name}.json", content)
     for file in sorted(FOLDER.glob("*.json")):
-        render(file.stem, json.loads(file.read_text())).save(file.with_suffix(".md"))
+        save_card(render_card(file.stem, json.loads(file.read_text())), file.with_suffix(".md"))
         print(file.with_suffix(".md"))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

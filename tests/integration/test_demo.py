@@ -12,7 +12,7 @@ from scripts import run
 from transformers import AutoModelForCTC
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

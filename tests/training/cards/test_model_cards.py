@@ -2,27 +2,26 @@
 them."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 
-FOLDER = Path(__file__).parent.parent / "model_cards"
-import render
-
-
+FOLDER = Path(__file__).parents[3] / "model_cards"
+SCRIPT = runpy.run_path(str(FOLDER / "render.py"))
 CARDS = sorted(file.stem for file in FOLDER.glob("*.json"))
 
 
-@pytest.mark.parametrize("name", render.RELEASED)
+@pytest.mark.parametrize("name", SCRIPT["RELEASED"])
 def test_the_figures_of_a_released_checkpoint_are_counted_from_its_shape(name):
-    assert json.loads((FOLDER / f"{name}.json").read_text()) == json.loads(json.dumps(render.released_facts(name)))
+    assert json.loads((FOLDER / f"{name}.json").read_text()) == json.loads(json.dumps(SCRIPT["released_facts"](name)))
 
 
 @pytest.mark.parametrize("name", CARDS)
 def test_a_card_is_what_its_figures_give(name):
-    card = render.render(name, json.loads((FOLDER / f"{name}.json").read_text()))
+    card = SCRIPT["render_card"](name, json.loads((FOLDER / f"{name}.json").read_text()))
     assert (FOLDER / f"{name}.md").read_text() == str(card)
 
 

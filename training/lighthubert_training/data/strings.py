@@ -9,16 +9,28 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from datasets import Audio, Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 
 from lighthubert_training.data.audio import load_waveform
+from modeling_lighthubert.errors import UserError
 
 
 SAMPLING_RATE = 16_000
 
 
 def read_parquet(file: str | Path) -> Dataset:
-    """Rows of a Parquet file whose column `audio` stays encoded."""
-    return load_dataset("parquet", data_files=str(file), split="train").cast_column("audio", Audio(decode=False))
+    """Rows of a Parquet file with the columns `audio`, which stays encoded, and `text`.
+
+    Raises:
+        UserError: no such file, or one without these columns.
+    """
+    try:
+        rows = load_dataset("parquet", data_files=str(file), split="train")
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(f"{file} is no Parquet file that can be read: {error}") from error
+    if missing := {"audio", "text"} - set(rows.column_names):
+        raise UserError(f"{file} has no column {' and '.join(sorted(missing))}, but {', '.join(rows.column_names)}")
+    return rows.cast_column("audio", Audio(decode=False))
 
 
 @dataclass
@@ -37,8 +49,16 @@ class Speech:
 
 
 def prepare_speech(file: str, folder: Path, name: str, num_strings: int, rng: random.Random) -> Speech:
-    """Reads recordings, joins words to strings if there are none, and writes both files to `folder`."""
+    """Reads recordings, joins words to strings if there are none, and writes both files to `folder`.
+
+    Args:
+        num_strings: to join.
+
+    Raises:
+        UserError: `file` cannot be read.
+    """
     dataset = read_parquet(file)
+    folder.mkdir(parents=True, exist_ok=True)
     words = dataset.filter(lambda text: len(text.split()) == 1, input_columns="text")
     strings = dataset.filter(lambda text: len(text.split()) > 1, input_columns="text")
     if not len(strings):
@@ -59,7 +79,7 @@ def join_words(
     num_words: tuple[int, int] = (3, 6),
     pause: tuple[float, float] = (0.05, 0.25),
 ) -> Dataset:
-    """Strings of single-word recordings of one speaker, each with a pause behind it.
+    """Strings of single-word recordings of one speaker, each with a pause behind it: `audio`, FLAC, `text`, `speaker`.
 
     Args:
         num_words: of a string, at least and at most.
