@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from transformers import HfArgumentParser
 
-from lighthubert_training.runs.options import parse_recipe
+from lighthubert_training.runs.options import parse_options
 from lighthubert_training.superb.data import Part, Recipe, read_recipe, task_names
 from lighthubert_training.superb.features import FeatureCache, Recordings, Upstream, fill
 from lighthubert_training.superb.query_by_example import QueryByExample
@@ -185,7 +185,7 @@ def upstreams(arguments: SuperbArguments, device: str) -> Iterator[Upstream]:
 
 
 def main() -> None:
-    (arguments,) = parse_recipe(HfArgumentParser(SuperbArguments, description=__doc__))
+    (arguments,) = parse_options(HfArgumentParser(SuperbArguments, description=__doc__))
     if arguments.cache_dir is None and arguments.features_dtype != "float32":
         raise ValueError(f"--features_dtype {arguments.features_dtype} is of features that are kept: give --cache_dir")
     accelerator = Accelerator(cpu=arguments.cpu)

@@ -40,7 +40,7 @@ from modeling_lighthubert import LightHubertModel
 from modeling_lighthubert.export import to_hubert
 
 
-sys.path.append(str(Path(__file__).parent.parent / "demo"))
+sys.path.append(str(Path(__file__).parents[2] / "demo"))
 
 import make_superb_stand_ins
 

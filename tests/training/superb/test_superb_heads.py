@@ -1,14 +1,13 @@
 """SUPERB's heads: what they compute by hand, and that padding changes nothing."""
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import noise
-from scripts import TRAINING, run
+from scripts import run
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lighthubert_training.superb.heads import (
@@ -114,35 +113,32 @@ def test_a_query_is_found_where_it_occurs_and_one_that_is_too_short_nowhere():
 def test_a_layer_is_scored_the_same_alone_and_documents_whatever_they_are_read_with(monkeypatch):
     queries, documents = ([noise(3, size, 6, seed=size) for size in sizes] for sizes in ((6, 9), (20, 31, 12)))
     together = detection_scores(queries, documents, range(3), Accelerator(cpu=True))
-    monkeypatch.setattr("superb_qbe.DOCUMENTS_AT_ONCE", 1)
+    monkeypatch.setattr("lighthubert_training.superb.query_by_example.DOCUMENTS_AT_ONCE", 1)
     (alone,) = detection_scores(queries, documents, [1], Accelerator(cpu=True))
     np.testing.assert_allclose(alone, together[1], rtol=1e-4, atol=1e-5)
 
 
-SCORES_OF_FIVE_DOCUMENTS = f"""
-import sys
-sys.path += [{str(TRAINING)!r}, {str(Path(__file__).parent)!r}]
-import numpy
+SCORES_ON_EACH_PROCESS = """
+import sys, numpy, torch
 from accelerate import Accelerator
-from test_superb_heads import scores_of_five_documents
+from lighthubert_training.superb.query_by_example import detection_scores
 
 accelerator = Accelerator(cpu=True)
-numpy.save(f"{{sys.argv[1]}}/{{accelerator.process_index}}", scores_of_five_documents(accelerator))
+queries, documents = torch.load(f"{sys.argv[1]}/hidden_states.pt")
+numpy.save(f"{sys.argv[1]}/{accelerator.process_index}", detection_scores(queries, documents, range(3), accelerator))
 accelerator.end_training()
 """
 
 
-def scores_of_five_documents(accelerator: Accelerator) -> np.ndarray:
+def test_processes_split_the_documents_and_know_all_scores(tmp_path):
     queries, documents = ([noise(3, size, 6, seed=size) for size in sizes] for sizes in ((6, 9), (20, 31, 12, 17, 25)))
-    return detection_scores(queries, documents, range(3), accelerator)
-
-
-def test_processes_share_documents_and_know_all_scores(tmp_path):
-    (tmp_path / "script.py").write_text(SCORES_OF_FIVE_DOCUMENTS)
+    torch.save((queries, documents), tmp_path / "hidden_states.pt")
+    (tmp_path / "script.py").write_text(SCORES_ON_EACH_PROCESS)
     run(tmp_path / "script.py", tmp_path, processes=2)
     first, second = (np.load(tmp_path / f"{process}.npy") for process in range(2))
     assert np.array_equal(first, second)
-    np.testing.assert_allclose(first, scores_of_five_documents(Accelerator(cpu=True)), rtol=1e-4, atol=1e-5)
+    alone = detection_scores(queries, documents, range(3), Accelerator(cpu=True))
+    np.testing.assert_allclose(first, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_moments_are_those_of_all_frames_together():

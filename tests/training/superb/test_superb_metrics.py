@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lighthubert_training.error_rates import word_error_rate
 from lighthubert_training.superb.metrics import (
     FALSE_ALARM_WEIGHT,
     Turn,
@@ -13,7 +14,6 @@ from lighthubert_training.superb.metrics import (
     slot_f1,
     slot_value_error_rate,
     slots_of,
-    word_error_rate,
 )
 
 

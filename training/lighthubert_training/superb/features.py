@@ -22,8 +22,8 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel, SequenceFeatureExtractor
 
-from lighthubert_training.data.batches import recording_name
-from lighthubert_training.data.sources import UNREADABLE, duration, load_waveform
+from lighthubert_training.data.audio import UNREADABLE, duration, load_waveform
+from lighthubert_training.data.recordings import recording_name
 from modeling_lighthubert import LightHubertPreTrainedModel, Subnet
 
 

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import Wav2Vec2Config
 from transformers.models.wav2vec2.modeling_wav2vec2 import TDNNLayer
 
+from lighthubert_training.masks import frame_mask
+
 
 class WeightedSum(nn.Module):
     """The sum of all layers, weighted by a softmax over one number for each, which begin equal."""
@@ -36,13 +38,8 @@ class Downstream(nn.Module):
         return self.head(self.weighted_sum(hidden_states), lengths)
 
 
-def mask_of(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """True frames, bool (batch_size, num_frames)."""
-    return torch.arange(num_frames, device=lengths.device) < lengths[:, None]
-
-
 def mean_over_frames(features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    mask = mask_of(lengths, features.shape[1]).unsqueeze(-1)
+    mask = frame_mask(lengths, features.shape[1]).unsqueeze(-1)
     return (features * mask).sum(dim=1) / lengths[:, None]
 
 

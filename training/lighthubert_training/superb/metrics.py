@@ -5,9 +5,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import jiwer
 import numpy as np
 from sklearn.metrics import roc_curve
+
+from lighthubert_training.error_rates import character_error_rate
 
 
 FALSE_ALARM_WEIGHT = 1.0 * (1 - 0.0008) / (100.0 * 0.0008)
@@ -96,11 +97,6 @@ def diarization_error_rate(
     return float(abs(metric))
 
 
-def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Edits between words, or phones, with spaces between, over the number of those in the references."""
-    return float(jiwer.wer(list(references), list(hypotheses)))
-
-
 def accuracy(references: Iterable[object], hypotheses: Iterable[object]) -> float:
     return float(np.mean([one == other for one, other in zip(references, hypotheses, strict=True)]))
 
@@ -137,7 +133,7 @@ def slot_value_error_rate(references: Sequence[str], hypotheses: Sequence[str]) 
             for value in values:
                 candidates = given.get(slot, [""])
                 expected.append(value)
-                found.append(min(candidates, key=lambda candidate: jiwer.cer(value, candidate)))
+                found.append(min(candidates, key=lambda candidate: character_error_rate([value], [candidate])))
     if not expected:
         raise ValueError("no reference has a slot: there are no values to compare")
-    return float(jiwer.cer(expected, found))
+    return character_error_rate(expected, found)

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from scipy.ndimage import median_filter
 from torch import nn
 from transformers.models.wav2vec2.modeling_wav2vec2 import AMSoftmaxLoss
 
-from lighthubert_training.decoding import BeamSearch, text_of, words_of
-from lighthubert_training.recognition.data import build_tokenizer
+from lighthubert_training.decoding import Alphabet, BeamSearch, text_of, words_of
+from lighthubert_training.error_rates import word_error_rate
+from lighthubert_training.masks import frame_mask
 from lighthubert_training.superb.data import Part, Recipe, load_part, load_table
 from lighthubert_training.superb.features import Upstream
 from lighthubert_training.superb.heads import (
@@ -24,7 +24,6 @@ from lighthubert_training.superb.heads import (
     RecurrentClassifier,
     SpeakerEmbedder,
     UtteranceClassifier,
-    mask_of,
 )
 from lighthubert_training.superb.metrics import (
     Turn,
@@ -33,7 +32,6 @@ from lighthubert_training.superb.metrics import (
     equal_error_rate,
     slot_f1,
     slot_value_error_rate,
-    word_error_rate,
 )
 
 
@@ -270,9 +268,9 @@ class SpeechRecognition(Recurrent):
         self.decoder: Callable[[torch.Tensor], str] | None = None
         lm_path = self.data_dir and self.data_dir / self.recipe.task / "lm.arpa"
         if lm_path and lm_path.exists():
-            with tempfile.TemporaryDirectory() as scratch:
-                tokenizer = build_tokenizer([row["text"] for row in self.parts["train"].rows], Path(scratch))
-            search = BeamSearch(tokenizer, lm_path)
+            delimiter = self.index["|"]
+            letters = {number: unit for number, unit in enumerate(self.units) if number > delimiter}
+            search = BeamSearch(Alphabet(blank=0, delimiter=delimiter, letters=letters), lm_path)
 
             def decode(logits: torch.Tensor) -> str:
                 log_probs = logits.float().log_softmax(dim=-1).numpy()
@@ -370,7 +368,7 @@ class Diarization(Task):
 
     def loss(self, head, outputs, lengths, rows) -> torch.Tensor:
         targets = torch.stack([self.targets(row, outputs.shape[1]) for row in rows]).to(outputs.device)
-        mask = mask_of(lengths, outputs.shape[1]).unsqueeze(-1)
+        mask = frame_mask(lengths, outputs.shape[1]).unsqueeze(-1)
         losses = []
         for order in itertools.permutations(range(self.num_speakers)):
             loss = F.binary_cross_entropy_with_logits(outputs, targets[..., list(order)], reduction="none")

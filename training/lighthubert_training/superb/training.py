@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from lighthubert_training.distillation.step import sum_gradients
+from lighthubert_training.runs.distributed import sum_gradients
 from lighthubert_training.superb.features import Recordings, Upstream
 from lighthubert_training.superb.heads import Downstream, spans_masked
 from lighthubert_training.superb.tasks import Task
