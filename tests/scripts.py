@@ -87,7 +87,16 @@ def distillation(workshop: Path, output: str, *options: object) -> list[object]:
         TRAINING / "run_distillation.py",
         *("--train_file", workshop / "speech.parquet", "--validation_file", workshop / "speech.parquet"),
         *("--teacher_name_or_path", workshop / "teacher", "--search_space", workshop / "space.json"),
-        *("--num_target_layers", 2, "--output_dir", workshop / output, "--dataloader_num_workers", 0, "--cpu"),
+        *(
+            "--num_target_layers",
+            2,
+            "--output_dir",
+            workshop / output,
+            "--dataloader_num_workers",
+            0,
+            "--device",
+            "cpu",
+        ),
         *options,
     ]
 

@@ -1,36 +1,51 @@
-"""Options of `run_distillation.py`, besides what is learnt (`ObjectiveArguments`) and from which speech
-(`DataArguments`)."""
+"""Options of a distillation: the models and their training (`DistillationArguments`), and what the student predicts
+(`ObjectiveArguments`). Where the speech comes from is in `DataArguments`.
 
+Sources are section 2 of the LightHuBERT paper (arXiv 2203.15610) and what its authors answered in issues 4 and 6 of
+their repository; what neither says is marked as our choice. The options cover what related methods do as well:
+
+| method | target | layers | normalisation | loss |
+|---|---|---|---|---|
+| LightHuBERT | feed_forward | mean of the last 8 | instance (as data2vec; not published) | L1, masked frames |
+| DistilHuBERT, arXiv 2110.01900 | hidden_states | 4, 8, 12, a head each | none | L1 + cosine, all frames |
+| DPHuBERT, arXiv 2305.17651 | hidden_states | 0, 4, 8, 12, a head each | none | L1 + cosine, all frames |
+| STaRHuBERT, arXiv 2312.09040 | temporal relation of every layer | all | frames of length 1 (our choice) | squared |
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from lighthubert_training.runs.distributed import DEVICE_HELP
 from lighthubert_training.sampling import SAMPLING_STRATEGIES
+from modeling_lighthubert.errors import UserError
 
 
 @dataclass
 class DistillationArguments:
-    """Teacher, student and recipe. Defaults are the paper's where it gives them."""
+    """Teacher, student and training. Defaults are the paper's where it gives them."""
 
     output_dir: str = field(metadata={"help": "Folder for the trained student."})
-    teacher_name_or_path: str = field(metadata={"help": "HuBERT-like model to learn from."})
+    teacher_name_or_path: str = field(metadata={"help": "HuBERT-like model to distil."})
     teacher_dtype: str = field(
         default="auto",
         metadata={
-            "help": "Precision the teacher runs in. Default: that of its weights.",
+            "help": "Precision of the teacher. Default: that of its weights.",
             "choices": ("auto", "float32", "bfloat16", "float16"),
         },
     )
     student_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Where the student starts: a checkpoint (a teacher, or the result of stage 1), or 'random'."
+            "help": "Initial weights of the student: a checkpoint (a teacher, or the result of stage 1), or 'random'."
             " Default: the teacher's weights."
         },
     )
     search_space: str | None = field(
         default=None,
         metadata={
-            "help": "small, base, or a JSON file with the choices. Default: that of the student, or none: a student"
-            " that is one model."
+            "help": "Search space of the student: small, base, or a JSON file with the choices. Default: that of the"
+            " checkpoint it starts from, or none: then the student is one model."
         },
     )
     sampling: str = field(
@@ -41,61 +56,55 @@ class DistillationArguments:
             "choices": SAMPLING_STRATEGIES,
         },
     )
-    num_random_subnets: int = field(default=1, metadata={"help": "Random subnets of each step."})
+    num_random_subnets: int = field(default=1, metadata={"help": "Number of random subnets in each step."})
     subnet_per_process: bool = field(
         default=False, metadata={"help": "Each process draws subnets of its own. Default: all train the same."}
     )
     feat_extract_norm: str | None = field(
         default=None,
         metadata={
-            "help": "Norm of the student's convolutions: layer (as published: answers do not depend on padding) or"
-            " group. Default: as where it starts. What does not carry over starts anew, and is reported.",
+            "help": "Norm of the student's convolutions: layer (as published: outputs do not depend on padding) or"
+            " group. Default: that of the initial weights. Weights that do not fit are drawn anew, and reported.",
             "choices": ("layer", "group"),
         },
     )
-    freeze_feature_encoder: bool = field(default=False, metadata={"help": "Keep the convolutions as they start."})
+    freeze_feature_encoder: bool = field(default=False, metadata={"help": "Train everything but the convolutions."})
     share_feature_encoder: bool = field(
         default=False,
         metadata={
-            "help": "Keep the convolutions, which have to be the teacher's, and compute them once for both. Then the"
+            "help": "Freeze the convolutions, which have to be the teacher's, and compute them once for both. Then the"
             " student takes audio as the teacher does, raw or normalised."
         },
     )
-    progressive_shrinking_ratio: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the steps, from the first, in which all subnets have the widest feature encoder: width"
-            " and depth shrink first, then the ear (progressive shrinking, arXiv 1908.09791)."
-        },
+    max_steps: int = field(default=1000, metadata={"help": "Number of optimiser steps."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "Number of recordings in a batch, on each process."}
     )
-    max_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Recordings in a batch, on each process."})
     per_device_train_batch_seconds: float | None = field(
-        default=None, metadata={"help": "No more audio in a batch than this, with its padding, in seconds."}
+        default=None, metadata={"help": "Most audio in a batch, with its padding, in seconds. Default: any."}
     )
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches of each step, on each process."})
-    max_unreadable_share: float = field(
-        default=0.01,
-        metadata={"help": "Recordings that cannot be read are left out; more than this share stop the run."},
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Number of batches in each step, on each process."}
     )
     crop_seconds: float = field(
-        default=20.0, metadata={"help": "Longer recordings are cropped at random, in seconds."}
+        default=20.0, metadata={"help": "Length to which longer recordings are cropped at random, in seconds."}
     )
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak of the schedule."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
     feature_encoder_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak for the convolutions. Default: learning_rate."}
+        default=None, metadata={"help": "Peak learning rate of the convolutions. Default: learning_rate."}
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     warmup_ratio: float = field(
-        default=0.08, metadata={"help": "Share of the steps that the rate rises; then it falls."}
+        default=0.08, metadata={"help": "Fraction of the steps in which the learning rate rises; then it falls."}
     )
     lr_scheduler_type: str = field(
-        default="linear", metadata={"help": "How the rate falls.", "choices": ("linear", "cosine")}
+        default="linear", metadata={"help": "Shape of the fall of the learning rate.", "choices": ("linear", "cosine")}
     )
-    max_grad_norm: float = field(default=10.0, metadata={"help": "Gradients are clipped to this norm."})
-    dataloader_num_workers: int = field(default=1, metadata={"help": "Processes that decode audio."})
+    max_grad_norm: float = field(default=10.0, metadata={"help": "Norm to which gradients are clipped."})
+    dataloader_num_workers: int = field(default=1, metadata={"help": "Number of processes that decode audio."})
     mixed_precision: str = field(
-        default="no", metadata={"help": "Precision of the student's passes.", "choices": ("no", "bf16", "fp16")}
+        default="no",
+        metadata={"help": "Precision of the student's forward and backward pass.", "choices": ("no", "bf16", "fp16")},
     )
     torch_compile: bool = field(
         default=False, metadata={"help": "Compile the layers of student and teacher. Pays in long runs on a GPU."}
@@ -104,25 +113,28 @@ class DistillationArguments:
         default=None, metadata={"help": "Steps between evaluations on held-out speech. Default: only at the end."}
     )
     num_eval_subnets: int = field(
-        default=2, metadata={"help": "Random subnets to evaluate besides the named ones, always the same."}
+        default=2,
+        metadata={"help": "Number of random subnets to evaluate besides the named ones; they are always the same."},
     )
-    logging_steps: int = field(default=10, metadata={"help": "Steps that an entry of the log is an average over."})
+    logging_steps: int = field(default=10, metadata={"help": "Steps between entries of the log, which are averages."})
     report_to: str = field(
-        default="tensorboard", metadata={"help": "Where the log goes too.", "choices": ("tensorboard", "none")}
+        default="tensorboard",
+        metadata={"help": "Tracker of the log, besides history.json.", "choices": ("tensorboard", "none")},
     )
     save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int = field(
-        default=2, metadata={"help": "Checkpoints that stay: the newest, besides the best that was evaluated."}
+        default=2, metadata={"help": "Number of checkpoints that are kept, the newest; the best is kept besides."}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'latest', the newest whole checkpoint in output_dir, if any; or a folder."}
+        default=None,
+        metadata={"help": "Checkpoint to go on from: a folder, or 'latest', the newest in output_dir, if any."},
     )
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the trained student to the Hub."})
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Repository to upload to. Default: the name of output_dir."}
     )
-    seed: int = field(default=0, metadata={"help": "Of everything random."})
-    cpu: bool = field(default=False, metadata={"help": "Train on the CPU even if there is a GPU."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
+    device: str | None = field(default=None, metadata={"help": DEVICE_HELP})
 
     def __post_init__(self) -> None:
         at_least_one = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps")
@@ -131,20 +143,87 @@ class DistillationArguments:
                 raise ValueError(f"{name}={getattr(self, name)} has to be at least 1")
         if self.eval_steps is not None and self.eval_steps < 1:
             raise ValueError(f"eval_steps={self.eval_steps} has to be at least 1, or left out")
-        if not 0.0 <= self.progressive_shrinking_ratio <= 1.0:
-            raise ValueError(
-                f"progressive_shrinking_ratio={self.progressive_shrinking_ratio} has to be between 0 and 1"
-            )
         fixed = self.freeze_feature_encoder or self.share_feature_encoder
         if fixed and self.feature_encoder_learning_rate is not None:
-            raise ValueError("feature_encoder_learning_rate: the feature encoder is frozen, nothing there learns")
+            raise ValueError("feature_encoder_learning_rate: the feature encoder is frozen, so leave it out")
         if self.crop_seconds <= 0:
             raise ValueError(f"crop_seconds={self.crop_seconds} has to be above 0")
 
 
+@dataclass
+class ObjectiveArguments:
+    """What the student predicts, and how its error is measured. Defaults are the paper's where it gives them."""
+
+    target: str = field(
+        default="feed_forward",
+        metadata={
+            "help": "Part of a teacher's layer that is predicted: its feed-forward output before the residual, or its"
+            " hidden states.",
+            "choices": ("feed_forward", "hidden_states"),
+        },
+    )
+    num_target_layers: int = field(
+        default=8, metadata={"help": "Number of teacher layers, from the top, whose mean is the target."}
+    )
+    target_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Teacher layers, the first is 1, each predicted by a head of its own, in place of the mean. Hidden"
+            " states have 0 too: the input of the first layer."
+        },
+    )
+    target_norm: str = field(
+        default="instance",
+        metadata={
+            "help": "Normalisation of each layer before the mean: over time (instance), over features (layer), none.",
+            "choices": ("instance", "layer", "none"),
+        },
+    )
+    mask_time_prob: float = field(default=0.65, metadata={"help": "Fraction of the student's frames to mask."})
+    mask_time_length: int = field(default=10, metadata={"help": "Length of a masked span, in frames."})
+    loss_frames: str = field(
+        default="masked", metadata={"help": "Frames that the loss is a mean over.", "choices": ("masked", "all")}
+    )
+    cosine_weight: float = field(default=0.0, metadata={"help": "Weight of the cosine loss beside L1."})
+    temporal_relation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the loss between the frames' similarities, layer by layer."}
+    )
+
+    def __post_init__(self) -> None:
+        first = 0 if self.target == "hidden_states" else 1
+        if self.target_layers is not None and (not self.target_layers or min(self.target_layers) < first):
+            raise ValueError(f"target_layers={self.target_layers}: {self.target} are counted from {first}")
+        if not 0.0 <= self.mask_time_prob <= 1.0:
+            raise ValueError(f"mask_time_prob={self.mask_time_prob} has to be between 0 and 1")
+        if self.loss_frames == "masked" and self.mask_time_prob == 0.0:
+            raise ValueError("no frame would count: loss_frames='masked' needs mask_time_prob above 0")
+
+    @property
+    def num_prediction_heads(self) -> int:
+        return 1 if self.target_layers is None else len(self.target_layers)
+
+
 FREE_TO_CHANGE = {
-    *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "dataloader_num_workers", "cpu"),
-    *("validation_file", "eval_split_name", "max_eval_samples", "eval_steps", "num_eval_subnets", "logging_steps"),
-    *("report_to", "push_to_hub", "hub_model_id", "max_unreadable_share", "preprocessing_num_workers"),
-}
+    "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "dataloader_num_workers", "device",
+    "validation_file", "eval_split_name", "max_eval_samples", "eval_steps", "num_eval_subnets", "logging_steps",
+    "report_to", "push_to_hub", "hub_model_id", "max_unreadable_share", "preprocessing_num_workers",
+}  # fmt: skip
 """Options that do not change what a run computes."""
+
+
+def check_same_recipe(recipe: Mapping[str, Any], earlier: Mapping[str, Any]) -> None:
+    """A resumed run computes what it would have computed without the interruption.
+
+    Raises:
+        UserError: it was started with other options; the message names them.
+    """
+    changed = [
+        f"{name} was {earlier.get(name)!r} and is {value!r}"
+        for name, value in recipe.items()
+        if name not in FREE_TO_CHANGE and value != earlier.get(name)
+    ]
+    if changed:
+        raise UserError(
+            f"the checkpoint was made with other options: {'; '.join(changed)}. Give the same ones, or start anew in"
+            " another --output_dir"
+        )

@@ -1,11 +1,13 @@
 """The training loop of distillation: steps, evaluations, checkpoints, and an orderly end when the machine is taken
-away."""
+away.
+"""
 
 import itertools
 import random
 import signal
-import sys
 import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,27 +18,85 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lighthubert_training.data.batches import BatchSampler, Unreadable
-from lighthubert_training.distillation.arguments import DistillationArguments
+from lighthubert_training.data.batches import BatchSampler
+from lighthubert_training.data.recordings import Unreadable
+from lighthubert_training.distillation.arguments import DistillationArguments, check_same_recipe
 from lighthubert_training.distillation.step import evaluate, training_step
 from lighthubert_training.distillation.teacher import Teacher
-from lighthubert_training.runs.checkpoints import any_process, save_checkpoint
+from lighthubert_training.runs.checkpoints import find_checkpoint, require_no_run, save_checkpoint
+from lighthubert_training.runs.distributed import any_process
 from lighthubert_training.runs.log import RunLog
-from lighthubert_training.sampling import draw_subnets, evaluation_subnets, with_widest_feature_encoder
+from lighthubert_training.runs.options import save_options
+from lighthubert_training.sampling import draw_subnets, evaluation_subnets
 from modeling_lighthubert import LightHubertForPreTraining, SearchSpace, Subnet
+from modeling_lighthubert.errors import UserError
 
 
 def subnet_class(space: SearchSpace | None, subnet: Subnet | None) -> str:
     """Whether a subnet is one of the two ends: `largest`, `smallest` or `random`."""
-    ends = {} if space is None else {space.largest: "largest", space.smallest: "smallest"}
+    ends: dict[Subnet | None, str] = {}
+    if space is not None:
+        ends = {space.largest: "largest", space.smallest: "smallest"}
     return ends.get(subnet, "random")
 
 
-def stop_on_sigterm() -> threading.Event:
-    """An event that is set when the process is asked to end, as by a scheduler that takes the machine away."""
+def mean_by_class(
+    space: SearchSpace | None, subnets: Sequence[Subnet | None], losses: Sequence[float]
+) -> dict[str, float]:
+    """Mean loss of each class of subnet that is among `subnets`; of a student that is one model, none."""
+    classes: dict[str, list[float]] = {}
+    for subnet, loss in zip(subnets if space is not None else (), losses):
+        classes.setdefault(subnet_class(space, subnet), []).append(loss)
+    return {name: sum(of_class) / len(of_class) for name, of_class in classes.items()}
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[threading.Event]:
+    """Inside the block, an event that is set when the process is asked to end, as by a scheduler that takes the
+    machine away; the process itself goes on."""
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    return stop
+    earlier = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def prepare_output(
+    arguments: DistillationArguments, recipe: dict[str, Any], accelerator: Accelerator
+) -> tuple[Path | None, dict[str, Any]]:
+    """Writes the recipe to the output folder, before anything takes long.
+
+    Returns:
+        The checkpoint to go on from, if any; and its state, or that of a run that begins.
+
+    Raises:
+        UserError: the folder cannot be written, or holds another run, or there is nothing whole to go on from.
+    """
+    output_dir, resumed = Path(arguments.output_dir), None
+    if arguments.resume_from_checkpoint is None:
+        require_no_run(output_dir)
+    else:
+        resumed = find_checkpoint(accelerator, arguments.resume_from_checkpoint, output_dir)
+        if resumed is not None:
+            check_same_recipe(recipe, resumed[1]["recipe"])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        try:
+            save_options(recipe, arguments.output_dir)
+        except OSError as error:
+            raise UserError(f"--output_dir {output_dir} cannot be written: {error}") from error
+    return resumed or (None, {"step": 0, "log": None, "sampler": None})
+
+
+def compile_layers(student: LightHubertForPreTraining, teacher: Teacher) -> None:
+    """Compiles the encoder layers, each on its own: subnets differ in which they run, and in their sizes.
+
+    Every combination of sizes is compiled when it first comes: 27 of a layer in the small space.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    for layer in [*student.hubert.encoder.layers, *teacher.model.encoder.layers]:
+        layer.compile(dynamic=True)
 
 
 @dataclass
@@ -45,7 +105,9 @@ class Distiller:
 
     Attributes:
         loader: this process's batches, without end, from the step on that training begins with.
-        eval_loader: this process's share of the held-out batches, if there are any.
+        eval_loader: this process's batches of held-out speech, if there is any.
+        sampling_rate: of the audio in batches, in Hz.
+        unreadable, eval_unreadable: recordings of either loader that are left out.
         recipe: all options of the run, kept in its checkpoints.
     """
 
@@ -59,6 +121,7 @@ class Distiller:
     eval_loader: DataLoader | None
     sampling_rate: int
     unreadable: Unreadable
+    eval_unreadable: Unreadable
     log: RunLog
     recipe: dict[str, Any]
 
@@ -68,7 +131,7 @@ class Distiller:
         Returns:
             Whether all were made. If not, SIGTERM came, and a checkpoint of the last step is there.
         """
-        arguments, stop = self.arguments, stop_on_sigterm()
+        arguments = self.arguments
         self.student.train()
         batches = iter(self.loader)
         bar = tqdm(
@@ -77,37 +140,37 @@ class Distiller:
             initial=start,
             total=arguments.max_steps,
             disable=not self.accelerator.is_main_process,
-            file=sys.stdout,
         )
-        for step in bar:
-            averages = self.step(step, self.next_batches(batches))
-            bar.set_postfix({name: f"{value:.3g}" for name, value in averages.items()}, refresh=False)
-            done = step + 1
-            evaluated = self.evaluate(done) if self.is_evaluated(done) else None
-            stopping = any_process(self.accelerator, stop.is_set())
-            if done % arguments.save_steps == 0 or stopping:
-                self.save(done, evaluated)
-            if stopping and done < arguments.max_steps:
-                bar.close()
-                self.accelerator.print(f"stopped after step {done}: go on with --resume_from_checkpoint latest")
-                return False
-        return True
+        with stop_on_sigterm() as stop, bar:
+            for step in bar:
+                of_step = itertools.islice(batches, arguments.gradient_accumulation_steps)
+                averages = self.step(step, list(self.readable(of_step, self.unreadable)))
+                bar.set_postfix({name: f"{value:.3g}" for name, value in averages.items()}, refresh=False)
+                done = step + 1
+                eval_loss = self.evaluate(done) if self.is_evaluated(done) else None
+                stopping = any_process(self.accelerator, stop.is_set())
+                if done % arguments.save_steps == 0 or stopping:
+                    self.save(done, eval_loss)
+                if stopping and done < arguments.max_steps:
+                    break
+            else:
+                return True
+        self.accelerator.print(f"stopped after step {done}: go on with --resume_from_checkpoint latest")
+        return False
 
-    def next_batches(self, batches) -> list[dict[str, Any]]:
-        """The batches that this process accumulates in a step, without those that cannot be read."""
-        of_step = [
-            send_to_device(batch, self.accelerator.device)
-            for batch in itertools.islice(batches, self.arguments.gradient_accumulation_steps)
-        ]
-        for name, reason in (broken for batch in of_step for broken in batch["unreadable"]):
-            self.unreadable.add(name, reason)
-        return [batch for batch in of_step if "visits" in batch]
+    def readable(self, batches: Iterable[dict[str, Any]], unreadable: Unreadable) -> Iterator[dict[str, Any]]:
+        """Batches on the device. What cannot be read is added to `unreadable`; a batch of nothing else is left out."""
+        for batch in batches:
+            for name, reason in batch["unreadable"]:
+                unreadable.add(name, reason)
+            if "items" in batch:
+                yield send_to_device(batch, self.accelerator.device)
 
-    def step(self, step: int, batches: list[dict[str, Any]]) -> dict[str, float]:
+    def step(self, step: int, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
         """One optimiser step.
 
         Returns:
-            What to show: averages since the last entry of the log.
+            What the progress bar shows: averages since the last entry of the log.
 
         Raises:
             FloatingPointError: the loss is NaN or infinite; the message names the recordings.
@@ -115,20 +178,11 @@ class Distiller:
         arguments, accelerator, space = self.arguments, self.accelerator, self.student.search_space
         process = accelerator.process_index if arguments.subnet_per_process else None
         subnets = draw_subnets(space, arguments.sampling, arguments.seed, step, arguments.num_random_subnets, process)
-        if step < arguments.progressive_shrinking_ratio * arguments.max_steps:
-            subnets = with_widest_feature_encoder(space, subnets)
         # dropout, too, follows from the step
         torch.manual_seed(random.Random(f"{arguments.seed}-{step}-{accelerator.process_index}").getrandbits(63))
+        share = arguments.share_feature_encoder
         try:
-            losses = training_step(
-                self.student,
-                self.teacher,
-                batches,
-                subnets,
-                accelerator,
-                arguments.seed,
-                arguments.share_feature_encoder,
-            )
+            losses = training_step(self.student, self.teacher, batches, subnets, accelerator, arguments.seed, share)
         except FloatingPointError as error:
             names = [name for batch in batches for name in batch["names"]]
             raise FloatingPointError(
@@ -142,13 +196,10 @@ class Distiller:
         values: dict[str, float] = {}
         if losses:
             values = {"loss": sum(losses) / len(losses), "grad_norm": float(grad_norm)}
-            classes = [subnet_class(space, subnet) for subnet in subnets]
-            for name in dict.fromkeys(classes if space is not None else ()):
-                of_class = [loss for loss, other in zip(losses, classes, strict=True) if other == name]
-                values[f"loss_{name}"] = sum(of_class) / len(of_class)
+            values |= {f"loss_{name}": loss for name, loss in mean_by_class(space, subnets, losses).items()}
         samples = sum(int(batch["attention_mask"].sum()) for batch in batches)
         seconds = accelerator.num_processes * samples / self.sampling_rate
-        return self.log.step(step + 1, values, seconds, self.scheduler.get_last_lr()[0])
+        return self.log.step(step + 1, values, seconds, float(self.scheduler.get_last_lr()[0]))
 
     def is_evaluated(self, step: int) -> bool:
         """Whether an evaluation is due after so many steps; one is at the end."""
@@ -156,27 +207,17 @@ class Distiller:
         return self.eval_loader is not None and (last or bool(every and step % every == 0))
 
     def evaluate(self, step: int) -> float:
-        """Measures the loss on held-out speech of every subnet in question, and returns their mean."""
-        subnets = evaluation_subnets(self.student.search_space, self.arguments.num_eval_subnets)
-        batches = (send_to_device(batch, self.accelerator.device) for batch in self.eval_loader)
+        """Measures the loss on held-out speech of every subnet of `evaluation_subnets`, and returns their mean."""
+        assert self.eval_loader is not None
         losses = evaluate(
             self.student,
             self.teacher,
-            (batch for batch in batches if "visits" in batch),
-            subnets,
+            self.readable(self.eval_loader, self.eval_unreadable),
+            evaluation_subnets(self.student.search_space, self.arguments.num_eval_subnets),
             self.accelerator,
             self.arguments.share_feature_encoder,
         )
-        mean = sum(losses.values()) / len(losses)
-        self.log.add(step, {"eval_loss": mean} | {f"eval_loss_{name}": loss for name, loss in losses.items()})
-        return mean
-
-    @property
-    def eval_losses(self) -> dict[str, float]:
-        """Of the last evaluation, by subnet."""
-        evaluations = [entry for entry in self.log.history if "eval_loss" in entry]
-        names = [name for name in (evaluations[-1] if evaluations else {}) if name.startswith("eval_loss_")]
-        return {name.removeprefix("eval_loss_"): evaluations[-1][name] for name in names}
+        return self.log.add_evaluation(step, losses)
 
     def save(self, step: int, eval_loss: float | None) -> None:
         """Writes a checkpoint after so many steps."""

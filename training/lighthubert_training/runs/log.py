@@ -1,4 +1,4 @@
-"""What a training run reports: losses and speed, on the progress bar, to TensorBoard, and in a history."""
+"""The log of a training run: losses and speed, on the progress bar, to TensorBoard, and in a history."""
 
 import time
 from collections import defaultdict
@@ -11,23 +11,29 @@ from accelerate import Accelerator
 
 
 class RunLog:
-    """Averages what the steps report, and keeps an entry of every `logging_steps`.
+    """Averages what the steps report, and keeps an entry for every `logging_steps`.
+
+    Args:
+        state: of an earlier log, to go on from.
 
     Attributes:
         history: entries with their `step`: `loss`, the same by class of subnet, `grad_norm`, `learning_rate`,
-            `audio_seconds_per_second`, `memory_gib`; or, of an evaluation, `eval_loss` and that of each subnet.
+            `audio_seconds_per_second`, `memory_gib`; or, of an evaluation, `eval_loss` and `eval_loss_{name}` of each
+            subnet.
+        eval_losses: of the last evaluation, by name of subnet; empty before the first.
     """
 
     def __init__(self, accelerator: Accelerator, logging_steps: int, state: Mapping[str, Any] | None = None):
-        state = state or {"history": [], "sums": {}}
+        state = state or {}
         self.accelerator, self.logging_steps = accelerator, logging_steps
-        self.history: list[dict[str, float]] = list(state["history"])
-        self.sums = defaultdict(lambda: [0.0, 0], state["sums"])
+        self.history: list[dict[str, float]] = list(state.get("history", []))
+        self.eval_losses: dict[str, float] = dict(state.get("eval_losses", {}))
+        self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0], state.get("sums", {}))
         self.seconds, self.since = 0.0, time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as JSON."""
-        return {"history": self.history, "sums": dict(self.sums)}
+        """All that another log goes on from, as JSON."""
+        return {"history": self.history, "eval_losses": self.eval_losses, "sums": dict(self.sums)}
 
     def step(self, step: int, values: Mapping[str, float], seconds: float, learning_rate: float) -> dict[str, float]:
         """Adds a step.
@@ -49,19 +55,25 @@ class RunLog:
         averages["audio_seconds_per_second"] = self.seconds / (time.perf_counter() - self.since)
         averages["memory_gib"] = peak_memory(self.accelerator.device) / 2**30
         if step % self.logging_steps == 0:
-            self.add(step, averages)
+            self._add(step, averages)
             self.sums.clear()
             self.seconds, self.since = 0.0, time.perf_counter()
         return averages
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
+    def add_evaluation(self, step: int, losses: Mapping[str, float]) -> float:
+        """Adds an evaluation after so many steps, the loss of each subnet, and returns their mean."""
+        self.eval_losses, mean = dict(losses), sum(losses.values()) / len(losses)
+        self._add(step, {"eval_loss": mean} | {f"eval_loss_{name}": loss for name, loss in losses.items()})
+        return mean
+
+    def _add(self, step: int, values: Mapping[str, float]) -> None:
         """Keeps an entry, and sends it to the trackers."""
         self.history.append({"step": step, **values})
         self.accelerator.log(dict(values), step=step)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of a GPU, the most that was allocated; of a CPU, what the process holds."""
+    """Memory in bytes: of a GPU, the most that was allocated; of a CPU, the resident set of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
