@@ -37,7 +37,8 @@ def user_error(prefix: str = "") -> Iterator[None]:
     except (UserError, ConnectionError):
         raise
     except LIBRARY_ERRORS as error:
-        raise UserError(f"{prefix}{error}") from error
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) else None  # it names the validator first
+        raise UserError(f"{prefix}{cause or error}") from error
 
 
 def optional_module(module: str, extra: str, purpose: str) -> ModuleType:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SMALL, answer, noise, tiny_model
+from conftest import SMALL, answer, assert_close, noise, tiny_model
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC, HubertForCTC, Wav2Vec2FeatureExtractor
 
 from modeling_lighthubert import (
@@ -42,7 +42,7 @@ def test_the_stock_hubert_answers_like_the_cut_model(head, stable, conv_dim):
             frames = torch.arange(18) < model._get_feat_extract_output_lengths(mask.sum(-1))[:, None]
             assert (expected[~frames].argmax(dim=-1) == model.config.pad_token_id).all()
             expected, found = expected[frames], found[frames]
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert_close(found, expected)
 
 
 @pytest.mark.parametrize("norm", ["layer", "group"])
@@ -53,7 +53,7 @@ def test_fifty_subnets_with_narrow_convolutions_answer_like_their_stock_huberts(
         subnet = model.sample_subnet(rng)
         hubert = to_hubert(model)
         assert tuple(hubert.config.conv_dim) == subnet.conv_dim
-        torch.testing.assert_close(answer(hubert, waveform), answer(model, waveform), rtol=0, atol=1e-5)
+        assert_close(answer(hubert, waveform), answer(model, waveform))
 
 
 def test_a_supernet_exports_the_selected_subnet_and_keeps_its_selection():
@@ -69,7 +69,7 @@ def test_a_saved_export_needs_no_code_of_ours(tmp_path, waveform):
     loaded = AutoModelForCTC.from_pretrained(tmp_path)
     assert type(loaded) is HubertForCTC
     assert not list(tmp_path.glob("*.py"))
-    torch.testing.assert_close(answer(loaded, waveform), answer(model, waveform), rtol=0, atol=1e-5)
+    assert_close(answer(loaded, waveform), answer(model, waveform))
 
 
 def test_too_many_heads_are_refused_with_the_layer_named():

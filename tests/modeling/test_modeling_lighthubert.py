@@ -21,6 +21,7 @@ from conftest import (
     SMALL,
     TWO_DEEP,
     answer,
+    assert_close,
     checkpoint_layers,
     noise,
     randomise,
@@ -38,8 +39,9 @@ from transformers import (
     HubertForCTC,
     HubertForSequenceClassification,
     HubertModel,
+    Trainer,
+    TrainingArguments,
     Wav2Vec2Config,
-    Wav2Vec2FeatureExtractor,
     Wav2Vec2ForAudioFrameClassification,
     Wav2Vec2ForPreTraining,
     Wav2Vec2ForXVector,
@@ -65,10 +67,6 @@ SUBNETS = [Subnet.from_dict(case["subnet"]) for case in CASES["cases"]]
 GOLDEN_SPACE = SearchSpace.from_dict(CASES["search_space"])
 FORMS = [pytest.param(cut, id="cut" if cut else "supernet") for cut in (False, True)]
 ATTENTIONS = ["eager", "sdpa"]
-
-
-def close(actual, expected, atol):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def make(head=LightHubertModel, cut=False, subnet=TWO_DEEP.largest, **changes):
@@ -105,8 +103,8 @@ def test_a_padded_batch_is_answered_like_the_authors_code(golden_model, golden, 
     with torch.no_grad():
         actual = golden_model.hubert(golden["input_values"], attention_mask=mask).last_hidden_state
     expected = golden[f"last_hidden_state_{case}"]
-    close(actual[0], expected[0], 2e-5)
-    close(actual[1, :19], expected[1, :19], 2e-5)
+    assert_close(actual[0], expected[0])
+    assert_close(actual[1, :19], expected[1, :19])
 
 
 @pytest.mark.parametrize("case", range(12))
@@ -114,10 +112,10 @@ def test_one_recording_is_answered_like_the_authors_code(golden_model, golden, c
     golden_model.set_subnet(SUBNETS[case])
     with torch.no_grad():
         outputs = golden_model(golden["input_values"][:1], output_hidden_states=True)
-    close(outputs.last_hidden_state, golden[f"unpadded_last_hidden_state_{case}"], 2e-5)
-    close(outputs.predictions[0], golden[f"distill_prediction_{case}"], 2e-5)
+    assert_close(outputs.last_hidden_state, golden[f"unpadded_last_hidden_state_{case}"])
+    assert_close(outputs.predictions[0], golden[f"distill_prediction_{case}"])
     means = torch.stack([hidden_state.mean(-1) for hidden_state in outputs.hidden_states])
-    close(means[1:], golden[f"hidden_state_means_{case}"][1:], 2e-5)  # row 0: before the position convolution
+    assert_close(means[1:], golden[f"hidden_state_means_{case}"][1:])  # row 0: before the position convolution
 
 
 @pytest.mark.parametrize("case", range(12))
@@ -125,8 +123,8 @@ def test_a_cut_model_answers_like_the_authors_code(golden_model, golden, case):
     cut = golden_model.extract_subnet(SUBNETS[case])
     with torch.no_grad():
         outputs = cut(golden["input_values"][:1])
-    close(outputs.last_hidden_state, golden[f"unpadded_last_hidden_state_{case}"], 2e-5)
-    close(outputs.predictions[0], golden[f"distill_prediction_{case}"], 2e-5)
+    assert_close(outputs.last_hidden_state, golden[f"unpadded_last_hidden_state_{case}"])
+    assert_close(outputs.predictions[0], golden[f"distill_prediction_{case}"])
 
 
 # Sizes
@@ -204,7 +202,7 @@ def test_the_largest_subnet_answers_like_stock_hubert(flavour, attention, wavefo
     supernet.set_attn_implementation(attention)
     mask = (torch.arange(4000) < torch.tensor([[4000], [2500]])).long()
     inputs = torch.cat([waveform, waveform.flip(1) * mask[1]])
-    close(answer(supernet, inputs, attention_mask=mask), answer(stock, inputs, attention_mask=mask), 1e-5)
+    assert_close(answer(supernet, inputs, attention_mask=mask), answer(stock, inputs, attention_mask=mask))
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -212,7 +210,7 @@ def test_a_model_without_a_search_space_is_stock_hubert(flavour, waveform):
     stock = randomise(HubertModel(HubertConfig(**stock_settings(num_hidden_layers=2), **flavour))).eval()
     model = LightHubertModel(tiny_config(None, **flavour)).eval()
     model.load_state_dict(stock.state_dict())
-    close(answer(model, waveform), answer(stock, waveform), 1e-5)
+    assert_close(answer(model, waveform), answer(stock, waveform))
 
 
 def test_the_largest_full_size_subnet_answers_like_stock_hubert(full_size, waveform):
@@ -220,24 +218,24 @@ def test_the_largest_full_size_subnet_answers_like_stock_hubert(full_size, wavef
         stock = HubertModel(HubertConfig(feat_extract_norm="layer"))
     stock.load_state_dict(full_size.state_dict(), assign=True)
     with full_size.using_subnet("largest"):
-        close(answer(full_size, waveform), answer(stock.eval(), waveform), 1e-5)
+        assert_close(answer(full_size, waveform), answer(stock.eval(), waveform))
 
 
-def test_frames_of_the_convolutions_are_those_of_hubert(recordings=2):
+def test_frames_of_the_convolutions_are_those_of_hubert():
     """Of any length: what is padded to whole rows leaves no trace, also not in gradients."""
     stock = randomise(HubertModel(HubertConfig(**stock_settings(feat_extract_norm="layer")))).feature_extractor
     ours = LightHubertModel(tiny_config(feat_extract_norm="layer")).feature_extractor
     ours.load_state_dict(stock.state_dict())
     for num_samples in (400, 401, 719, 720, 4000, 6399, 6400):
-        waveforms = noise(recordings, num_samples)
+        waveforms = noise(2, num_samples)
         one, other = ours(waveforms), stock(waveforms)
-        close(one, other, 1e-5)
+        assert_close(one, other)
         weight = noise(*one.shape)
         gradients = [
             torch.autograd.grad((out * weight).sum(), conv.parameters()) for out, conv in ((one, ours), (other, stock))
         ]
         for mine, theirs in zip(*gradients, strict=True):
-            close(mine, theirs, 1e-5 * theirs.abs().max().item() + 1e-5)
+            assert_close(mine, theirs, terms=100_000)  # of 1279 frames of the first convolution, and more layers
 
 
 # Selected and cut
@@ -252,11 +250,11 @@ def full_size():
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("space", [SMALL, BASE, SIX_DEEP, NARROW], ids=["small", "base", "six-deep", "narrow"])
-def test_fifty_selected_subnets_answer_like_their_cut_models(space, flavour, waveform):
+def test_selected_subnets_answer_like_their_cut_models(space, flavour, waveform):
     model = tiny_model(search_space=space, **flavour)
-    for subnet in draw(space, 50):
+    for subnet in draw(space, 8):
         model.set_subnet(subnet)
-        close(answer(model.extract_subnet(), waveform), answer(model, waveform), 1e-5)
+        assert_close(answer(model.extract_subnet(), waveform), answer(model, waveform))
 
 
 @pytest.mark.parametrize("space", ["small", "base"])
@@ -267,7 +265,7 @@ def test_full_size_subnets_answer_like_their_cut_models(full_size, space, wavefo
     model.eval()
     for subnet in ["smallest", *draw(SearchSpace.preset(space), 2)]:
         model.set_subnet(subnet)
-        close(answer(model.extract_subnet(), waveform), answer(model, waveform), 1e-5)
+        assert_close(answer(model.extract_subnet(), waveform), answer(model, waveform))
 
 
 @pytest.mark.parametrize("head", HEAD_CLASSES)
@@ -279,7 +277,7 @@ def test_every_head_of_a_cut_model_answers_like_the_selected_subnet(head, attent
         model.set_subnet(subnet)
         cut = model.extract_subnet()
         assert cut.config._attn_implementation == attention
-        close(answer(cut, noise(2, 8000)), answer(model, noise(2, 8000)), 1e-5)
+        assert_close(answer(cut, noise(2, 8000)), answer(model, noise(2, 8000)))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +294,7 @@ def test_rarer_forms_of_hubert_are_cut_exactly(changes, waveform):
     model = tiny_model(search_space=SIX_DEEP, **changes)
     for subnet in draw(SIX_DEEP, 5):
         model.set_subnet(subnet)
-        close(answer(model.extract_subnet(), waveform), answer(model, waveform), 1e-5)
+        assert_close(answer(model.extract_subnet(), waveform), answer(model, waveform))
 
 
 @pytest.mark.parametrize("cut", FORMS)
@@ -320,7 +318,7 @@ def test_hidden_states_of_a_cut_model_are_those_of_the_selected_subnet(waveform)
     ours = model(waveform, output_hidden_states=True).hidden_states
     cut = model.extract_subnet()(waveform, output_hidden_states=True).hidden_states
     for one, other in zip(ours, cut, strict=True):
-        close(one, other, 1e-5)
+        assert_close(one, other)
 
 
 def test_a_cut_model_has_plain_layers_and_weights_of_its_own():
@@ -345,7 +343,7 @@ def test_masked_frames_become_the_mask_embedding_of_the_selected_width(waveform)
     cut = model.extract_subnet()
     with torch.no_grad():
         one = model(waveform, mask_time_indices=masked).last_hidden_state
-        close(cut(waveform, mask_time_indices=masked).last_hidden_state, one, 1e-5)
+        assert_close(cut(waveform, mask_time_indices=masked).last_hidden_state, one)
         cut.masked_spec_embed += 1
         assert not torch.allclose(cut(waveform, mask_time_indices=masked).last_hidden_state, one, atol=1e-3)
     assert not torch.allclose(answer(model, waveform), one, atol=1e-3)
@@ -462,7 +460,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(cut, stable, waveform):
     for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None:
-            close(other.grad, one.grad, 1e-6)
+            assert torch.equal(other.grad, one.grad)
 
 
 def test_gradient_checkpointing_recomputes_the_subnet_that_ran_even_if_another_is_selected_since(waveform):
@@ -475,7 +473,7 @@ def test_gradient_checkpointing_recomputes_the_subnet_that_ran_even_if_another_i
         loss.backward()
     for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         if one.grad is not None:
-            close(other.grad, one.grad, 1e-6)
+            assert torch.equal(other.grad, one.grad)
 
 
 @pytest.mark.parametrize("cut", FORMS)
@@ -738,7 +736,7 @@ def fresh_compiler():
 def test_a_compiled_model_answers_alike(cut, backend, waveform):
     model = make(LightHubertForCTC, cut=cut, subnet="smallest")
     expected = answer(model, waveform)
-    close(answer(torch.compile(model, backend=backend), waveform), expected, 1e-5)
+    assert_close(answer(torch.compile(model, backend=backend), waveform), expected)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -746,7 +744,7 @@ def test_a_compiled_model_answers_padded_batches_alike():
     model = make(subnet="smallest")
     mask = (torch.arange(4000) < torch.tensor([[4000], [2500]])).long()
     expected = answer(model, noise(2, 4000), attention_mask=mask)
-    close(answer(torch.compile(model, backend="eager"), noise(2, 4000), attention_mask=mask), expected, 1e-5)
+    assert_close(answer(torch.compile(model, backend="eager"), noise(2, 4000), attention_mask=mask), expected)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -757,7 +755,7 @@ def test_a_compiled_supernet_answers_for_the_subnet_selected_since(waveform):
         model.set_subnet(subnet)
         expected = answer(model, waveform)
         compiled.set_subnet(subnet)
-        close(answer(compiled, waveform), expected, 1e-5)
+        assert_close(answer(compiled, waveform), expected)
 
 
 # Padding and batching
@@ -777,7 +775,7 @@ def test_an_answer_does_not_depend_on_padding_or_company(stable, attention):
         together = answer(model, batch, attention_mask=mask)
         for row, recording in enumerate(recordings):
             alone = answer(model, recording)
-            close(together[row, : alone.shape[1]], alone[0], 2e-5)
+            assert_close(together[row, : alone.shape[1]], alone[0])
 
 
 @pytest.mark.parametrize("head", [LightHubertForSequenceClassification, LightHubertForCTC])
@@ -787,19 +785,42 @@ def test_the_answer_of_a_head_does_not_depend_on_padding(head):
     mask = (torch.arange(8000) < 4000).long()[None]
     alone = answer(model, recording)
     padded = answer(model, torch.nn.functional.pad(recording, (0, 4000)), attention_mask=mask)
-    close(padded if head is LightHubertForSequenceClassification else padded[:, :12], alone, 2e-5)
+    assert_close(padded if head is LightHubertForSequenceClassification else padded[:, :12], alone)
 
 
-def test_the_docstring_says_what_a_group_norm_cannot_promise():
-    assert "group" in LightHubertModel.__doc__
-    assert "padded" in LightHubertModel.__doc__
+def test_with_a_group_norm_an_answer_depends_on_padding():
+    """What the docstring says it cannot promise, and a reason to prefer layer norm."""
+    model = make(feat_extract_norm="group", subnet="smallest")
+    alone = answer(model, noise(1, 4000))
+    mask = (torch.arange(8000) < 4000).long()[None]
+    padded = answer(model, torch.nn.functional.pad(noise(1, 4000), (0, 4000)), attention_mask=mask)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_close(padded[:, :12], alone)
 
 
 # Training
 
 
-def test_no_head_lets_trainer_scale_its_loss():
-    assert [head.accepts_loss_kwargs for head in HEADS.values()] == [False] * len(HEADS)
+@pytest.mark.parametrize(
+    ("head", "labels"),
+    [
+        (LightHubertForCTC, [[1, 2, 3], [4, 5, 6]]),
+        (LightHubertForSequenceClassification, [0, 2]),
+        (LightHubertForAudioFrameClassification, torch.nn.functional.one_hot(torch.arange(24).view(2, 12) % 3, 3)),
+        (LightHubertForXVector, [0, 1]),
+    ],
+)
+def test_trainer_averages_the_loss_of_a_head_over_accumulated_batches(head, labels, tmp_path):
+    model = make(head, mask_time_prob=0.0)
+    labels = torch.as_tensor(labels)
+    rows = [{"input_values": noise(4000, seed=row), "labels": labels[row]} for row in range(2)]
+    losses = [model(row["input_values"][None], labels=row["labels"][None]).loss.item() for row in rows]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=1, use_cpu=True,
+        report_to="none", disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    trained = Trainer(model, arguments, train_dataset=rows).train()
+    assert trained.training_loss == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("cut", FORMS)
@@ -872,7 +893,7 @@ def test_layers_are_summed_with_weights_where_all_subnets_are_as_deep(head):
         model.set_subnet(subnet)
         cut = model.extract_subnet()
         assert torch.equal(cut.layer_weights, model.layer_weights)
-        close(answer(cut, noise(2, 8000)), answer(model, noise(2, 8000)), 1e-5)
+        assert_close(answer(cut, noise(2, 8000)), answer(model, noise(2, 8000)))
         assert model.num_subnet_parameters() == cut.num_parameters()
 
 
@@ -911,8 +932,8 @@ def test_a_head_answers_like_that_of_transformers(head, stock_head, stock_config
     }.get(head, torch.tensor([0, 2]))
     with torch.no_grad():
         ours, theirs = model(noise(2, 8000), labels=labels), stock(noise(2, 8000), labels=labels)
-    close(ours.logits, theirs.logits, 1e-5)
-    torch.testing.assert_close(ours.loss, theirs.loss)
+    assert_close(ours.logits, theirs.logits)
+    assert_close(ours.loss, theirs.loss)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -978,7 +999,7 @@ def test_a_stock_checkpoint_starts_a_supernet(checkpoint, head, names, waveform)
     assert encoder.state_dict().keys() == model.base_model.state_dict().keys()
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(model.base_model.state_dict()[name], tensor), name
-    close(answer(model.base_model.eval(), waveform), answer(encoder, waveform), 1e-5)
+    assert_close(answer(model.base_model.eval(), waveform), answer(encoder, waveform))
     of_head = (
         {name for name in model.state_dict() if not name.startswith("hubert.")}
         if head is not LightHubertModel
@@ -991,11 +1012,8 @@ def test_a_stock_checkpoint_starts_a_supernet(checkpoint, head, names, waveform)
 def test_the_head_of_a_stock_checkpoint_is_kept(tmp_path, waveform):
     stock = randomise(HubertForCTC(HubertConfig(**stock_settings(num_hidden_layers=2)))).eval()
     stock.save_pretrained(tmp_path)
-    close(
-        answer(LightHubertForCTC.from_pretrained(tmp_path, search_space=TWO_DEEP), waveform),
-        answer(stock, waveform),
-        1e-5,
-    )
+    model = LightHubertForCTC.from_pretrained(tmp_path, search_space=TWO_DEEP)
+    assert_close(answer(model, waveform), answer(stock, waveform))
 
 
 @pytest.mark.parametrize("names", ["new names", "old names"])
@@ -1060,8 +1078,8 @@ def test_a_trimmed_supernet_answers_like_the_authors_code(narrow_golden, golden,
     trimmed.set_subnet(SUBNETS[case])
     with torch.no_grad():
         outputs = trimmed(golden["input_values"][:1])
-    close(outputs.last_hidden_state, golden[f"unpadded_last_hidden_state_{case}"], 2e-5)
-    close(outputs.predictions[0], golden[f"distill_prediction_{case}"], 2e-5)
+    assert_close(outputs.last_hidden_state, golden[f"unpadded_last_hidden_state_{case}"])
+    assert_close(outputs.predictions[0], golden[f"distill_prediction_{case}"])
 
 
 def test_a_trimmed_supernet_answers_like_the_untrimmed_one(narrow_golden, waveform):
@@ -1069,7 +1087,7 @@ def test_a_trimmed_supernet_answers_like_the_untrimmed_one(narrow_golden, wavefo
     for subnet in ["largest", "smallest", *draw(supernet.search_space, 10)]:
         supernet.set_subnet(subnet)
         trimmed.set_subnet(subnet)
-        close(answer(trimmed, waveform), answer(supernet, waveform), 2e-5)
+        assert_close(answer(trimmed, waveform), answer(supernet, waveform))
 
 
 def test_a_trimmed_supernet_is_as_small_as_its_largest_subnet(narrow_golden):
@@ -1086,7 +1104,7 @@ def test_trimming_with_broken_ffn_blocks_and_fewer_heads_changes_no_answer(wavef
     for subnet in ["largest", "smallest", *draw(space, 10)]:
         supernet.set_subnet(subnet)
         trimmed.set_subnet(subnet)
-        close(answer(trimmed, waveform), answer(supernet, waveform), 1e-5)
+        assert_close(answer(trimmed, waveform), answer(supernet, waveform))
 
 
 def test_a_cut_model_cannot_be_trimmed():
@@ -1129,11 +1147,6 @@ def test_a_frame_needs_as_many_samples_as_the_convolutions_see():
     assert answer(model, noise(1, 20)).shape[1] == 1
     with pytest.raises(ValueError, match="19 samples of audio, but one frame needs 20"):
         model(noise(1, 19))
-
-
-def test_a_wrong_sampling_rate_is_refused_by_the_feature_extractor():
-    with pytest.raises(ValueError, match=r"sampling rate of 16000.*was sampled with 16000 and not 8000"):
-        Wav2Vec2FeatureExtractor()(np.zeros(4000), sampling_rate=8000)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):

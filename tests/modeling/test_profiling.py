@@ -1,6 +1,7 @@
 """Costs are what the model really has and does."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -15,8 +16,18 @@ from modeling_lighthubert import (
     LightHubertForPreTraining,
     LightHubertModel,
     SearchSpace,
+    profiling,
 )
-from modeling_lighthubert.profiling import format_table, macs_per_second, main, measure_latency, profile_subnet
+from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.profiling import (
+    format_table,
+    macs_per_second,
+    main,
+    measure_latency,
+    median_ratio,
+    profile_subnet,
+    time_in_turns,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +45,7 @@ def test_macs_are_what_a_flop_counter_counts(head, seconds, taps, space):
         cut.base_model.feature_extractor.forward = counted.forward
         with FlopCounterMode(display=False) as counter:
             cut(noise(1, int(seconds * 16_000)))
-        assert sum(cost.macs for cost in profile_subnet(cut, seconds=seconds)) == counter.get_total_flops() // 2
+        assert profile_subnet(cut, seconds=seconds).macs == counter.get_total_flops() // 2
 
 
 @pytest.mark.parametrize("head", [LightHubertModel, LightHubertForCTC])
@@ -44,8 +55,10 @@ def test_parameters_of_the_parts_add_up(head, space):
     rng = random.Random(0)
     for _ in range(5):
         subnet = model.search_space.sample(rng)
-        costs = profile_subnet(model, subnet)
-        assert sum(cost.num_parameters for cost in costs) == model.extract_subnet(subnet).num_parameters()
+        profile = profile_subnet(model, subnet)
+        assert profile.num_parameters == model.extract_subnet(subnet).num_parameters()
+        assert len(profile.layers) == subnet.num_hidden_layers
+        assert (profile.head is None) == (head is LightHubertModel)
 
 
 def test_a_supernet_and_its_cut_model_cost_the_same():
@@ -56,8 +69,7 @@ def test_a_supernet_and_its_cut_model_cost_the_same():
 def test_the_feature_encoder_of_the_real_size_costs_what_is_published():
     """FACTS of the method: 2.45 GMAC for a second, whatever the subnet; 3.59 in all for a_small."""
     model = LightHubertModel(LightHubertConfig(search_space=SearchSpace.small()))
-    encoder, *_ = profile_subnet(model, "a_small")
-    assert encoder.macs / 1e9 == pytest.approx(2.45, abs=0.005)
+    assert profile_subnet(model, "a_small").feature_encoder.macs / 1e9 == pytest.approx(2.45, abs=0.005)
     assert macs_per_second(model, "a_small") / 1e9 == pytest.approx(3.59, abs=0.01)
 
 
@@ -65,8 +77,7 @@ def test_our_space_spans_what_it_says():
     with torch.device("meta"):
         model = LightHubertModel(LightHubertConfig(search_space="tiny_to_base"))
     for subnet, millions, gigamacs in (("smallest", 2.96, 0.295), ("largest", 94.4, 6.91)):
-        millions_counted = sum(cost.num_parameters for cost in profile_subnet(model, subnet)) / 1e6
-        assert millions_counted == pytest.approx(millions, 0.01)
+        assert profile_subnet(model, subnet).num_parameters / 1e6 == pytest.approx(millions, 0.01)
         assert macs_per_second(model, subnet) / 1e9 == pytest.approx(gigamacs, 0.01)
 
 
@@ -75,17 +86,94 @@ def test_a_clip_shorter_than_one_frame_is_refused():
         profile_subnet(tiny_model(), seconds=0.01)
 
 
-def test_latency_is_positive_and_the_table_has_every_part():
-    model = tiny_model(LightHubertModel, SIX_DEEP).extract_subnet("smallest")
-    assert measure_latency(model, 0.1, repeats=3, warm_up=1) > 0
-    table = format_table(profile_subnet(model), 1.0)
-    for part in ("feature encoder", "position convolution", "layer 3 (4 heads, FFN 32)", "total"):
-        assert part in table
+def test_the_table_has_every_part_and_their_sum():
+    model = tiny_model(LightHubertForCTC, SIX_DEEP)
+    profile = profile_subnet(model, "smallest")
+    titles = [title for title, _ in profile.rows()]
+    assert titles[:4] == ["feature encoder", "feature projection", "position convolution", "layer 0 (4 heads, FFN 32)"]
+    assert titles[-3:] == ["layer 3 (4 heads, FFN 32)", "layer norm, mask embedding", "head"]
+    lines = format_table(profile, 1.0).splitlines()
+    assert [line.split("  ")[0] for line in lines[2:-2]] == titles
+    assert lines[-1].startswith("total")
+    assert f" {model.num_subnet_parameters('smallest'):,} " in lines[-1]
+
+
+def test_runs_take_turns_in_an_order_that_is_drawn_anew_in_every_repeat():
+    order, waited = [], []
+    runs = {name: lambda name=name: order.append(name) for name in "cab"}
+    times = time_in_turns(runs, repeats=20, warm_up=2, synchronize=lambda: waited.append(len(order)))
+    rounds = [tuple(order[start : start + 3]) for start in range(0, len(order), 3)]
+    assert len(rounds) == 22
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len(set(rounds)) == 6
+    assert waited == list(range(1, 67)), "the device is waited for after each run"
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 20, "b": 20, "c": 20}
+    again = []
+    time_in_turns({name: lambda name=name: again.append(name) for name in "abc"}, repeats=20, warm_up=2)
+    assert again == order, "the order depends on the names alone"
+
+
+def test_only_the_run_and_the_wait_for_its_device_are_timed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: now[0])
+
+    def advance(seconds: float) -> None:
+        now[0] += seconds
+
+    runs = {"fast": lambda: advance(1), "slow": lambda: advance(4)}
+    assert time_in_turns(runs, 3) == {"fast": [1, 1, 1], "slow": [4, 4, 4]}
+    assert time_in_turns(runs, 2, synchronize=lambda: advance(0.5)) == {"fast": [1.5] * 2, "slow": [4.5] * 2}
+
+
+def test_a_ratio_is_the_median_of_the_ratios_within_a_repeat():
+    """Not the ratio of the medians, which would be 2 / 4."""
+    assert median_ratio([1, 2, 30], [1, 4, 5]) == 1
+    with pytest.raises(ValueError, match="argument"):
+        median_ratio([1, 2], [1])
+
+
+class Sleeper(torch.nn.Linear):
+    """A model that takes longer and longer."""
+
+    def __init__(self):
+        super().__init__(1, 1, dtype=torch.bfloat16)
+        self.inputs = []
+
+    def forward(self, audio):
+        assert not torch.is_grad_enabled()
+        self.inputs.append((tuple(audio.shape), audio.dtype))
+        time.sleep(0.02 * len(self.inputs))
+
+
+def test_latency_is_the_median_after_the_warm_up():
+    model = Sleeper()
+    latency = measure_latency(model, seconds=0.5, batch_size=2, repeats=3, warm_up=1)
+    assert model.inputs == [((2, 8000), torch.bfloat16)] * 4
+    assert 0.06 <= latency < 0.075, "of 40, 60 and 80 ms"
+
+
+# The command
 
 
 def test_the_command_prints_a_table(tmp_path, capsys):
     tiny_model(LightHubertModel, SIX_DEEP).save_pretrained(tmp_path)
-    main([str(tmp_path), "--subnet", "smallest", "--seconds", "0.2", "--repeats", "2"])
+    main(["--model_name_or_path", str(tmp_path), "--subnet", "smallest", "--seconds", "0.2", "--repeats", "2"])
     printed = capsys.readouterr().out
     assert "hidden_size=16, num_hidden_layers=4" in printed
+    assert "layer 3 (4 heads, FFN 32)" in printed
     assert "real-time factor" in printed
+    assert "torch.float32, cpu)" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--subnet", "a_base"], "'a_base' is not known in this search space: choose from"),
+        (["--seconds", "0.01"], "seconds=0.01 is shorter than one frame"),
+        (["--device", "gpu"], "device gpu cannot be used"),
+    ],
+)
+def test_a_mistake_in_the_command_is_explained(tmp_path, options, message):
+    tiny_model(LightHubertModel, SIX_DEEP).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        main(["--model_name_or_path", str(tmp_path), *options])
