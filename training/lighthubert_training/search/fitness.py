@@ -1,98 +1,82 @@
-"""How good a subnet is, without training it: its distillation loss on held-out speech, its character error rate, or
-the error of a linear probe. All subnets are measured on the same recordings, which are made ready once."""
+"""Errors of subnets that are measured without training them: the mean of a loss on held-out speech, the character
+error rate, or the error of a linear probe. All subnets are measured on the same batches, which are prepared once."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
-from accelerate import Accelerator
 from transformers import Wav2Vec2Processor
 
-from lighthubert_training.distillation.step import prepare_lesson
-from lighthubert_training.distillation.teacher import Teacher, answering, has_fixed_feature_encoder
-from lighthubert_training.error_rates import CharacterErrorRate
-from lighthubert_training.probing import Batch, pooled_features, probe_accuracy
-from modeling_lighthubert import LightHubertForCTC, LightHubertForPreTraining, LightHubertPreTrainedModel, Subnet
+from lighthubert_training.data.collators import Batch
+from lighthubert_training.error_rates import character_error_rate
+from lighthubert_training.masks import true_frames
+from lighthubert_training.models import computed_once, has_fixed_feature_encoder
+from lighthubert_training.probing import pooled_features, probe_accuracy
+from modeling_lighthubert import LightHubertForCTC, LightHubertPreTrainedModel, Subnet
+
+
+T = TypeVar("T")
 
 
 class Fitness(Protocol):
-    """An error of subnets.
+    """An error of subnets, which may be measured in stages, each on more of the data.
 
     Attributes:
         name: of the error.
-        num_shares: shares of the data after which it is known, the last of which is all.
+        num_stages: number of stages; the last is on all of the data.
     """
 
     name: str
-    num_shares: int
+    num_stages: int
 
     def errors(self, subnet: Subnet) -> Iterator[float]:
-        """The error on each share of the data, one after another. The selection of the model changes."""
+        """The error after each stage. The selection of the model changes."""
         ...
 
 
-def ends_of_shares(num_batches: int) -> list[int]:
-    """A quarter of the batches, a half, and all."""
-    return sorted({-(-num_batches * quarters // 4) for quarters in (1, 2, 4)})
+def split_stages(batches: Sequence[T]) -> list[Sequence[T]]:
+    """The batches that each stage adds: stages end at a quarter, at half, and at the end of the data."""
+    ends = sorted({-(-len(batches) * quarters // 4) for quarters in (1, 2, 4)})
+    return [batches[start:end] for start, end in zip([0, *ends], ends)]
 
 
-@torch.no_grad()
-def conv_features(model: LightHubertPreTrainedModel, batches: Sequence[Batch]) -> list[torch.Tensor | None]:
-    """What the feature encoder makes of each batch, where it is the same for all subnets."""
-    model.base_model.feature_extractor._freeze_parameters()  # nothing learns in a search
-    if not has_fixed_feature_encoder(model):
-        return [None] * len(batches)
-    return [model.base_model.feature_extractor(batch["input_values"]) for batch in batches]
-
-
-def heard(model: LightHubertPreTrainedModel, features: torch.Tensor | None) -> AbstractContextManager[Any]:
-    """Inside the block, the feature encoder need not compute `features` once more."""
-    return nullcontext() if features is None else answering(model.base_model.feature_extractor, features)
-
-
-class DistillationLoss:
-    """The loss of `run_distillation.py` on held-out speech; no labels are needed.
+class MeanLoss:
+    """The mean of a loss over prepared batches, each weighted by its number of frames.
 
     Args:
-        student: a supernet with its prediction heads.
-        batches: with `visits`, as `DistillationCollator` makes them.
+        model: a supernet.
+        batches: with an attribute `num_frames`, the number of frames that the loss is a mean over.
+        loss: mean loss of the selected subnet on a batch.
     """
-
-    name = "distillation loss"
 
     def __init__(
         self,
-        student: LightHubertForPreTraining,
-        teacher: Teacher,
-        batches: Sequence[dict[str, torch.Tensor]],
-        accelerator: Accelerator,
+        name: str,
+        model: LightHubertPreTrainedModel,
+        batches: Sequence[Any],
+        loss: Callable[[Any], torch.Tensor],
     ):
-        self.student, self.teacher = student.eval(), teacher
-        student.freeze_feature_encoder()
-        with torch.no_grad():
-            self.lessons = [prepare_lesson(student, teacher, batch, 0, accelerator) for batch in batches]
-        self.ends = ends_of_shares(len(batches))
-        self.num_shares = len(self.ends)
+        self.name, self.model, self.loss = name, model.eval(), loss
+        self.batches, self.stages = batches, split_stages(batches)
+        self.num_stages = len(self.stages)
 
     @torch.no_grad()
     def errors(self, subnet: Subnet) -> Iterator[float]:
-        self.student.set_subnet(subnet)
-        total, num_frames, start = 0.0, 0, 0
-        for end in self.ends:
-            for lesson in self.lessons[start:end]:
-                total += float(lesson.loss(self.student, self.teacher)) * lesson.num_frames
-                num_frames += lesson.num_frames
-            start = end
+        self.model.set_subnet(subnet)
+        total, num_frames = 0.0, 0
+        for stage in self.stages:
+            for batch in stage:
+                total += float(self.loss(batch)) * batch.num_frames
+                num_frames += batch.num_frames
             yield total / num_frames
 
 
 class CTCError:
-    """Character error rate, greedily decoded, of a supernet that was fine-tuned once for all.
+    """Character error rate, with greedy decoding, of a supernet that was fine-tuned once for all.
 
     Args:
-        batches: `input_values` and `attention_mask` of recordings.
-        references: their transcripts.
+        batches: `input_values` and `attention_mask` of recordings, on the device of the model.
+        references: transcripts of all recordings.
     """
 
     name = "character error rate"
@@ -104,37 +88,44 @@ class CTCError:
         batches: Sequence[Batch],
         references: Sequence[str],
     ):
-        self.model, self.processor = model.eval(), processor
-        self.batches, self.references = batches, list(references)
-        self.features = conv_features(model, batches)
-        self.ends = ends_of_shares(len(batches))
-        self.num_shares = len(self.ends)
+        self.model, self.processor, self.references = model.eval(), processor, references
+        self.stages = split_stages(list(zip(batches, conv_features(model, batches), strict=True)))
+        self.num_stages = len(self.stages)
 
     @torch.no_grad()
     def errors(self, subnet: Subnet) -> Iterator[float]:
         self.model.set_subnet(subnet)
+        encoder, blank = self.model.base_model.feature_extractor, self.processor.tokenizer.pad_token_id
         hypotheses: list[str] = []
-        start = 0
-        for end in self.ends:
-            for batch, features in zip(self.batches[start:end], self.features[start:end], strict=True):
-                with heard(self.model, features):
-                    logits = self.model(batch["input_values"], attention_mask=batch["attention_mask"]).logits
-                tokens = logits.argmax(dim=-1)
-                lengths = self.model._get_feat_extract_output_lengths(batch["attention_mask"].sum(-1))
-                tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = self.processor.tokenizer.pad_token_id
-                hypotheses += self.processor.batch_decode(tokens)
-            start = end
-            yield CharacterErrorRate.rate(self.references[: len(hypotheses)], hypotheses)
+        for stage in self.stages:
+            for batch, features in stage:
+                with computed_once(encoder, features):
+                    tokens = self.model(batch["input_values"], attention_mask=batch["attention_mask"]).logits.argmax(
+                        -1
+                    )
+                frames = true_frames(self.model, tokens.shape[1], batch["attention_mask"])
+                hypotheses += self.processor.batch_decode(tokens.masked_fill(~frames, blank).cpu())
+            yield character_error_rate(self.references[: len(hypotheses)], hypotheses)
+
+
+@torch.no_grad()
+def conv_features(model: LightHubertPreTrainedModel, batches: Sequence[Batch]) -> list[torch.Tensor | None]:
+    """Output of the feature encoder for each batch, where it is the same for all subnets. The feature encoder is
+    frozen for good."""
+    encoder: Any = model.base_model.feature_extractor
+    encoder._freeze_parameters()
+    is_fixed = has_fixed_feature_encoder(model)
+    return [encoder(batch["input_values"]) if is_fixed else None for batch in batches]
 
 
 class ProbeError:
-    """Error of a linear probe that is fitted to the mean features of training recordings; without shares.
+    """Error of a linear probe that is fitted to the mean features of training recordings, in one stage.
 
     Args:
-        train, test: batches and labels of recordings.
+        train, test: batches of recordings, on the device of the model, and the label of each recording.
     """
 
-    name, num_shares = "probe error", 1
+    name, num_stages = "probe error", 1
 
     def __init__(
         self,
@@ -142,12 +133,10 @@ class ProbeError:
         train: tuple[Sequence[Batch], Sequence[Any]],
         test: tuple[Sequence[Batch], Sequence[Any]],
     ):
-        self.model, self.train, self.test = model.base_model.eval(), train, test
-        self.selecting = model
+        self.model, self.train, self.test = model.eval(), train, test
 
     def errors(self, subnet: Subnet) -> Iterator[float]:
-        self.selecting.set_subnet(subnet)
+        self.model.set_subnet(subnet)
         (train, train_labels), (test, test_labels) = self.train, self.test
-        features = (pooled_features(self.model, batches) for batches in (train, test))
-        train_features, test_features = features
+        train_features, test_features = (pooled_features(self.model.base_model, part) for part in (train, test))
         yield 1.0 - probe_accuracy(train_features, train_labels, test_features, test_labels)

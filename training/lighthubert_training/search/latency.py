@@ -1,56 +1,89 @@
-"""How long each part of a subnet takes on this machine: measured once, added up for any subnet."""
+"""A table of latencies: the time of each part of a subnet on this machine, measured once, added up for any subnet."""
 
 import json
 import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import cycle, product
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from modeling_lighthubert import LightHubertPreTrainedModel, SearchSpace, Subnet
-from modeling_lighthubert.profiling import SAMPLING_RATE, measure_latency
+from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.files import write_json
+from modeling_lighthubert.profiling import SAMPLING_RATE, measure_latency, time_in_turns
 from modeling_lighthubert.search_space import nondecreasing_choices
 
 
-def parts_of(subnet: Subnet) -> list[str]:
-    """Names of the parts of which equal ones take equal time: convolutions, layers, and what is left of the model."""
-    ear = subnet.conv_dim or ()
-    parts = [f"convolution {layer}, {pair[0]} to {pair[1]}" for layer, pair in enumerate(zip((1, *ear), ear))]
-    if not ear:
-        parts.append("convolutions")
-    parts.append(f"rest, {ear[-1] if ear else 'all'} to {subnet.hidden_size}")
+class Parts(NamedTuple):
+    """Names of the parts of a subnet. Parts with the same name take the same time, in any subnet.
+
+    Attributes:
+        convolutions: of the feature encoder, from bottom to top; a single name where subnets do not choose channels.
+        rest: what is no convolution and no layer.
+        layers: of the transformer, from bottom to top.
+    """
+
+    convolutions: list[str]
+    rest: str
+    layers: list[str]
+
+    def names(self) -> list[str]:
+        return [*self.convolutions, self.rest, *self.layers]
+
+
+def parts_of(subnet: Subnet) -> Parts:
+    width, conv_dim = subnet.hidden_size, subnet.conv_dim
+    if conv_dim is None:
+        convolutions, last = ["convolutions"], "all"
+    else:
+        channels = enumerate(zip((1, *conv_dim), conv_dim))
+        convolutions = [f"convolution {layer}, {before} to {after}" for layer, (before, after) in channels]
+        last = str(conv_dim[-1])
     windows = subnet.attention_window or (None,) * subnet.num_hidden_layers
-    layers = zip(subnet.num_attention_heads, subnet.intermediate_size, windows, strict=True)
-    for heads, units, window in layers:
-        parts.append(f"layer, {subnet.hidden_size} wide, {heads} heads, {units} units, window {window or 'all'}")
-    return parts
+    layers = [
+        f"layer, {width} wide, {heads} heads, {units} units, window {window or 'all'}"
+        for heads, units, window in zip(subnet.num_attention_heads, subnet.intermediate_size, windows, strict=True)
+    ]
+    return Parts(convolutions, f"rest, {last} to {width}", layers)
 
 
 @contextmanager
-def stopwatches(modules: dict[str, list[nn.Module]]) -> Iterator[dict[str, float]]:
-    """Inside the block, seconds that the modules of each name took, all together."""
+def stopwatches(
+    modules: Mapping[str, Sequence[nn.Module]], synchronize: Callable[[], object] | None = None
+) -> Iterator[dict[str, float]]:
+    """Inside the block, the sum of the seconds that the modules of each name take.
+
+    Args:
+        synchronize: waits for the device, such as `torch.cuda.synchronize`.
+    """
     seconds: dict[str, float] = defaultdict(float)
     started: dict[nn.Module, float] = {}
 
+    def now() -> float:
+        if synchronize is not None:
+            synchronize()
+        return time.perf_counter()
+
     def start(module: nn.Module, inputs: tuple) -> None:
-        started[module] = time.perf_counter()
+        started[module] = now()
 
     with ExitStack() as handles:
-        for name, watched in modules.items():
+        for name, timed in modules.items():
 
             def stop(module: nn.Module, inputs: tuple, output: object, name: str = name) -> None:
-                seconds[name] += time.perf_counter() - started[module]
+                seconds[name] += now() - started[module]
 
-            for module in watched:
+            for module in timed:
                 handles.callback(module.register_forward_pre_hook(start).remove)
                 handles.callback(module.register_forward_hook(stop).remove)
         yield seconds
@@ -58,80 +91,83 @@ def stopwatches(modules: dict[str, list[nn.Module]]) -> Iterator[dict[str, float
 
 @torch.inference_mode()
 def time_parts(model: LightHubertPreTrainedModel, seconds: float, repeats: int) -> dict[str, float]:
-    """Milliseconds of each part of a cut model, for one clip: medians; of parts that have one name, their mean."""
-    base, parts = model.base_model, parts_of(model.subnet)
-    num_layers, encoder = model.subnet.num_hidden_layers, base.feature_extractor
-    *convolutions, rest = parts[:-num_layers]
-    layers = parts[-num_layers:]
-    watched = list(encoder.conv_layers) if model.subnet.conv_dim else [encoder]
+    """Milliseconds of each part of a cut model for a clip of noise, on its device and in its dtype: the median over
+    the repeats, of parts with the same name their mean."""
+    base: Any = model.base_model
+    parts, encoder = parts_of(model.subnet), base.feature_extractor
+    timed = [*(encoder.conv_layers if model.subnet.conv_dim else [encoder]), *base.encoder.layers]
     modules: dict[str, list[nn.Module]] = defaultdict(list)
-    for name, module in zip([*convolutions, *layers], [*watched, *base.encoder.layers], strict=True):
+    for name, module in zip([*parts.convolutions, *parts.layers], timed, strict=True):
         modules[name].append(module)
-    audio, runs = torch.randn(1, int(seconds * SAMPLING_RATE)), []
-    for _ in range(repeats + 1):
-        with stopwatches(modules) as times:
-            start = time.perf_counter()
-            model(audio)
-            total = time.perf_counter() - start
+    audio, runs = torch.randn(1, int(seconds * SAMPLING_RATE)).to(model.device, model.dtype), []
+    synchronize = partial(torch.cuda.synchronize, model.device) if audio.is_cuda else None
+    for _ in range(1 + repeats):  # the first is a warm-up
+        with stopwatches(modules, synchronize) as times:
+            whole = time_in_turns({"model": lambda: model(audio)}, 1, warm_up=0, synchronize=synchronize)
         run = {name: taken / len(modules[name]) for name, taken in times.items()}
-        runs.append(run | {rest: total - sum(times.values())})
+        runs.append(run | {parts.rest: whole["model"][0] - sum(times.values())})
     return {name: 1e3 * statistics.median(run[name] for run in runs[1:]) for name in runs[0]}
 
 
-def covering(space: SearchSpace) -> list[Subnet]:
-    """Subnets with layers all alike, which together have every part that a subnet can have."""
-    ears = [None] if space.conv_dim is None else list(nondecreasing_choices(space.conv_dim))
+def measurement_subnets(space: SearchSpace) -> list[Subnet]:
+    """Subnets whose layers are all alike, which together have every part that a subnet of `space` can have."""
+    encoders = [None] if space.conv_dim is None else list(nondecreasing_choices(space.conv_dim))
     depth, windows = space.num_hidden_layers[0], space.attention_window or (None,)
     shapes = [
-        Subnet(width, (heads,) * depth, (int(width * ratio),) * depth, space.head_dim, ears[0], (window,) * depth)
+        [
+            Subnet(width, (heads,) * depth, (int(width * ratio),) * depth, space.head_dim, conv_dim, (window,) * depth)
+            for conv_dim in encoders
+        ]
         for width, heads, ratio, window in product(
             space.hidden_size, space.num_attention_heads, space.ffn_ratio, windows
         )
     ]
-    missing = {part for shape in shapes for ear in ears for part in parts_of(replace(shape, conv_dim=ear))}
-    chosen = []
+    missing = {name for shape in shapes for subnet in shape for name in parts_of(subnet).names()}
+    chosen: list[Subnet] = []
     for shape in cycle(shapes):
         if not missing:
-            break
-        best = max(
-            (replace(shape, conv_dim=ear) for ear in ears), key=lambda each: len(missing.intersection(parts_of(each)))
-        )
-        if missing.intersection(parts_of(best)):
+            return chosen
+        best = max(shape, key=lambda subnet: len(missing.intersection(parts_of(subnet).names())))
+        if missing.intersection(parts_of(best).names()):
             chosen.append(best)
-            missing.difference_update(parts_of(best))
+            missing.difference_update(parts_of(best).names())
     return chosen
 
 
 @dataclass
 class LatencyTable:
-    """Milliseconds that any subnet takes for one clip, by those of its parts.
+    """Milliseconds that any subnet takes for one clip, as the sum of those of its parts.
 
     Attributes:
-        seconds: of the clip.
-        num_threads: that torch had.
-        milliseconds: of each part.
-        error: how far whole models are from it, in the median, as a share of their latency.
+        seconds: length of the clip.
+        num_threads: threads of torch when it was measured.
+        milliseconds: of each part, by its name.
+        error: median over random subnets of |table - measured| / measured.
+        device: type of the device that it was measured on.
     """
 
     seconds: float
     num_threads: int
     milliseconds: dict[str, float]
     error: float = 0.0
+    device: str = "cpu"
 
     @classmethod
     def measure(
         cls, model: LightHubertPreTrainedModel, seconds: float = 5.0, repeats: int = 7, num_checks: int = 10
     ) -> Self:
-        """Runs cut models that have all the parts, and then `num_checks` random ones to compare with.
+        """Times cut models that have all the parts between them, and then `num_checks` random ones to compare with.
 
         Args:
-            model: a supernet.
+            model: a supernet, on the device that is measured.
         """
         space, found = model.search_space, defaultdict(list)
-        for subnet in tqdm(covering(space), desc="measuring latency"):
+        assert space is not None
+        for subnet in tqdm(measurement_subnets(space), desc="measuring latency"):
             for name, milliseconds in time_parts(model.extract_subnet(subnet), seconds, repeats).items():
                 found[name].append(milliseconds)
-        table = cls(seconds, torch.get_num_threads(), {name: statistics.median(each) for name, each in found.items()})
+        medians = {name: statistics.median(each) for name, each in found.items()}
+        table = cls(seconds, torch.get_num_threads(), medians, device=model.device.type)
         rng, errors = random.Random(0), []
         for _ in range(num_checks):
             subnet = space.sample(rng)
@@ -141,11 +177,26 @@ class LatencyTable:
         return table
 
     def __call__(self, subnet: Subnet) -> float:
-        return sum(self.milliseconds[part] for part in parts_of(subnet))
+        """Milliseconds of `subnet`.
+
+        Raises:
+            UserError: it has a part that the table lacks, which is then of another supernet.
+        """
+        try:
+            return sum(self.milliseconds[name] for name in parts_of(subnet).names())
+        except KeyError as error:
+            raise UserError(f"the table of latencies is of another supernet: it lacks {error}") from None
 
     def to_json_file(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_json(path, asdict(self))
 
     @classmethod
     def from_json_file(cls, path: Path) -> Self:
-        return cls(**json.loads(path.read_text()))
+        """
+        Raises:
+            UserError: the file is no table of latencies.
+        """
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path} is no table of latencies; delete it to measure anew ({error})") from error

@@ -1,4 +1,5 @@
-"""The ledger of a search: which subnets are measured, by whom, and what came out; it survives all of them."""
+"""The ledger of a search: which subnets are measured, by which process, and with which errors. It survives a kill of
+any of them."""
 
 import json
 import sqlite3
@@ -10,15 +11,16 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from modeling_lighthubert import Subnet
+from modeling_lighthubert.errors import UserError, user_error
 
 
 class Evaluation(NamedTuple):
-    """What was measured of a subnet.
+    """The measurement of a subnet.
 
     Attributes:
         number: of the evaluation, from 1.
-        errors: after each share of the data; fewer where it was stopped.
-        seconds: that it took.
+        errors: after each stage of the fitness; fewer if it was stopped.
+        seconds: wall time that it took.
     """
 
     number: int
@@ -30,18 +32,21 @@ class Evaluation(NamedTuple):
 class Ledger:
     """Evaluations in an SQLite file, shared by processes of one machine, and whole after a kill at any moment.
 
-    A subnet is claimed before it is measured, and claimed once. What a process claimed that is gone is measured by
-    another, or by the next.
+    A subnet is claimed before it is measured, and claimed once. Claims of dead processes are taken over.
 
     Args:
         folder: for the file, and for a lock that this process holds as long as it lives.
+
+    Raises:
+        UserError: the folder cannot be written to.
     """
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.owner = folder, uuid.uuid4().hex
         self.alive = FileLock(folder / f"process-{self.owner}.lock")
-        self.alive.acquire()
+        with user_error():
+            folder.mkdir(parents=True, exist_ok=True)
+            self.alive.acquire()
         self.database = sqlite3.connect(folder / "evaluations.sqlite3", timeout=60, isolation_level=None)
         self.database.execute("PRAGMA journal_mode=WAL")
         self.database.execute("PRAGMA synchronous=NORMAL")  # outlives any kill; a power cut may undo the last second
@@ -57,28 +62,28 @@ class Ledger:
         Path(self.alive.lock_file).unlink(missing_ok=True)
 
     def __len__(self) -> int:
-        """Evaluations that are made or being made."""
+        """Number of evaluations, finished or not."""
         return self.database.execute("SELECT count(*) FROM evaluations").fetchone()[0]
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Keeps the settings of a new search, and compares them with those of one that goes on.
 
         Raises:
-            ValueError: evaluations in the file were made with others.
+            UserError: evaluations in the file were made with others.
         """
         for name, value in settings.items():
             text = json.dumps(value)
             self.database.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (name, text))
             (kept,) = self.database.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
             if kept != text:
-                raise ValueError(
+                raise UserError(
                     f"{self.folder} has evaluations of a search with {name}={kept}, not {text}: give the same,"
                     " or another --output_dir"
                 )
 
     def claim(self, subnet: Subnet, most: int) -> int | None:
-        """The number of the evaluation that this process is to make; `None` if there are `most` of them already, or
-        another has claimed the subnet."""
+        """Number of the evaluation that this process now has to make; `None` if there are `most` of them already, or
+        the subnet is claimed."""
         claimed = self.database.execute(
             "INSERT OR IGNORE INTO evaluations (subnet, owner)"
             " SELECT ?, ? WHERE (SELECT count(*) FROM evaluations) < ?",
@@ -87,7 +92,7 @@ class Ledger:
         return claimed.lastrowid if claimed.rowcount else None
 
     def take_over(self) -> tuple[int, Subnet] | None:
-        """An evaluation that a process began which is gone."""
+        """Number and subnet of an evaluation that a dead process has left, which this process now has to make."""
         unfinished = self.database.execute("SELECT number, subnet, owner FROM evaluations WHERE errors IS NULL")
         for number, subnet, owner in unfinished.fetchall():
             if owner == self.owner or self._is_alive(owner):
@@ -117,7 +122,7 @@ class Ledger:
         )
 
     def finished(self, after: int = 0) -> list[Evaluation]:
-        """What is measured, in that order, without the first `after`."""
+        """Finished evaluations in the order in which they were finished, without the first `after`."""
         rows = self.database.execute(
             "SELECT number, subnet, errors, seconds FROM evaluations WHERE finished >= ? ORDER BY finished", (after,)
         )

@@ -1,5 +1,5 @@
-"""The search: new subnets are bred from the best ones, which Optuna's NSGA-II selects; the ledger keeps what was
-measured of them."""
+"""The search: new subnets are bred from the best ones, which Optuna's NSGA-II selects, and the ledger keeps their
+errors."""
 
 import random
 import statistics
@@ -16,31 +16,33 @@ from modeling_lighthubert import Subnet
 
 
 NUM_PROPOSALS = 100
-"""How many proposals in a row may be known, before all that the budget allows counts as measured."""
+"""Proposals in a row that may be known already; after them, everything that the budget allows counts as measured."""
 NUM_RIVALS = 8
-"""How many evaluations there have to be, before one is stopped for being worse than half of them."""
+"""Least number of evaluations that one is compared with, before it is stopped for being worse than their median."""
 
 
 class Selection(optuna.samplers.NSGAIISampler):
-    """Selects the parents of a generation from those before it: by domination, then by crowding; with one objective,
-    the best. It samples nothing itself: subnets are bred by `Candidates`."""
+    """Selects the parents of a generation from the generations before it: by domination, then by crowding distance;
+    with one objective, the best. It samples no values: `Candidates` breeds the subnets."""
 
     def before_trial(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         self.get_trial_generation(study, trial)
 
 
 class Search:
-    """Measures subnets until there are enough.
+    """Measures subnets until there are `num_evaluations`.
 
-    Optuna's study is in memory: its tables in SQLite take 0.2 s a trial, as long as an evaluation of a small model. A
-    process rebuilds it from the ledger when it starts, and hears of what others measured before each proposal.
+    Optuna's study is kept in memory: in SQLite, it takes 0.2 s a trial, as long as an evaluation of a small model. A
+    process rebuilds it from the ledger when it starts, and reads the evaluations of other processes before each
+    proposal.
 
     Args:
-        objectives: costs that are minimised beside the error, by name.
-        population_size: of a generation. A first generation without end is random search.
-        num_evaluations: of all processes, and of earlier runs.
-        successive_halving: whether to stop an evaluation whose error is worse than half of its rivals' after a part of
-            the data. Rivals cost no more.
+        objectives: names of the costs that are minimised beside the error.
+        population_size: size of a generation. A first generation without end is random search.
+        num_evaluations: number of subnets to measure, by all processes and earlier runs together.
+        successive_halving: stop an evaluation if its error after a stage is above the median of its rivals, the
+            subnets that cost no more.
+        seed: of the proposals.
     """
 
     def __init__(
@@ -59,29 +61,30 @@ class Search:
         self.successive_halving, self.seed = successive_halving, seed
         self.evaluations: list[Evaluation] = []
         self.costs: dict[int, dict[str, float]] = {}
-        self.selection = Selection(population_size=population_size)
-        directions = ["minimize"] * (1 + len(self.objectives))
+        self.population_size, self.selection = population_size, Selection(population_size=population_size)
+        directions = [optuna.study.StudyDirection.MINIMIZE] * (1 + len(self.objectives))
         self.study = optuna.create_study(directions=directions, sampler=self.selection)
 
     def run(self) -> None:
-        """Evaluations of this process, with a progress bar of those of all. It ends when all are finished: those that
-        another process is at are waited for, and taken over should it end before."""
+        """Makes evaluations, with a progress bar of those of all processes. It ends when all are finished: it waits
+        for those of other processes, and takes over those of processes that die."""
         with tqdm(total=self.num_evaluations, desc="searching") as bar:
-            while (job := self.next_job()) is not None or len(self.evaluations) < len(self.ledger):
-                if job is None:
+            while (claimed := self.claim()) is not None or len(self.evaluations) < len(self.ledger):
+                if claimed is None:
                     time.sleep(0.1)
                     continue
-                self.measure(*job)
+                self.measure(*claimed)
                 self.catch_up()
                 bar.n = len(self.evaluations)
                 bar.set_postfix({self.fitness.name: f"{min(map(self.error, self.evaluations)):.4g}"})
 
-    def next_job(self) -> tuple[int, Subnet] | None:
-        """What a process that is gone left, or a new subnet; `None` if there are enough, or no new ones are found."""
+    def claim(self) -> tuple[int, Subnet] | None:
+        """Number and subnet of the next evaluation: one that a dead process left, or a new one. `None` if there are
+        enough, or if no new subnets are found."""
         if (left := self.ledger.take_over()) is not None:
             return left
         self.catch_up()
-        generation = len(self.evaluations) // self.selection.population_size
+        generation = len(self.evaluations) // self.population_size
         parents = self.selection.get_parent_population(self.study, generation)
         subnets = [self.evaluations[number].subnet for number in sorted(parent.number for parent in parents)]
         rng = random.Random(f"{self.seed}-{len(self.ledger)}")
@@ -92,7 +95,7 @@ class Search:
         return None
 
     def measure(self, number: int, subnet: Subnet) -> None:
-        """One evaluation."""
+        """Makes one evaluation."""
         start, errors = time.perf_counter(), []
         rivals = self.rivals(subnet) if self.successive_halving else []
         for error in self.fitness.errors(subnet):
@@ -112,17 +115,17 @@ class Search:
         ]
 
     def catch_up(self) -> None:
-        """Tells the study what was finished since."""
+        """Tells the study the evaluations that were finished since the last call."""
         for each in self.ledger.finished(after=len(self.evaluations)):
             self.evaluations.append(each)
             self.costs[each.number] = costs = self.candidates.costs(each.subnet)
             self.study.tell(self.study.ask(), [self.error(each), *(costs[name] for name in self.objectives)])
 
     def error(self, evaluation: Evaluation) -> float:
-        """On all data. Of an evaluation that was stopped, what others had more at the end than there is added, in the
-        median."""
+        """The error on all data. To that of a stopped evaluation is added how much the error of complete ones rose
+        from its last stage to the end, in the median."""
         last = len(evaluation.errors) - 1
-        if last == self.fitness.num_shares - 1:
+        if last == self.fitness.num_stages - 1:
             return evaluation.errors[last]
         added = [each.errors[-1] - each.errors[last] for each in self.complete]
         return evaluation.errors[last] + statistics.median(added)
@@ -130,7 +133,7 @@ class Search:
     @property
     def complete(self) -> list[Evaluation]:
         """Evaluations on all data."""
-        return [each for each in self.evaluations if len(each.errors) == self.fitness.num_shares]
+        return [each for each in self.evaluations if len(each.errors) == self.fitness.num_stages]
 
     def best(self) -> Evaluation:
         """The one with the least error on all data."""
