@@ -1,38 +1,45 @@
-"""Which frames are true and which are padding, and which of them a student does not see."""
+"""Masks over frames: which are true and which are padding, and which are hidden from a student."""
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 
 def frame_mask(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """True frames, bool (batch_size, num_frames), of recordings with `lengths` frames, (batch_size)."""
+    """True frames, bool (batch_size, num_frames), of recordings with `lengths` frames, int (batch_size)."""
     return torch.arange(num_frames, device=lengths.device) < lengths[:, None]
 
 
-def true_lengths(model: PreTrainedModel, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Frames of each recording without its padding, int64 (batch_size), by the samples of `attention_mask`."""
+def true_lengths(model: Any, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Frames of each recording without its padding, int (batch_size).
+
+    Args:
+        model: a HuBERT, or another model of transformers with its feature encoder.
+        attention_mask: 1 for samples, 0 for padding, (batch_size, num_samples).
+    """
     return model._get_feat_extract_output_lengths(attention_mask.sum(-1))
 
 
-def true_frames(model: PreTrainedModel, num_frames: int, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Which frames are not padding, bool (batch_size, num_frames), by the samples of `attention_mask`."""
+def true_frames(model: Any, num_frames: int, attention_mask: torch.Tensor) -> torch.Tensor:
+    """True frames, bool (batch_size, num_frames), of recordings with samples in `attention_mask`: see `true_lengths`."""
     return frame_mask(true_lengths(model, attention_mask), num_frames)
 
 
 def draw_time_mask(
     num_frames: Sequence[int], mask_time_prob: float, mask_time_length: int, seeds: Sequence[int | str]
 ) -> torch.Tensor:
-    """Frames that are masked, bool (batch_size, most frames).
+    """Masked frames, bool (batch_size, largest of `num_frames`): spans that may overlap. Padding is never masked.
 
-    Spans of `mask_time_length` frames (shorter in shorter recordings), static, overlapping, at least 2 where there is
-    room, to cover up to `mask_time_prob` of the frames: fairseq's, with the released code's settings by default. A
-    recording's mask depends on its seed and its length, not on the batch.
+    A recording's mask depends on its seed and its length, not on the batch. Source: `compute_mask_indices` of fairseq,
+    with `mask_type` static, which the released code uses.
 
     Args:
         num_frames: of each recording, without padding.
+        mask_time_prob: share of the frames that the spans would cover if they did not overlap. There are at least two
+            spans in a recording that has room for them.
+        mask_time_length: frames in a span; shorter recordings are one span.
         seeds: of each recording.
     """
     mask = torch.zeros(len(num_frames), max(num_frames), dtype=torch.bool)

@@ -15,7 +15,8 @@ from modeling_lighthubert import LightHubertPreTrainedModel
 def has_fixed_feature_encoder(model: LightHubertPreTrainedModel) -> bool:
     """Whether the feature encoder gives the same features in all steps and for all subnets: it is frozen, and subnets
     do not choose its channels."""
-    is_frozen = not any(parameter.requires_grad for parameter in model.base_model.feature_extractor.parameters())
+    encoder = model.base_model.get_submodule("feature_extractor")
+    is_frozen = not any(parameter.requires_grad for parameter in encoder.parameters())
     return is_frozen and (model.search_space is None or model.search_space.conv_dim is None)
 
 
@@ -24,7 +25,7 @@ def computed_once(module: nn.Module, output: torch.Tensor | None) -> Iterator[No
     """Temporarily replaces `module.forward` by a constant, so that a frozen module is not recomputed for every subnet.
 
     Args:
-        output: what the module gives inside the block. `None` changes nothing.
+        output: what the module returns inside the block, whatever its inputs. `None` changes nothing.
     """
     if output is None:
         yield

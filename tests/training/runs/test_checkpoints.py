@@ -9,11 +9,15 @@ from accelerate import Accelerator
 
 from lighthubert_training.runs.checkpoints import (
     best_checkpoint,
+    checkpoint_damage,
     checkpoints,
-    damage,
     find_checkpoint,
+    newest_checkpoint,
+    require_no_run,
+    require_whole,
     save_checkpoint,
 )
+from modeling_lighthubert.errors import UserError
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def test_a_checkpoint_brings_back_weights_step_and_state(accelerator, tmp_path):
     before = weight(accelerator).clone()
     folder = save_checkpoint(accelerator, tmp_path, 7, {"recipe": {"seed": 1}}, limit=2)
     assert folder == tmp_path / "checkpoint-7"
-    assert damage(folder) is None
+    assert checkpoint_damage(folder) is None
     weight(accelerator).zero_()
     assert find_checkpoint(accelerator, "latest", tmp_path) == (folder, {"step": 7, "recipe": {"seed": 1}})
     accelerator.load_state(str(folder))
@@ -55,7 +59,7 @@ def test_the_best_stays_however_old(accelerator, tmp_path):
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-5"]
 
 
-def test_a_save_that_fails_leaves_the_last_good_one(accelerator, tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_last_good_one(accelerator, tmp_path, monkeypatch, caplog):
     save_checkpoint(accelerator, tmp_path, 1, {}, limit=2)
 
     def disk_full(folder: str) -> None:
@@ -65,8 +69,29 @@ def test_a_save_that_fails_leaves_the_last_good_one(accelerator, tmp_path, monke
 
     monkeypatch.setattr(accelerator, "save_state", disk_full)
     assert save_checkpoint(accelerator, tmp_path, 2, {}, limit=2) is None
+    assert "checkpoint-2 could not be written ([Errno 28] No space left on device)" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert damage(tmp_path / "checkpoint-1") is None
+    assert checkpoint_damage(tmp_path / "checkpoint-1") is None
+
+
+def test_a_state_that_cannot_be_written_leaves_the_last_good_one(accelerator, tmp_path, monkeypatch):
+    save_checkpoint(accelerator, tmp_path, 1, {}, limit=2)
+
+    def disk_full(path: Path, value: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lighthubert_training.runs.checkpoints.write_json", disk_full)
+    assert save_checkpoint(accelerator, tmp_path, 2, {}, limit=2) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_what_a_kill_left_of_a_save_or_of_a_deletion_goes_with_the_next_save(accelerator, tmp_path):
+    for step in (1, 2):
+        (tmp_path / f"unfinished-checkpoint-{step}").mkdir()
+        (tmp_path / f"unfinished-checkpoint-{step}" / "half").touch()
+    folder = save_checkpoint(accelerator, tmp_path, 2, {}, limit=2)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert not (folder / "half").exists()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "run_state.json", "optimizer.bin", "manifest.json"])
@@ -77,20 +102,45 @@ def test_any_damage_is_noticed(accelerator, tmp_path, name, how):
     (folder / name).unlink()
     if how != "missing":
         (folder / name).write_bytes(content[:-3] if how == "cut" else content[:-3] + b"???")
-    assert damage(folder) is not None
+    assert checkpoint_damage(folder) is not None
 
 
-def test_the_newest_whole_checkpoint_is_taken_and_named_damage_is_refused(accelerator, tmp_path):
+def test_the_newest_whole_checkpoint_is_taken_and_named_damage_is_refused(accelerator, tmp_path, caplog):
     for step in (1, 2):
         save_checkpoint(accelerator, tmp_path, step, {}, limit=2)
     (tmp_path / "checkpoint-2" / "run_state.json").write_text(json.dumps({"step": 3}))
     assert find_checkpoint(accelerator, "latest", tmp_path)[0].name == "checkpoint-1"
-    with pytest.raises(ValueError, match=r"cannot go on from .*checkpoint-2: run_state.json is not what was written"):
+    assert newest_checkpoint(tmp_path) == require_whole(tmp_path / "checkpoint-1") == tmp_path / "checkpoint-1"
+    assert "checkpoint-2 is damaged, run_state.json is not what was written: trying the one before" in caplog.text
+    with pytest.raises(UserError, match=r"cannot go on from .*checkpoint-2: run_state.json is not what was written"):
         find_checkpoint(accelerator, str(tmp_path / "checkpoint-2"), tmp_path)
     (tmp_path / "checkpoint-1" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
         find_checkpoint(accelerator, "latest", tmp_path)
 
 
 def test_nothing_to_go_on_from_is_a_fresh_start(accelerator, tmp_path):
     assert find_checkpoint(accelerator, "latest", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "checkpoint-10",
+            "has checkpoints of an earlier run, checkpoint-10 the newest: go on from it with --",
+        ),
+        ("model.safetensors", "has an earlier run's model: go on from it with --resume_f.* another --output_dir"),
+        ("model-00001-of-00002.safetensors", "has an earlier run's model"),
+        ("tensorboard", None),
+    ],
+)
+def test_a_folder_in_use_is_refused(tmp_path, name, message):
+    require_no_run(tmp_path / "nowhere")
+    (tmp_path / "checkpoint-9").mkdir() if name == "checkpoint-10" else None
+    (tmp_path / name).mkdir()
+    if message is None:
+        require_no_run(tmp_path)
+    else:
+        with pytest.raises(UserError, match=message):
+            require_no_run(tmp_path)

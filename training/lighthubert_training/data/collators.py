@@ -1,22 +1,24 @@
 """From recordings to padded batches, for distillation and for CTC."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, SequenceFeatureExtractor, Wav2Vec2Processor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
 from lighthubert_training.data.recordings import Recording
 
 
-Batch = dict[str, torch.Tensor]
+Batch = Mapping[str, torch.Tensor]
+"""`input_values` and `attention_mask`, as `pad` gives them."""
 
 
-def pad(extractor: SequenceFeatureExtractor, waveforms: Sequence[np.ndarray]) -> BatchFeature:
-    """Tensors `input_values`, float32, and `attention_mask`, int64, each (batch_size, num_samples), as the feature
-    extractor makes them (normalised or raw); padding is on the right."""
+def pad(extractor: Wav2Vec2FeatureExtractor, waveforms: Sequence[np.ndarray]) -> BatchFeature:
+    """Tensors `input_values`, float32, and `attention_mask`, int32, each (batch_size, num_samples), as the feature
+    extractor makes them (normalised or raw). Padding, zeros, is on the right."""
     return extractor(
         list(waveforms),
         sampling_rate=extractor.sampling_rate,
@@ -27,10 +29,19 @@ def pad(extractor: SequenceFeatureExtractor, waveforms: Sequence[np.ndarray]) ->
 
 
 def padded_batches(
-    extractor: SequenceFeatureExtractor, waveforms: Sequence[np.ndarray], batch_size: int = 16
+    extractor: Wav2Vec2FeatureExtractor, waveforms: Sequence[np.ndarray], batch_size: int = 16
 ) -> list[Batch]:
     """Padded batches, in the order of `waveforms`."""
     return [pad(extractor, waveforms[at : at + batch_size]) for at in range(0, len(waveforms), batch_size)]
+
+
+def _split(
+    recordings: Sequence[Recording],
+) -> tuple[list[Recording], list[np.ndarray], list[tuple[str, str]]]:
+    """Recordings that can be read, their waveforms, and name and problem of each of the others."""
+    readable = [each for each in recordings if each.waveform is not None]
+    waveforms = [each.waveform for each in recordings if each.waveform is not None]
+    return readable, waveforms, [(each.name, each.problem) for each in recordings if each.waveform is None]
 
 
 @dataclass
@@ -40,19 +51,18 @@ class DistillationCollator:
     Recordings shorter than `min_samples`, less than one frame, are repeated until they are long enough.
     """
 
-    student_feature_extractor: SequenceFeatureExtractor
-    teacher_feature_extractor: SequenceFeatureExtractor
+    student_feature_extractor: Wav2Vec2FeatureExtractor
+    teacher_feature_extractor: Wav2Vec2FeatureExtractor
     min_samples: int
 
     def __call__(self, recordings: Sequence[Recording]) -> dict[str, Any]:
         """Tensors `input_values`, `teacher_input_values` and `attention_mask`, each (batch_size, num_samples), and
-        `items`, epochs and indices, (batch_size, 2); the `names` of the recordings; and `unreadable`, name and reason of each that is
-        left out. If none can be read, there is nothing but `unreadable`."""
-        unreadable = [(each.name, each.problem) for each in recordings if each.waveform is None]
-        readable = [each for each in recordings if each.waveform is not None]
+        `items`, epoch and index, int64 (batch_size, 2); `names`; and `unreadable`, name and problem of each recording
+        that is left out. If none can be read, there is nothing but `unreadable`."""
+        readable, waveforms, unreadable = _split(recordings)
         if not readable:
             return {"unreadable": unreadable}
-        waveforms = [np.resize(each.waveform, max(len(each.waveform), self.min_samples)) for each in readable]
+        waveforms = [np.resize(waveform, max(len(waveform), self.min_samples)) for waveform in waveforms]
         student = pad(self.student_feature_extractor, waveforms)
         same = self.teacher_feature_extractor is self.student_feature_extractor
         teacher = student if same else pad(self.teacher_feature_extractor, waveforms)
@@ -68,19 +78,21 @@ class DistillationCollator:
 
 @dataclass
 class CTCCollator:
-    """Pads waveforms and token ids, and keeps the names; padded labels are -100, which the loss leaves out."""
+    """Pads waveforms, and the token ids that are their labels with -100, which the loss leaves out."""
 
     processor: Wav2Vec2Processor
 
     def __call__(self, recordings: Sequence[Recording]) -> dict[str, Any]:
-        """`input_values`, `attention_mask`, (batch_size, num_samples), `labels` (batch_size, num_labels), `names`; and
-        `unreadable`, name and reason of each recording that is left out. If none can be read, there is nothing but
-        `unreadable`."""
-        unreadable = [(each.name, each.problem) for each in recordings if each.waveform is None]
-        readable = [each for each in recordings if each.waveform is not None]
+        """Tensors `input_values` and `attention_mask`, (batch_size, num_samples), and `labels`, int64 (batch_size,
+        num_labels); `names`; and `unreadable`, name and problem of each recording that is left out. If none can be
+        read, there is nothing but `unreadable`."""
+        readable, waveforms, unreadable = _split(recordings)
         if not readable:
             return {"unreadable": unreadable}
-        batch = pad(self.processor.feature_extractor, [each.waveform for each in readable])
-        labels = [torch.tensor(each.labels) for each in readable]
-        labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-        return {**batch, "labels": labels, "names": [each.name for each in readable], "unreadable": unreadable}
+        labels = [torch.tensor(each.labels, dtype=torch.int64) for each in readable]
+        return {
+            **pad(self.processor.feature_extractor, waveforms),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            "names": [each.name for each in readable],
+            "unreadable": unreadable,
+        }

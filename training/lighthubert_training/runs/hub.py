@@ -1,14 +1,17 @@
-"""The Hub: uploading what a run made, and saying in one sentence when that fails."""
+"""The Hub: uploading what a run made, and saying in two sentences when that fails."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from modeling_lighthubert.errors import UserError
 
 
 UNPUBLISHED = ["checkpoint-*", "unfinished-*", ".unfinished-*", "tensorboard", "runs", "training_args.bin"]
+"""Patterns of what stays here: checkpoints, files that are being written, logs, and a pickle."""
 
 
 @contextmanager
@@ -21,11 +24,16 @@ def reaching_hub(failure: str, remedy: str) -> Iterator[None]:
 
     Raises:
         ConnectionError: the Hub was not reached, or refused. A token that the client's message might hold is hidden.
+        UserError: the Hub has no names like the one that was given.
     """
     try:
         yield
+    except HFValidationError as error:
+        raise UserError(without_token(f"{failure}: {error}")) from error
     except Exception as error:  # which, depends on the client's HTTP library
-        if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+        # what the Hub refuses can be a ValueError as well; other ones, and these, are mistakes of the user or of ours
+        is_refusal = isinstance(error, HfHubHTTPError)
+        if isinstance(error, ValueError | TypeError | LookupError | AttributeError) and not is_refusal:
             raise
         raise ConnectionError(f"{failure} ({without_token(str(error))}). {remedy}") from error
 
@@ -37,13 +45,14 @@ def without_token(text: str) -> str:
 
 
 def push_folder(folder: Path, hub_model_id: str | None) -> None:
-    """Uploads a folder without its checkpoints and logs.
+    """Uploads a folder without its checkpoints and logs, to a repository that is made if it is not there.
 
     Args:
-        hub_model_id: repository. Default: the name of the folder.
+        hub_model_id: name of the repository. Default: that of the folder.
 
     Raises:
         ConnectionError: the Hub cannot be reached, or refuses. The folder is as it was.
+        UserError: the Hub has no names like that of the repository.
     """
     folder = folder.resolve()
     name = hub_model_id or folder.name

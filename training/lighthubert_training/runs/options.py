@@ -1,5 +1,5 @@
-"""Options of a script: dataclasses from the command line and from a recipe, a YAML file of options, which comes with
-the package or from the user; and the file that says with which options a run was made."""
+"""Options of a script: dataclasses, filled from the command line and from a recipe, a YAML file of options that comes
+with the package or from the user; and the file that says with which options a run was made."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.errors import UserError, user_error
 from modeling_lighthubert.files import write_text
 
 
@@ -21,30 +21,35 @@ RECIPES = Path(__file__).parents[1] / "configs"
 def parse_options(
     parser: HfArgumentParser, job: str | None = None, arguments: Sequence[str] | None = None
 ) -> tuple[Any, ...]:
-    """The dataclasses of `parser` from the command line; `--config` gives options before all others.
+    """The dataclasses of `parser`, from a recipe (`--config`) and from the command line, which has the last word.
 
-    Values of a recipe go through the parser like any option, so an unknown name, a wrong type or a value that is not
-    among the choices ends with its message. `null` leaves the default.
+    Values of a recipe go through the parser like those of the command line, which checks their names, types and
+    choices. `null` leaves the default.
 
     Args:
-        job: folder of `configs/` whose recipes `--config` finds by name.
-        arguments: default: those of the process.
+        job: folder of `RECIPES` whose recipes `--config` finds by name.
+        arguments: words of the command line. Default: those of the process.
 
     Raises:
-        UserError: an option that is not there, or a value that it does not allow.
+        UserError: there is no such option or recipe, or a value is not allowed.
     """
     names = [file.stem for file in sorted((RECIPES / job).glob("*.yaml"))] if job else []
     listed = f", or one of {', '.join(names)}" if names else ""
     parser.add_argument("--config", metavar="RECIPE", help=f"YAML file with any of these options{listed}.")
-    parser.error = _refuse  # type: ignore[method-assign]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    config, rest = first.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
-    options = [] if config.config is None else _words_of(_find_recipe(config.config, job, names), parser)
-    try:
-        *parsed, _ = parser.parse_args_into_dataclasses([*options, *rest])
-    except ValueError as error:  # of a dataclass whose values contradict each other
-        raise UserError(str(error)) from error
+    for each in (parser, first):
+        each.error = _refuse  # type: ignore[method-assign]  # argparse would end the process
+    given, words = first.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+    if given.config is not None:
+        recipe = Path(given.config)
+        if not recipe.is_file():  # a file of the user goes before the recipe of that name
+            if given.config not in names:
+                raise UserError(f"--config {given.config} is no file and no recipe: give a YAML file{listed}")
+            recipe = RECIPES / str(job) / f"{given.config}.yaml"
+        words = [*_to_words(recipe, parser), *words]
+    with user_error():  # of a dataclass whose values contradict each other
+        *parsed, _ = parser.parse_args_into_dataclasses(words)
     return tuple(parsed)
 
 
@@ -52,20 +57,11 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message} (--help lists the options)")
 
 
-def _find_recipe(name: str, job: str | None, names: Sequence[str]) -> Path:
-    path = RECIPES / str(job) / f"{name}.yaml" if name in names and not Path(name).exists() else Path(name)
-    if not path.is_file():
-        raise UserError(
-            f"--config {name} is no file" + (f" and no recipe: choose from {', '.join(names)}" if names else "")
-        )
-    return path
-
-
 def read_options(path: Path) -> dict[str, Any]:
-    """The options in a recipe.
+    """The options in a recipe, by name.
 
     Raises:
-        UserError: no YAML file of options.
+        UserError: it is no YAML file of options.
     """
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -76,7 +72,7 @@ def read_options(path: Path) -> dict[str, Any]:
     return options
 
 
-def _words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+def _to_words(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     """The options in a recipe, as words of a command line."""
     known = {action.dest for action in parser._actions}
     words: list[str] = []
@@ -88,6 +84,6 @@ def _words_of(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     return words
 
 
-def save_options(options: dict[str, Any], output_dir: str) -> None:
-    """Writes all options, given or default, to `recipe.yaml`: `--config` of the same run once more."""
+def save_options(options: dict[str, Any], output_dir: str | Path) -> None:
+    """Writes all options, given or default, to `recipe.yaml`: as `--config` it starts the same run once more."""
     write_text(Path(output_dir) / "recipe.yaml", yaml.safe_dump(options, sort_keys=False))

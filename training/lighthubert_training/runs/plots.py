@@ -1,4 +1,4 @@
-"""Plots, drawn without a display and without matplotlib's global state."""
+"""Plots of results as PNG files, drawn without a display and without matplotlib's global state (pyplot)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,12 +6,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from modeling_lighthubert.files import whole_file
 
 
 def new_figure(num_panels: int = 1, size: tuple[float, float] = (8, 4.5)) -> tuple[Figure, list[Axes]]:
-    """A figure of `size` inches with panels side by side, each with a grid."""
+    """A figure of `size` inches, width and height, and its panels, side by side, each with a grid."""
     figure = Figure(figsize=size)
     panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
     for axes in panels:
@@ -20,7 +21,7 @@ def new_figure(num_panels: int = 1, size: tuple[float, float] = (8, 4.5)) -> tup
 
 
 def save_figure(figure: Figure, path: Path, **layout: Any) -> None:
-    """Writes a PNG.
+    """Writes a PNG of 120 dots an inch.
 
     Args:
         layout: options of `tight_layout`.
@@ -31,14 +32,15 @@ def save_figure(figure: Figure, path: Path, **layout: Any) -> None:
 
 
 def plot_losses(history: Sequence[dict[str, float]], path: Path) -> None:
-    """Losses against steps as a PNG: of training by class of subnet, of evaluation by subnet."""
+    """Plots every entry of a history with `loss` in its name against its `step`: those of evaluations as dashed lines
+    with points, those of training as lines."""
     figure, (axes,) = new_figure()
     names = dict.fromkeys(name for entry in history for name in entry if "loss" in name)
     for name in names:
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         style: dict[str, Any] = {"marker": "o", "linestyle": "--"} if name.startswith("eval_") else {"linewidth": 1}
-        axes.plot(*zip(*points), label=name, **style)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.plot(*zip(*points, strict=True), label=name, **style)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.set(xlabel="steps", ylabel="loss")
     if names:
         axes.legend(fontsize="small")

@@ -10,8 +10,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def mean_and_deviation(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
-    """`0.240 ± 0.005`: mean and standard deviation over seeds, of values times `scale`; of one value itself, of none
-    nothing."""
+    """Mean and standard deviation over seeds, such as `0.240 ± 0.005`, of values times `scale`.
+
+    One value stands alone; without values the text is empty.
+    """
     if not values:
         return ""
     mean = f"{scale * statistics.mean(values):.{digits}f}"

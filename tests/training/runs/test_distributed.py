@@ -1,0 +1,91 @@
+"""Gradients are summed over processes, and devices are the ones that were asked for."""
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from lighthubert_training.runs.distributed import any_process, build_accelerator, choose_device, sum_gradients
+from modeling_lighthubert.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Process:
+    """One of two, which are threads here: as much of Accelerate as sums need."""
+
+    num_processes, device = 2, torch.device("cpu")
+    barrier, tensors = threading.Barrier(2, timeout=60), [torch.zeros(0)] * 2
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        self.tensors[self.rank] = tensor.clone()
+        self.barrier.wait()
+        total = self.tensors[0] + self.tensors[1]
+        self.barrier.wait()
+        return total
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    """One that all processes use, one of the second alone, one of none, one that is frozen."""
+    return [torch.nn.Parameter(torch.zeros(2, 3), requires_grad=number < 3) for number in range(4)]
+
+
+def in_one_process(rank: int) -> tuple[list, list[bool]]:
+    process = Process(rank)
+    used_by_all, used_by_second, *_ = trained = parameters()
+    used_by_all.grad = torch.arange(6.0).view(2, 3) * (rank + 1)
+    if rank == 1:
+        used_by_second.grad = torch.ones(2, 3)
+    sum_gradients(trained, process)
+    sum_gradients(parameters(), process)  # of which no process used any
+    gradients = [each.grad if each.grad is None else each.grad.tolist() for each in trained]
+    return gradients, [any_process(process, flag) for flag in (rank == 1, False)]
+
+
+def test_two_processes_sum_their_gradients_and_a_weight_that_none_used_keeps_none():
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(in_one_process, range(2))
+    total = [[0.0, 3.0, 6.0], [9.0, 12.0, 15.0]]
+    assert first == second == ([total, [[1.0] * 3] * 2, None, None], [True, False])
+
+
+def test_one_process_keeps_its_gradients():
+    (parameter, *_) = trained = parameters()
+    parameter.grad = gradient = torch.ones(2, 3)
+    sum_gradients(trained, Accelerator(cpu=True))
+    assert parameter.grad is gradient
+    assert [each.grad for each in trained[1:]] == [None] * 3
+    assert any_process(Accelerator(cpu=True), True)
+    assert not any_process(Accelerator(cpu=True), False)
+
+
+def test_the_device_is_the_one_that_was_asked_for(monkeypatch):
+    assert build_accelerator("cpu").device == torch.device("cpu")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert build_accelerator("meta:0").device == torch.device("meta")
+    assert "ACCELERATE_TORCH_DEVICE" not in os.environ
+    assert choose_device("cpu") == "cpu"
+    for available, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert choose_device() == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "gpu:0", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(UserError, match=f"device {device} cannot be used"):
+        build_accelerator(device)
+    with pytest.raises(UserError, match=f"device {device} cannot be used"):
+        choose_device(device)
