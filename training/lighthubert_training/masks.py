@@ -23,7 +23,7 @@ def true_lengths(model: Any, attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def true_frames(model: Any, num_frames: int, attention_mask: torch.Tensor) -> torch.Tensor:
-    """True frames, bool (batch_size, num_frames), of recordings with samples in `attention_mask`: see `true_lengths`."""
+    """True frames, bool (batch_size, num_frames), of recordings with the samples of `attention_mask`."""
     return frame_mask(true_lengths(model, attention_mask), num_frames)
 
 

@@ -1,70 +1,85 @@
-"""Conversion from a Hub to a Hub, over real HTTP, and what comes back from there without the package."""
+"""What a run made goes to the Hub without its checkpoints, and a Hub that fails says so in two sentences."""
 
-import json
-import os
-import subprocess
-import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, run_without_package
 from hub_server import Hub, loopback_hub
+from huggingface_hub import HfApi, constants
 
-
-CONVERTER = "modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch"
-
-LOAD = """
-import json
-from transformers import AutoFeatureExtractor, AutoModel
-
-model = AutoModel.from_pretrained("me/lighthubert", trust_remote_code=True)
-extractor = AutoFeatureExtractor.from_pretrained("me/lighthubert")
-model.set_subnet("smallest")
-print(json.dumps([model.subnet.hidden_size, model.search_space.num_subnets, extractor.do_normalize]))
-"""
+from lighthubert_training.runs import hub as runs_hub
+from lighthubert_training.runs.hub import push_folder, reaching_hub, without_token
+from modeling_lighthubert.errors import UserError
 
 
 @pytest.fixture
-def hub():
+def hub(monkeypatch):
     with loopback_hub() as hub:
-        hub.add("mechanicalsea/lighthubert", {"lighthubert_small.pt": (GOLDEN / "checkpoint.pt").read_bytes()})
+        monkeypatch.setenv("HF_TOKEN", hub.environment["HF_TOKEN"])
+        # what the environment said is read at import
+        monkeypatch.setattr(runs_hub, "HfApi", partial(HfApi, endpoint=hub.url))
+        for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the attempts of the client
         yield hub
 
 
-def convert(hub: Hub, tmp_path: Path, checkpoint: str, *options: str) -> subprocess.CompletedProcess:
-    space = tmp_path / "space.json"
-    space.write_text(json.dumps(json.loads((GOLDEN / "cases.json").read_text())["search_space"]))
-    command = [sys.executable, "-m", CONVERTER, "--checkpoint_path", checkpoint, "--search_space", str(space)]
-    command += ["--pytorch_dump_folder_path", str(tmp_path / "out"), *options]
-    environment = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path / "hf")}
-    environment.pop("HF_HUB_OFFLINE", None)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """What a run leaves."""
+    names = ["config.json", "model.safetensors", "README.md", "loss.png", "checkpoint-2/model.safetensors"]
+    names += ["unfinished-checkpoint-4/model.safetensors", ".unfinished-1-config.json", "training_args.bin"]
+    names += ["tensorboard/events", "runs/now/events"]
+    for name in names:
+        (tmp_path / "small" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "small" / name).write_text(name)
+    return tmp_path / "small"
 
 
-def test_a_checkpoint_on_the_hub_is_converted_pushed_and_loaded_from_there(hub, tmp_path):
-    finished = convert(
-        hub, tmp_path, "mechanicalsea/lighthubert/lighthubert_small.pt", "--push_to_hub", "me/lighthubert"
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+def test_a_folder_is_pushed_without_checkpoints_and_logs(hub: Hub, folder):
+    push_folder(folder, "me/lighthubert")
     pushed = hub.repositories["me/lighthubert"].files()
-    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} <= set(pushed)
-    assert "modeling_lighthubert.py" in pushed
-    assert b"7,800,136,704 subnets" in pushed["README.md"]
-    loaded = run_without_package(LOAD, tmp_path, environment=hub.environment | {"HF_HUB_OFFLINE": "0"})
-    assert loaded == [64, 7_800_136_704, True]
+    assert set(pushed) == {"config.json", "model.safetensors", "README.md", "loss.png"}
+    assert pushed["config.json"] == b"config.json"
 
 
-def test_a_file_that_the_hub_does_not_have_gives_a_clear_error(hub, tmp_path):
-    finished = convert(hub, tmp_path, "mechanicalsea/lighthubert/lighthubert_large.pt")
-    assert finished.returncode == 1
-    assert finished.stderr.startswith("error: ") or "\nerror: " in finished.stderr
-    assert "lighthubert_large.pt" in finished.stderr
-    assert "Traceback" not in finished.stderr
-    assert not (tmp_path / "out").exists()
+def test_the_repository_is_called_like_the_folder_unless_told(hub: Hub, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    push_folder(Path("."), None)
+    assert "config.json" in hub.repositories["me/small"].files()
 
 
-def test_no_token_is_printed(hub, tmp_path):
-    finished = convert(
-        hub, tmp_path, "mechanicalsea/lighthubert/lighthubert_small.pt", "--push_to_hub", "me/lighthubert"
-    )
-    assert "hf_secret" not in finished.stdout + finished.stderr
+def test_a_push_that_fails_says_where_the_model_is_and_what_sends_it(hub: Hub, folder):
+    hub.cuts_off = "commit"
+    message = rf"^me/a could not be pushed \(.+\). The model is in {folder}: `hf upload me/a {folder}` sends it$"
+    with pytest.raises(ConnectionError, match=message):
+        push_folder(folder, "me/a")
+    assert (folder / "checkpoint-2" / "model.safetensors").exists()
+    assert hub.repositories["me/a"].files() == {}
+
+
+def test_a_name_that_the_hub_cannot_have_is_the_users_mistake(hub: Hub, folder):
+    with pytest.raises(UserError, match="me/a/b could not be pushed: Repo id must be"):
+        push_folder(folder, "me/a/b")
+    assert not hub.repositories
+
+
+def test_what_the_client_says_is_shown_without_the_token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with pytest.raises(ConnectionError) as caught, reaching_hub("me/a was not found", "Try again"):
+        raise RuntimeError("refused: Bearer hf_secret")
+    assert str(caught.value) == "me/a was not found (refused: Bearer ***). Try again"
+
+
+@pytest.mark.parametrize("error", [UserError("no such model"), TypeError("a bug"), KeyError("a bug")])
+def test_mistakes_that_are_not_the_hubs_stay_what_they_are(error):
+    with pytest.raises(type(error)) as caught, reaching_hub("", ""):
+        raise error
+    assert caught.value is error
+
+
+def test_text_without_a_token_stays_as_it_is(monkeypatch):
+    assert without_token("nothing secret") == "nothing secret"
+    monkeypatch.setattr(runs_hub, "get_token", lambda: None)
+    assert without_token("hf_secret") == "hf_secret"

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from modeling_lighthubert.errors import UserError
 
 
-UNPUBLISHED = ["checkpoint-*", "unfinished-*", ".unfinished-*", "tensorboard", "runs", "training_args.bin"]
+UNPUBLISHED = ["checkpoint-*", "unfinished-*", ".unfinished-*", "tensorboard/*", "runs/*", "training_args.bin"]
 """Patterns of what stays here: checkpoints, files that are being written, logs, and a pickle."""
 
 
