@@ -29,7 +29,7 @@ def pooled_features(model: PreTrainedModel, batches: Sequence[Batch]) -> np.ndar
         hidden_states = model(batch["input_values"], attention_mask=batch["attention_mask"]).last_hidden_state
         frames = true_frames(model, hidden_states.shape[1], batch["attention_mask"]).unsqueeze(-1)
         pooled.append((hidden_states * frames).sum(dim=1) / frames.sum(dim=1))
-    return torch.cat(pooled).numpy()
+    return torch.cat(pooled).float().cpu().numpy()
 
 
 def linear_probe() -> Pipeline:
