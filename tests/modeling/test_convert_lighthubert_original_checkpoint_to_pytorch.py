@@ -16,6 +16,7 @@ from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTrainin
 from modeling_lighthubert import LightHubertForPreTraining, SearchSpace
 from modeling_lighthubert import convert_lighthubert_original_checkpoint_to_pytorch as conversion
 from modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch import convert, main, parse_conv_layers
+from modeling_lighthubert.errors import UserError
 
 
 CHECKPOINT = GOLDEN / "checkpoint.pt"
@@ -53,13 +54,13 @@ def command(tmp_path):
     return run
 
 
-def assert_refused(command, capsys, tmp_path, message, *arguments, **options):
-    """The command ends with status 1 and `message`, and leaves no folder, not even half of one."""
-    with pytest.raises(SystemExit) as stopped:
+def assert_refused(command, tmp_path, message, *arguments, **options):
+    """The command fails with `message`, and leaves no folder, not even half of one."""
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as refused:
         command(*arguments, **options)
-    assert stopped.value.code == 1
-    assert message in capsys.readouterr().err
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+    assert message in str(refused.value)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 # What is kept
@@ -83,7 +84,7 @@ def test_every_weight_that_has_a_use_is_kept_in_full_precision(original):
 
 
 def test_what_is_dropped_is_named(caplog):
-    logger = logging.getLogger("lighthubert.convert")
+    logger = logging.getLogger("modeling_lighthubert.convert")
     logger.addHandler(caplog.handler)
     try:
         convert(str(CHECKPOINT), SPACE)
@@ -204,10 +205,10 @@ def test_a_checkpoint_is_fetched_from_the_hub(command, monkeypatch):
     assert asked == [("mechanicalsea/lighthubert", "lighthubert_small.pt")]
 
 
-def test_a_hub_that_cannot_be_reached_is_a_clear_error(command, capsys, tmp_path, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_a_clear_error(command, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert_refused(command, capsys, tmp_path, "error: ", "somebody/nowhere/file.pt")
+    assert_refused(command, tmp_path, "somebody/nowhere/file.pt cannot be downloaded: ", "somebody/nowhere/file.pt")
 
 
 def test_the_folder_is_pushed(command, monkeypatch):
@@ -230,8 +231,8 @@ def test_the_folder_is_pushed(command, monkeypatch):
 # Bad input
 
 
-def test_a_missing_file_is_refused(command, capsys, tmp_path):
-    assert_refused(command, capsys, tmp_path, "nothing.pt is no file", tmp_path / "nothing.pt")
+def test_a_missing_file_is_refused(command, tmp_path):
+    assert_refused(command, tmp_path, "nothing.pt is no file", tmp_path / "nothing.pt")
 
 
 class Payload:
@@ -245,7 +246,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("place", ["weights", "settings", "alone", "plain pickle"])
-def test_a_pickle_payload_is_refused_and_not_run(place, command, capsys, original, tmp_path):
+def test_a_pickle_payload_is_refused_and_not_run(place, command, original, tmp_path):
     payload, path = Payload(tmp_path / "attacked"), tmp_path / "hostile.pt"
     if place == "weights":
         original["model"]["mask_emb"] = payload
@@ -255,7 +256,7 @@ def test_a_pickle_payload_is_refused_and_not_run(place, command, capsys, origina
         path.write_bytes(pickle.dumps(payload))
     else:
         torch.save(payload if place == "alone" else original, path)
-    assert_refused(command, capsys, tmp_path, "holds code beside weights, which is never run", path)
+    assert_refused(command, tmp_path, "holds code beside weights, which is never run", path)
     assert not (tmp_path / "attacked").exists()
     with suppress(RuntimeError):  # a careless reader runs it, whatever else it thinks of the file
         torch.load(path, weights_only=False)
@@ -263,10 +264,10 @@ def test_a_pickle_payload_is_refused_and_not_run(place, command, capsys, origina
 
 
 @pytest.mark.parametrize("kept", [0, 0.01, 0.5, 0.999])
-def test_a_truncated_file_is_refused(kept, command, capsys, tmp_path):
+def test_a_truncated_file_is_refused(kept, command, tmp_path):
     content = CHECKPOINT.read_bytes()
     (tmp_path / "short.pt").write_bytes(content[: int(len(content) * kept)])
-    assert_refused(command, capsys, tmp_path, "cannot be read as a checkpoint: it is damaged", tmp_path / "short.pt")
+    assert_refused(command, tmp_path, "cannot be read as a checkpoint: it is damaged", tmp_path / "short.pt")
 
 
 @pytest.mark.parametrize(
@@ -296,57 +297,55 @@ def test_a_truncated_file_is_refused(kept, command, capsys, tmp_path):
         "number in it",
     ],
 )
-def test_another_model_is_refused(checkpoint, command, written, capsys, tmp_path):
-    assert_refused(command, capsys, tmp_path, "is not a LightHuBERT checkpoint", written(checkpoint))
+def test_another_model_is_refused(checkpoint, command, written, tmp_path):
+    assert_refused(command, tmp_path, "is not a LightHuBERT checkpoint", written(checkpoint))
 
 
 @pytest.mark.parametrize("setting", ["encoder_layers", "encoder_embed_dim", "conv_feature_layers", "extractor_mode"])
-def test_a_missing_setting_is_named(setting, original, command, written, capsys, tmp_path):
+def test_a_missing_setting_is_named(setting, original, command, written, tmp_path):
     del original["cfg"]["model"][setting]
-    assert_refused(command, capsys, tmp_path, setting, written(original))
+    assert_refused(command, tmp_path, setting, written(original))
 
 
-def test_a_missing_weight_is_named(original, command, written, capsys, tmp_path):
+def test_a_missing_weight_is_named(original, command, written, tmp_path):
     del original["model"]["encoder.layers.4.fc1.bias"]
-    assert_refused(command, capsys, tmp_path, "lacks encoder.layers.4.fc1.bias", written(original))
+    assert_refused(command, tmp_path, "lacks encoder.layers.4.fc1.bias", written(original))
 
 
-def test_an_unknown_weight_is_named(original, command, written, capsys, tmp_path):
+def test_an_unknown_weight_is_named(original, command, written, tmp_path):
     original["model"]["encoder.layers.12.fc1.bias"] = torch.zeros(512)
-    assert_refused(command, capsys, tmp_path, "does not know: ['encoder.layers.12.fc1.bias']", written(original))
+    assert_refused(command, tmp_path, "does not know: ['encoder.layers.12.fc1.bias']", written(original))
 
 
-def test_a_weight_of_another_shape_is_named(original, command, written, capsys, tmp_path):
+def test_a_weight_of_another_shape_is_named(original, command, written, tmp_path):
     original["model"]["encoder.layers.4.fc1.bias"] = torch.zeros(511)
     message = "encoder.layers.4.fc1.bias has shape (511,), but its settings say (512,)"
-    assert_refused(command, capsys, tmp_path, message, written(original))
+    assert_refused(command, tmp_path, message, written(original))
 
 
-def test_a_search_space_that_the_checkpoint_does_not_name_is_asked_for(original, command, written, capsys, tmp_path):
+def test_a_search_space_that_the_checkpoint_does_not_name_is_asked_for(original, command, written, tmp_path):
     original["cfg"]["model"]["pruner_supernet"] = "/x/mine.yaml"
-    assert_refused(command, capsys, tmp_path, "give --search_space", written(original), space=None)
+    assert_refused(command, tmp_path, "give --search_space", written(original), space=None)
 
 
 @pytest.mark.parametrize("space", [None, "small", "base"])
-def test_a_search_space_wider_than_the_checkpoint_is_refused(space, command, capsys, tmp_path):
-    assert_refused(command, capsys, tmp_path, "but the supernet has only 128", CHECKPOINT, space=space)
+def test_a_search_space_wider_than_the_checkpoint_is_refused(space, command, tmp_path):
+    assert_refused(command, tmp_path, "but the supernet has only 128", CHECKPOINT, space=space)
 
 
-def test_an_unknown_search_space_is_refused(command, capsys, tmp_path):
-    assert_refused(command, capsys, tmp_path, "'huge' is not known: choose from", CHECKPOINT, space="huge")
+def test_an_unknown_search_space_is_refused(command, tmp_path):
+    assert_refused(command, tmp_path, "'huge' is not known: choose from", CHECKPOINT, space="huge")
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"hidden_size": [64]}'])
-def test_a_bad_search_space_file_is_refused(content, command, capsys, tmp_path):
+def test_a_bad_search_space_file_is_refused(content, command, tmp_path):
     (tmp_path / "bad.json").write_text(content, encoding="utf-8")
-    assert_refused(command, capsys, tmp_path, "error: ", CHECKPOINT, space=tmp_path / "bad.json")
+    assert_refused(command, tmp_path, "bad.json: ", CHECKPOINT, space=tmp_path / "bad.json")
 
 
-def test_stage_one_cannot_be_trimmed(original, command, written, capsys, tmp_path):
+def test_stage_one_cannot_be_trimmed(original, command, written, tmp_path):
     original["cfg"]["model"]["_name"] = "student_hubert"
-    assert_refused(
-        command, capsys, tmp_path, "only a supernet can be trimmed", written(original), "--trim", space=None
-    )
+    assert_refused(command, tmp_path, "only a supernet can be trimmed", written(original), "--trim", space=None)
 
 
 # Convolutions are parsed, never evaluated
@@ -395,10 +394,10 @@ def test_convolutions_that_are_no_list_of_numbers_are_refused(text, tmp_path, mo
     assert not (tmp_path / "attacked").exists()
 
 
-def test_code_in_a_checkpoints_convolutions_is_refused(original, command, written, capsys, tmp_path, monkeypatch):
+def test_code_in_a_checkpoints_convolutions_is_refused(original, command, written, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     original["cfg"]["model"]["conv_feature_layers"] = "__import__('pathlib').Path('attacked').touch() or [(32,10,5)]"
-    assert_refused(command, capsys, tmp_path, "is not a list of (channels, kernel, stride)", written(original))
+    assert_refused(command, tmp_path, "is not a list of (channels, kernel, stride)", written(original))
     assert not (tmp_path / "attacked").exists()
 
 
@@ -406,11 +405,16 @@ def test_code_in_a_checkpoints_convolutions_is_refused(original, command, writte
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_what_is_there_already_is_not_overwritten(kind, command, capsys, tmp_path):
+def test_what_is_there_already_is_not_overwritten(kind, command, tmp_path):
     precious = tmp_path / "there" if kind == "file" else tmp_path / "there" / "precious"
     precious.parent.mkdir(exist_ok=True)
     precious.write_text("precious", encoding="utf-8")
-    assert_refused(command, capsys, tmp_path, "exists already", folder=tmp_path / "there")
+    assert_refused(
+        command,
+        tmp_path,
+        "exists and is not empty: choose another --pytorch_dump_folder_path",
+        folder=tmp_path / "there",
+    )
     assert precious.read_text(encoding="utf-8") == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["space.json", "there"]
 
@@ -422,6 +426,6 @@ def test_a_failure_while_writing_leaves_nothing(error, command, tmp_path, monkey
         raise error
 
     monkeypatch.setattr(LightHubertForPreTraining, "save_pretrained", fail)
-    with pytest.raises((SystemExit, KeyboardInterrupt)):
+    with pytest.raises(type(error)):
         command()
     assert [path.name for path in tmp_path.iterdir()] == ["space.json"]

@@ -1,5 +1,7 @@
 """ONNX files answer like torch, for any number and length of recordings, and are refused where they do not."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,12 @@ from conftest import answer, noise, tiny_model
 from transformers import AutoConfig
 
 from modeling_lighthubert import LightHubertForCTC, LightHubertModel, SearchSpace, onnx_export
+from modeling_lighthubert.errors import MissingExtraError, UserError
 from modeling_lighthubert.export import main, to_hubert
-from modeling_lighthubert.onnx_export import to_onnx
+from modeling_lighthubert.onnx_export import onnx_session, to_onnx
 
 
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
@@ -33,8 +36,7 @@ def exported(request, tmp_path_factory):
 
 
 def run(file, audio: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return session.run(None, {"input_values": audio.numpy(), "attention_mask": mask.numpy()})[0]
+    return onnx_session(file).run(None, {"input_values": audio.numpy(), "attention_mask": mask.numpy()})[0]
 
 
 def test_answers_are_those_of_torch_for_twenty_lengths_and_three_batch_sizes(exported):
@@ -90,6 +92,30 @@ def test_the_command_exports_eight_bits(exported, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(onnx_export, "_write", lambda _, file: file.write_bytes((folder / "model.onnx").read_bytes()))
     model.save_pretrained(tmp_path / "cut")
     words = ["--format", "onnx", "--quantize", "int8", "--repeats", "1", "--output_dir", str(tmp_path / "out")]
-    main([str(tmp_path / "cut"), *words])
-    assert "model_int8.onnx" in capsys.readouterr().out
-    assert (tmp_path / "out" / "model_int8.onnx").exists()
+    main(["--model_name_or_path", str(tmp_path / "cut"), *words])
+    assert f"{tmp_path / 'out' / 'model_int8.onnx'}: " in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == {"model_int8.onnx"}
+
+
+def test_a_session_has_as_many_threads_as_torch_or_as_are_asked_for(exported):
+    _, folder = exported
+    for num_threads, expected in ((None, torch.get_num_threads()), (2, 2)):
+        options = onnx_session(folder / "model.onnx", num_threads).get_session_options()
+        assert options.intra_op_num_threads == expected
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+        assert onnx_session(folder / "model.onnx").get_providers() == ["CPUExecutionProvider"]
+
+
+def test_a_file_that_cannot_be_run_is_named(tmp_path):
+    (tmp_path / "broken.onnx").write_text("no model")
+    for name in ("broken.onnx", "nowhere.onnx"):
+        with pytest.raises(UserError, match=f"{name} cannot be run: "):
+            onnx_session(tmp_path / name)
+
+
+@pytest.mark.parametrize("module", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_package_is_named_before_anything_is_written(module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=r"writing an ONNX file needs the extra 'onnx': pip install"):
+        to_onnx(make("cut CTC"), tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,6 @@
 """Costs are what the model really has and does."""
 
 import random
-import time
 
 import pytest
 import torch
@@ -113,13 +112,25 @@ def test_runs_take_turns_in_an_order_that_is_drawn_anew_in_every_repeat():
     assert again == order, "the order depends on the names alone"
 
 
-def test_only_the_run_and_the_wait_for_its_device_are_timed(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(profiling.time, "perf_counter", lambda: now[0])
+class Clock:
+    """Time that passes only when a test says so."""
 
-    def advance(seconds: float) -> None:
-        now[0] += seconds
+    def __init__(self):
+        self.now = 0.0
 
+    def advance(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_only_the_run_and_the_wait_for_its_device_are_timed(clock):
+    advance = clock.advance
     runs = {"fast": lambda: advance(1), "slow": lambda: advance(4)}
     assert time_in_turns(runs, 3) == {"fast": [1, 1, 1], "slow": [4, 4, 4]}
     assert time_in_turns(runs, 2, synchronize=lambda: advance(0.5)) == {"fast": [1.5] * 2, "slow": [4.5] * 2}
@@ -132,24 +143,23 @@ def test_a_ratio_is_the_median_of_the_ratios_within_a_repeat():
         median_ratio([1, 2], [1])
 
 
-class Sleeper(torch.nn.Linear):
-    """A model that takes longer and longer."""
+class SlowModel(torch.nn.Linear):
+    """A model that takes 1, 2, 4, 8 ... seconds."""
 
-    def __init__(self):
+    def __init__(self, clock):
         super().__init__(1, 1, dtype=torch.bfloat16)
-        self.inputs = []
+        self.clock, self.inputs = clock, []
 
     def forward(self, audio):
         assert not torch.is_grad_enabled()
+        self.clock.advance(2 ** len(self.inputs))
         self.inputs.append((tuple(audio.shape), audio.dtype))
-        time.sleep(0.02 * len(self.inputs))
 
 
-def test_latency_is_the_median_after_the_warm_up():
-    model = Sleeper()
-    latency = measure_latency(model, seconds=0.5, batch_size=2, repeats=3, warm_up=1)
+def test_latency_is_the_median_after_the_warm_up(clock):
+    model = SlowModel(clock)
+    assert measure_latency(model, seconds=0.5, batch_size=2, repeats=3, warm_up=1) == 4, "of 2, 4 and 8"
     assert model.inputs == [((2, 8000), torch.bfloat16)] * 4
-    assert 0.06 <= latency < 0.075, "of 40, 60 and 80 ms"
 
 
 # The command
