@@ -5,7 +5,7 @@ import random
 import pytest
 from conftest import NARROW, SIX_DEEP, TWO_DEEP, WINDOWED
 
-from lighthubert_training.sampling import draw_subnets, num_matrix_weights, sample_by_size
+from lighthubert_training.sampling import draw_subnets, evaluation_subnets, num_matrix_weights, sample_by_size
 from modeling_lighthubert import SearchSpace
 
 
@@ -38,9 +38,17 @@ def test_sampling_strategies_draw_what_they_are_named_for():
         draw_subnets(SIX_DEEP, "best", 0, 0)
 
 
+def test_evaluations_measure_the_named_subnets_and_the_same_random_ones_every_time():
+    subnets = evaluation_subnets(SIX_DEEP, num_random=3)
+    assert list(subnets) == ["largest", "smallest", "middle", "random_0", "random_1", "random_2"]
+    assert len(set(subnets.values())) == len(subnets)
+    assert subnets == evaluation_subnets(SIX_DEEP, num_random=3)
+    assert evaluation_subnets(None, num_random=3) == {"model": None}
+
+
 @pytest.mark.parametrize("space", [SearchSpace.small(), SearchSpace.base(), SIX_DEEP, TWO_DEEP], ids=str)
 def test_sizes_are_uniform_between_the_ends(space):
-    """Each fifth of the range gets its share of 1000 draws; the choices of one after another leave the ends empty."""
+    """Each fifth of the range gets a fifth of 1000 draws, up to chance; independent choices leave the ends empty."""
     rng = random.Random(0)
     least, most = num_matrix_weights(space.smallest), num_matrix_weights(space.largest)
     fifths = [0] * 5

@@ -1,14 +1,11 @@
-"""The log averages over steps, goes on where it stopped, and ends as a plot and a card."""
+"""The log averages over steps, keeps evaluations, and goes on where it stopped."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from accelerate import Accelerator
-from conftest import NARROW, TWO_DEEP, tiny_model
 
-from lighthubert_training.runs.log import RunLog, plot_losses, write_card
-from modeling_lighthubert import LightHubertForPreTraining
+from lighthubert_training.runs.log import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -38,36 +35,22 @@ def test_a_log_that_was_stopped_between_entries_goes_on(accelerator):
     assert [entry["loss"] for entry in stopped.history] == [2.5, 6.5]
 
 
-def test_a_history_is_plotted(tmp_path):
-    for name, history in {"empty": [], "full": [{"step": 1, "loss": 0.5}, {"step": 2, "eval_loss": 0.4}]}.items():
-        plot_losses(history, tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+def test_an_evaluation_is_an_entry_and_the_losses_of_the_last_one_stay(accelerator):
+    log = RunLog(accelerator, 2)
+    assert log.eval_losses == {}
+    assert log.add_evaluation(4, {"largest": 9.0, "smallest": 9.0}) == 9.0
+    assert log.add_evaluation(8, {"largest": 1.0, "smallest": 3.0}) == 2.0
+    assert log.history[1] == {"step": 8, "eval_loss": 2.0, "eval_loss_largest": 1.0, "eval_loss_smallest": 3.0}
+    for same in (log, RunLog(accelerator, 2, json.loads(json.dumps(log.state_dict())))):
+        assert same.eval_losses == {"largest": 1.0, "smallest": 3.0}
 
 
-RECIPE = {
-    **{"teacher_name_or_path": "the/teacher", "student_name_or_path": None, "dataset_name": ["some/speech"]},
-    **{"train_file": None, "max_steps": 7, "sampling": "uniform", "target": "feed_forward", "loss_frames": "all"},
-    **{"mask_time_prob": 0.65, "learning_rate": 1e-3, "seed": 3},
-}
-
-
-@pytest.mark.parametrize("space", [TWO_DEEP, None], ids=["supernet", "one-model"])
-def test_the_card_says_what_the_student_is_and_learnt_from(tmp_path, space):
-    student = tiny_model(LightHubertForPreTraining, space)
-    write_card(student, RECIPE, {"smallest": 0.25}, tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    smallest = student.hubert if space is None else student.hubert.extract_subnet("smallest")
-    assert f"| {smallest.num_parameters():,} |" in card
-    assert ("smaller HuBERTs" in card) is (space is not None)
-    assert ("set_subnet" in card) is (space is not None)
-    assert "Distilled from the/teacher on some/speech" in card
-    assert "| smallest | 0.2500 |" in card
-    assert "{{" not in card and "None" not in card
-
-
-def test_the_card_lists_convolutions_and_windows_that_subnets_choose(tmp_path):
-    student = tiny_model(LightHubertForPreTraining, replace(NARROW, attention_window=(2, None)))
-    write_card(student, RECIPE, {}, tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "Convolutions have 4/8/16 channels to choose from, none fewer than the one before it." in card
-    assert "attends to 2 or all frames on each side" in card
+def test_entries_go_to_the_trackers(accelerator, monkeypatch):
+    sent = []
+    monkeypatch.setattr(accelerator, "log", lambda values, step: sent.append((step, values)))
+    log = RunLog(accelerator, 1)
+    log.step(1, {"loss": 1.0}, 1.0, 0.1)
+    log.add_evaluation(1, {"model": 0.5})
+    (step, values), evaluation = sent
+    assert (step, values["loss"]) == (1, 1.0)
+    assert evaluation == (1, {"eval_loss": 0.5, "eval_loss_model": 0.5})

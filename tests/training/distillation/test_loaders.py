@@ -1,0 +1,88 @@
+"""Training goes on with the batch that comes next, evaluation has the same batches every time, and what cannot be read
+is named before a run begins."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from speech import RATE, TONE, broken_speech, encoded, undecoded
+from transformers import Wav2Vec2FeatureExtractor
+
+from lighthubert_training.data.collators import DistillationCollator
+from lighthubert_training.data.recordings import Unreadable
+from lighthubert_training.distillation.arguments import DistillationArguments
+from lighthubert_training.distillation.loaders import build_eval_loader, build_train_loader
+from modeling_lighthubert.errors import UserError
+
+
+EXTRACTOR = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+COLLATOR = DistillationCollator(EXTRACTOR, EXTRACTOR, 400)
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def tones(count: int = 10):
+    """Recordings of 3200, 3600, 4000 ... samples."""
+    return undecoded(
+        [{"audio": {"bytes": encoded(TONE[: 3200 + 400 * at], format="WAV"), "path": None}} for at in range(count)]
+    )
+
+
+def arguments(**options) -> DistillationArguments:
+    return DistillationArguments("output", "teacher", dataloader_num_workers=0, **options)
+
+
+def train_batches(accelerator, options, count: int, start: int = 0, unreadable=None, data=None) -> list[dict]:
+    loader = build_train_loader(
+        *(arguments(**options), data or tones(), "audio", COLLATOR, accelerator),
+        *(unreadable or Unreadable(0.0), start, None),
+    )
+    return [batch for batch, _ in zip(loader, range(count))]
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_loader_begins_with_the_step_that_it_is_asked_for(accelerator, accumulated):
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulated}
+    whole = train_batches(accelerator, options, 8 * accumulated)
+    resumed = train_batches(accelerator, options, 5 * accumulated, start=3)
+    for batch, expected in zip(resumed, whole[3 * accumulated :], strict=True):
+        assert torch.equal(batch["items"], expected["items"])
+        assert torch.equal(batch["input_values"], expected["input_values"])
+
+
+def test_seconds_and_crops_bound_a_batch(accelerator):
+    options = {"per_device_train_batch_size": 8, "per_device_train_batch_seconds": 0.6, "crop_seconds": 0.25}
+    batches = train_batches(accelerator, options, 12)
+    assert all(batch["input_values"].shape[1] <= 0.25 * RATE for batch in batches)
+    assert all(batch["input_values"].numel() <= 0.6 * RATE for batch in batches)
+    assert {len(batch["items"]) for batch in batches} == {2}
+
+
+def test_evaluation_reads_every_recording_once_and_the_same_every_time(accelerator):
+    loader = build_eval_loader(
+        *(arguments(per_device_train_batch_size=4), tones(), "audio", COLLATOR, accelerator, Unreadable(0.0))
+    )
+    first, second = list(loader), list(loader)
+    assert [item for batch in first for item in batch["items"].tolist()] == [[0, index] for index in range(10)]
+    for batch, again in zip(first, second, strict=True):
+        assert torch.equal(batch["input_values"], again["input_values"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_recordings_without_a_header_are_counted_before_the_first_batch(accelerator, training):
+    data, unreadable = broken_speech().audio, Unreadable(0.1)
+
+    def build(unreadable: Unreadable) -> None:
+        common = (arguments(), data, "audio", COLLATOR, accelerator, unreadable)
+        if training:
+            build_train_loader(*common, 0, None)
+        else:
+            build_eval_loader(*common)
+
+    build(unreadable)
+    assert unreadable.names == {"tone-7.flac"}
+    assert unreadable.num_recordings == 10
+    with pytest.raises(UserError, match="1 of 10 recordings cannot be read"):
+        build(Unreadable(0.05))

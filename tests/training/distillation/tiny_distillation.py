@@ -1,0 +1,33 @@
+"""What tests of distillation share: a tiny teacher, a tiny student, and a padded batch."""
+
+import torch
+from conftest import TWO_DEEP, noise, randomise, stock_settings, tiny_model
+from transformers import HubertConfig, HubertModel
+
+from lighthubert_training.distillation.arguments import ObjectiveArguments
+from lighthubert_training.distillation.teacher import Teacher
+from modeling_lighthubert import LightHubertForPreTraining, SearchSpace
+
+
+def tiny_teacher(model=HubertModel, config=HubertConfig, changes=None, **objective) -> Teacher:
+    """A teacher of three layers; the target is the mean over the last two."""
+    torch.manual_seed(0)
+    settings = stock_settings(num_hidden_layers=3, **(changes or {"feat_extract_norm": "layer"}))
+    return Teacher(randomise(model(config(**settings))), ObjectiveArguments(**({"num_target_layers": 2} | objective)))
+
+
+def tiny_student(search_space: SearchSpace | None = TWO_DEEP, **changes) -> LightHubertForPreTraining:
+    settings = {"teacher_hidden_size": 48, "num_prediction_heads": 1} | changes
+    return tiny_model(LightHubertForPreTraining, search_space, **settings)
+
+
+def padded_batch() -> dict[str, torch.Tensor]:
+    """Two recordings, of 18 and 9 frames; the padding is noise, which must not matter."""
+    mask = torch.ones(2, 6000, dtype=torch.long)
+    mask[1, 3200:] = 0
+    return {
+        "input_values": noise(2, 6000),
+        "teacher_input_values": noise(2, 6000, seed=1),
+        "attention_mask": mask,
+        "items": torch.tensor([[0, 3], [0, 8]]),
+    }
