@@ -4,7 +4,7 @@
     python benchmarks/long_audio.py --minutes 1 5 --ways windows chunks
 
 Each measurement is a process of its own, with a_small and random weights: neither depends on them. Memory is the most
-that the process held over what it held before it knew the audio. Windows reach 5 s to either side in every layer.
+that the process held, less what it held before the audio was made. Windows reach 5 s to either side in every layer.
 Chunks are 20 s, of which 2 s on either side are for context alone, eight at a time. The eager back end holds scores of
 all pairs of frames, and is left out where these alone would take more than 4 GiB.
 """
@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from inference import A_SMALL, SAMPLING_RATE, most_memory
+from common import A_SMALL, process_memory
 from transformers.utils import logging
 
+from lighthubert_training.data.strings import SAMPLING_RATE
 from modeling_lighthubert import LightHubertConfig, LightHubertModel, SearchSpace
+from modeling_lighthubert.errors import run
 
 
 WINDOW = 250
@@ -34,12 +36,12 @@ def build(window: int | None, attn_implementation: str) -> LightHubertModel:
 
 
 def gibibytes_of_scores(minutes: float) -> float:
-    """Of one layer, in fp32."""
+    """Size of the attention scores of one layer, in fp32."""
     return (60 * minutes * 50) ** 2 * A_SMALL.num_attention_heads[0] * 4 / 2**30
 
 
-def hear_in_chunks(model: LightHubertModel, audio: torch.Tensor, chunk: int = 20, stride: int = 2) -> None:
-    """Runs the model on all chunks. What is kept of their frames costs nothing."""
+def encode_in_chunks(model: LightHubertModel, audio: torch.Tensor, chunk: int = 20, stride: int = 2) -> None:
+    """Runs the model on all chunks. Choosing the frames that are kept costs nothing, and is left out."""
     length, step = chunk * SAMPLING_RATE, (chunk - 2 * stride) * SAMPLING_RATE
     pieces = [audio[:, start : start + length] for start in range(0, max(1, audio.shape[1] - step // 2), step)]
     whole = [piece for piece in pieces if piece.shape[1] == length]
@@ -53,24 +55,24 @@ WAYS: dict[str, tuple[int | None, str, Callable[[LightHubertModel, torch.Tensor]
     "full": (None, "sdpa", lambda model, audio: model(audio)),
     "full, eager": (None, "eager", lambda model, audio: model(audio)),
     "windows": (WINDOW, "sdpa", lambda model, audio: model(audio)),
-    "chunks": (None, "sdpa", hear_in_chunks),
+    "chunks": (None, "sdpa", encode_in_chunks),
 }
-"""Window and back end of the model, and how it hears."""
+"""Window and back end of the model, and how it is run."""
 
 
 def measure(way: str, minutes: float, threads: int) -> tuple[float, float]:
-    """Seconds, and mebibytes."""
+    """Seconds that the model takes, and mebibytes that it adds."""
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
-    window, attn_implementation, hear = WAYS[way]
+    window, attn_implementation, encode = WAYS[way]
     model = build(window, attn_implementation)
     with torch.inference_mode():
         model(torch.randn(1, SAMPLING_RATE))
-        before = most_memory()
+        before = process_memory("VmHWM")
         audio = torch.randn(1, int(60 * minutes * SAMPLING_RATE))
         start = time.perf_counter()
-        hear(model, audio)
-        return time.perf_counter() - start, most_memory() - before
+        encode(model, audio)
+        return time.perf_counter() - start, process_memory("VmHWM") - before
 
 
 def main() -> None:
@@ -83,12 +85,13 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as process:
         for minutes in options.minutes:
             for way in options.ways:
-                if way == "full, eager" and gibibytes_of_scores(minutes) > 4:
-                    print(f"| {minutes:g} | {way} | | more than {gibibytes_of_scores(minutes):.0f} GiB |", flush=True)
+                scores = gibibytes_of_scores(minutes)
+                if way == "full, eager" and scores > 4:
+                    print(f"| {minutes:g} | {way} | | more than {scores:.0f} GiB of scores |", flush=True)
                     continue
                 seconds, mebibytes = process.apply(measure, (way, minutes, torch.get_num_threads()))
                 print(f"| {minutes:g} | {way} | {seconds / 60 / minutes:.4f} | {mebibytes:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

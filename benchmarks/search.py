@@ -3,37 +3,45 @@
     python benchmarks/search.py
     python benchmarks/search.py --train_file digits-train.parquet --test_file digits-test.parquet
 
-A supernet is distilled from the teacher of the demonstration by training/lighthubert_training/configs/distillation/small_budget.yaml. Then, by seed:
+A supernet is distilled from the teacher of the demonstration by the recipe `small_budget`. Then, by seed:
 
 - NSGA-II and random search measure as many subnets by their distillation loss on training speech, and the area that
   their fronts dominate is compared. Both look for little loss at few MACs;
 - evolution looks for the best subnet of the size of the uniform middle one, at most its parameters and at least 98 %
-  of them, and both are measured on test speech, which the search has not seen.
+  of them, and both are measured on test speech, which the search has not used.
 
 At last the wall time of 1000 evaluations is taken, and that of the bare forward passes for some of the same subnets,
 taking turns with evaluations.
 """
 
-import json
 import statistics
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import optuna
 import torch
-from accelerate import Accelerator
-from learning import RECIPE, ROOT, SPACE, Learning, LearningArguments, prepare_process, summary, to_distil
-from run_demo import markdown_table
+from common import ROOT, Learning, LearningArguments, bullets, prepare_process, summary, to_distil, write_report
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from lighthubert_training.data.collators import Batch
+from lighthubert_training.distillation.step import prepare_batch
+from lighthubert_training.models import computed_once
+from lighthubert_training.runs.distributed import build_accelerator
+from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.tables import markdown_table
 from lighthubert_training.search.candidates import Budget, Candidates, SubnetCosts
-from lighthubert_training.search.fitness import DistillationLoss, heard
+from lighthubert_training.search.fitness import MeanLoss
 from lighthubert_training.search.ledger import Ledger
 from lighthubert_training.search.search import Search
 from modeling_lighthubert import LightHubertForPreTraining, Subnet
+from modeling_lighthubert.errors import run
+from modeling_lighthubert.files import write_json
+from modeling_lighthubert.loading import load_model
+from modeling_lighthubert.profiling import median_ratio, time_in_turns
 
 
 SIZE = 0.98
@@ -47,7 +55,9 @@ class SearchingArguments(LearningArguments):
     output_dir: str = field(
         default=str(ROOT / "benchmarks/output/search"), metadata={"help": "Folder for runs and results."}
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "A search for each."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds, with a search for each."}
+    )
     num_evaluations: int = field(default=200, metadata={"help": "Subnets that each search measures."})
     num_timed: int = field(default=1000, metadata={"help": "Evaluations whose wall time is taken."})
     num_batches: int = field(default=4, metadata={"help": "Batches of 16 recordings that a search measures on."})
@@ -61,13 +71,18 @@ class Searching(Learning):
         self.arguments: SearchingArguments = arguments
         supernet = self.output / "supernet"
         if not (supernet / "model.safetensors").exists():
-            self.distil(RECIPE | {"search_space": SPACE, "max_steps": arguments.passes}, 0, supernet)
-        self.student = LightHubertForPreTraining.from_pretrained(supernet)
+            self.distil({"max_steps": arguments.passes}, 0, supernet)
+        self.student = load_model(supernet, head=LightHubertForPreTraining)
+        self.student.freeze_feature_encoder()
         every = -(-len(self.bench.train_frames) // arguments.num_batches)
-        self.fitness, self.held_out = (
-            DistillationLoss(self.student, self.teacher, to_distil(batches), Accelerator(cpu=True))
-            for batches in (self.bench.train_frames[::every], self.bench.test_frames)
-        )
+        self.fitness, self.held_out = map(self.mean_loss, (self.bench.train_frames[::every], self.bench.test_frames))
+
+    def mean_loss(self, batches: list[Batch]) -> MeanLoss:
+        """The distillation loss on these batches."""
+        student, teacher, accelerator = self.student, self.teacher, build_accelerator("cpu")
+        with torch.no_grad():
+            prepared = [prepare_batch(student, teacher, batch, 0, accelerator) for batch in to_distil(batches)]
+        return MeanLoss("distillation loss", student, prepared, lambda batch: batch.loss(student, teacher))
 
     def search(self, name: str, seed: int, budget: Budget | None = None, **options: Any) -> Search:
         """A search that is kept in a folder of its own, so that it is made once."""
@@ -84,7 +99,7 @@ class Searching(Learning):
 
 
 def compare_fronts(searching: Searching) -> list[dict[str, float]]:
-    """Hypervolume of both searches, by seed: the share that the front dominates of the box between the smallest and
+    """Hypervolume of both searches, by seed: the fraction that the front dominates of the box between the smallest and
     the largest subnet, in error and in MACs."""
     corners = [searching.space.smallest, searching.space.largest]
     errors = [list(searching.fitness.errors(subnet))[-1] for subnet in corners]
@@ -128,59 +143,62 @@ def compare_with_uniform(searching: Searching) -> list[dict[str, float]]:
 def time_search(searching: Searching) -> dict[str, float]:
     """Minutes for `num_timed` evaluations, and what an evaluation takes over its forward passes."""
     begin = time.perf_counter()
-    search = searching.search(
-        f"timed-{begin:.0f}", 0, objectives=["macs"], num_evaluations=searching.arguments.num_timed
-    )
-    minutes = (time.perf_counter() - begin) / 60
-    within, beside = [], 60 * minutes - sum(each.seconds for each in search.evaluations)
-    for each in tqdm(search.evaluations[:: max(1, len(search.evaluations) // 50)], desc="timing"):
-        times = []
-        for evaluate in (bare_passes, lambda fitness, subnet: list(fitness.errors(subnet))):
-            start = time.perf_counter()
-            evaluate(searching.fitness, each.subnet)
-            times.append(time.perf_counter() - start)
-        within.append(times[1] / times[0])
-    evaluations = sum(each.seconds for each in search.evaluations)
+    number = searching.arguments.num_timed
+    evaluations = searching.search(f"timed-{begin:.0f}", 0, objectives=["macs"], num_evaluations=number).evaluations
+    minutes, seconds = (time.perf_counter() - begin) / 60, sum(each.seconds for each in evaluations)
+    within = []
+    for each in tqdm(evaluations[:: max(1, len(evaluations) // 50)], desc="timing"):
+        runs = {
+            "evaluation": lambda subnet=each.subnet: list(searching.fitness.errors(subnet)),
+            "forward passes": partial(forward_passes, searching, each.subnet),
+        }
+        times = time_in_turns(runs, repeats=1, warm_up=0)
+        within.append(median_ratio(times["evaluation"], times["forward passes"]))
     return {
         "minutes": minutes,
         "evaluation over forward passes": statistics.median(within),
-        "search over evaluations": 1 + beside / evaluations,
+        "search over evaluations": 60 * minutes / seconds,
     }
 
 
 @torch.no_grad()
-def bare_passes(fitness: DistillationLoss, subnet: Subnet) -> None:
-    """The student's answers to all batches, convolutions computed before, and no loss."""
-    fitness.student.select_unchecked(subnet)
-    for lesson in fitness.lessons:
-        with heard(fitness.student, lesson.conv_features):
-            fitness.student(lesson.batch["input_values"], lesson.batch["attention_mask"], lesson.mask)
+def forward_passes(searching: Searching, subnet: Subnet) -> None:
+    """The student's outputs for all batches, with convolutions computed before, and no loss."""
+    student = searching.student
+    student.select_unchecked(subnet)
+    for prepared in searching.fitness.batches:
+        batch, encoder = prepared.batch, student.base_model.feature_extractor
+        with computed_once(encoder, prepared.conv_features):
+            student(batch["input_values"], batch["attention_mask"], prepared.mask)
 
 
-def report(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Markdown."""
+    rows = [[name, summary([row[name] for row in results["fronts"]], True), ""] for name in ("random", "nsga2")]
+    rows += [[name, "", summary([row[name] for row in results["sized"]], False)] for name in ("uniform", "found")]
+    return markdown_table(("", "hypervolume, %", "loss on test speech"), rows)
+
+
+def findings(results: dict[str, Any]) -> str:
+    """What the searches gained, and what they took."""
     fronts, sized, timed = results["fronts"], results["sized"], results["timed"]
-    rows = [[name, summary([row[name] for row in fronts], percent=True), ""] for name in ("random", "nsga2")] + [
-        [name, "", summary([row[name] for row in sized], percent=False)] for name in ("uniform", "found")
-    ]
     won = sum(row["nsga2"] > row["random"] for row in fronts)
     better = sum(row["found"] < row["uniform"] for row in sized)
-    lines = [
-        markdown_table(("", "hypervolume, %", "loss on test speech"), rows),
-        "",
-        f"- NSGA-II dominates more than random search in {won} of {len(fronts)} seeds (bar 4 of 5)",
-        f"- the found subnet is better than the uniform one in {better} of {len(sized)} seeds (bar 3 of 3), with"
-        f" {statistics.mean(row['parameters'] for row in sized):.3f} times its parameters and"
-        f" {statistics.mean(row['macs'] for row in sized):.3f} times its MACs",
-        f"- {timed['minutes']:.1f} minutes for {results['num_timed']} evaluations (bar 5); an evaluation takes"
-        f" {timed['evaluation over forward passes']:.3f} times its forward passes, the search"
-        f" {timed['search over evaluations']:.3f} times its evaluations (together at most 1.05)",
-    ]
-    return "\n".join(lines)
+    return bullets(
+        [
+            f"NSGA-II dominates more than random search in {won} of {len(fronts)} seeds",
+            f"the found subnet is better than the uniform one in {better} of {len(sized)} seeds, with"
+            f" {statistics.mean(row['parameters'] for row in sized):.3f} times its parameters and"
+            f" {statistics.mean(row['macs'] for row in sized):.3f} times its MACs",
+            f"{timed['minutes']:.1f} minutes for {results['num_timed']} evaluations; an evaluation takes"
+            f" {timed['evaluation over forward passes']:.3f} times its forward passes, the search"
+            f" {timed['search over evaluations']:.3f} times its evaluations",
+        ]
+    )
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(SearchingArguments, description=__doc__).parse_args_into_dataclasses()
+    (arguments,) = parse_options(HfArgumentParser(SearchingArguments, description=__doc__))
     prepare_process()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     searching = Searching(arguments)
@@ -190,11 +208,10 @@ def main() -> None:
         "timed": time_search(searching),
         "num_timed": arguments.num_timed,
     }
-    (searching.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    text = report(results)
-    (searching.output / "results.md").write_text(text + "\n")
-    print(f"\n{text}\nall in {searching.output}")
+    write_json(searching.output / "results.json", results)
+    print(write_report(searching.output, table(results), findings(results)))
+    print(f"all in {searching.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,33 +11,15 @@ import argparse
 import random
 import statistics
 import time
+from functools import partial
 
 import torch
 
+from lighthubert_training.data.strings import SAMPLING_RATE
 from modeling_lighthubert import LightHubertConfig, LightHubertModel, SearchSpace
+from modeling_lighthubert.errors import run, user_error
 from modeling_lighthubert.export import to_hubert
-
-
-SAMPLING_RATE = 16_000
-
-
-@torch.no_grad()
-def alternating_times(models: dict[str, torch.nn.Module], audio: torch.Tensor, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each model in each repeat, after two warm-up rounds. The order is drawn anew in every repeat."""
-    rng = random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for repeat in range(repeats + 2):
-        for name in rng.sample(sorted(models), len(models)):
-            start = time.perf_counter()
-            models[name](audio)
-            if repeat >= 2:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def median_ratio(times: list[float], reference: list[float]) -> float:
-    """Median over the repeats of time over reference time."""
-    return statistics.median(one / other for one, other in zip(times, reference, strict=True))
+from modeling_lighthubert.profiling import median_ratio, time_in_turns
 
 
 def switching_time(supernet: LightHubertModel, repeats: int = 200) -> float:
@@ -50,6 +32,7 @@ def switching_time(supernet: LightHubertModel, repeats: int = 200) -> float:
     return statistics.median(times)
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subnet", default="a_small", help="Name of the subnet (default: a_small).")
@@ -61,8 +44,9 @@ def main() -> None:
     supernet = LightHubertModel(LightHubertConfig(search_space=SearchSpace.small())).eval()
     print(f"switching subnets: {switching_time(supernet) * 1e3:.2f} ms")
     trimmed = LightHubertModel(supernet.config.trimmed()).eval()
-    for model in (supernet, trimmed):
-        model.set_subnet(options.subnet)
+    with user_error("--subnet: "):
+        for model in (supernet, trimmed):
+            model.set_subnet(options.subnet)
     cut = supernet.extract_subnet()
     models = {"cut": cut, "stock": to_hubert(cut), "selected": supernet, "trimmed": trimmed}
     print(
@@ -72,7 +56,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for seconds in options.seconds:
         audio = torch.randn(options.batch_size, int(seconds * SAMPLING_RATE))
-        times = alternating_times(models, audio, options.repeats)
+        runs = {name: partial(model, audio) for name, model in models.items()}
+        times = time_in_turns(runs, options.repeats, warm_up=2)
         print(
             f"| {seconds:g} | {statistics.median(times['cut']) * 1e3:.0f}"
             f" | {median_ratio(times['cut'], times['stock']):.3f}"
@@ -83,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,127 +8,115 @@ in the shape of the largest. Every run is `training/run_superb.py` with the vari
 thread each; those that are done are not made again.
 """
 
-import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from common import ROOT, SUBNETS, TEACHER, SpeechArguments, bullets, prepare_process, run_script, write_report
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
-from transformers.utils import logging
 
-
-ROOT = Path(__file__).resolve().parent.parent
-from run_demo import markdown_table, middle_subnet
-
-from lighthubert_training.superb.report import COLUMNS, goodness, plot, read_scores, rows_of
+from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.tables import markdown_table
+from lighthubert_training.superb.report import (
+    COLUMNS,
+    Scores,
+    higher_is_better_score,
+    plot_scores,
+    read_scores,
+    rows_of,
+)
 from modeling_lighthubert import LightHubertModel
+from modeling_lighthubert.errors import run, user_error
+from modeling_lighthubert.loading import load_model
 
 
 CONTROL = "random weights"
 
 
 @dataclass
-class SuperbBenchmarkArguments:
-    """What is scored, and on what."""
+class SuperbBenchmarkArguments(SpeechArguments):
+    """What is scored, and on what: the stand-ins are made of single words."""
 
-    supernets: list[str] = field(metadata={"help": "Supernets, one for each seed."})
-    teacher: str = field(default=str(ROOT / "demo/teacher"), metadata={"help": "What they were distilled from."})
-    train_file: str = field(
-        default=str(ROOT / "demo/speech/train.parquet"), metadata={"help": "Of the stand-ins: single words."}
-    )
-    test_file: str = field(default=str(ROOT / "demo/speech/test.parquet"), metadata={"help": "Likewise."})
+    supernets: list[str] = field(kw_only=True, metadata={"help": "Supernets, one for each seed."})
+    teacher: str = field(default=str(TEACHER), metadata={"help": "Teacher that they were distilled from."})
     output_dir: str = field(
         default=str(ROOT / "benchmarks/output/superb"), metadata={"help": "Folder for data, features and results."}
     )
     features_dtype: str = field(
-        default="float32", metadata={"help": "Of kept features.", "choices": ("float32", "float16")}
+        default="float32", metadata={"help": "Dtype of kept features.", "choices": ("float32", "float16")}
     )
 
 
-def commands(arguments: SuperbBenchmarkArguments, output: Path) -> list[tuple[int, list[str]]]:
-    """The seed and the words of every run. The model of the control is made, and the middle subnet written."""
-    runs = []
+def models(arguments: SuperbBenchmarkArguments, output: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The seed, and the options that say which model, of every run. The control of each seed is made and saved."""
     for seed, folder in enumerate(arguments.supernets):
-        supernet = LightHubertModel.from_pretrained(folder)
-        space, models = supernet.search_space, output / f"models/{seed}"
-        models.mkdir(parents=True, exist_ok=True)
-        (models / "middle.json").write_text(json.dumps(middle_subnet(space).to_dict()))
+        supernet, control = load_model(folder), output / f"models/{seed}" / CONTROL
         set_seed(seed)
-        LightHubertModel(supernet.config.cut_to(space.largest)).save_pretrained(models / CONTROL)
-        shutil.copy(Path(folder) / "preprocessor_config.json", models / CONTROL)
-        chosen = [[arguments.teacher], [str(models / CONTROL)]]
-        chosen += [[folder, "--subnets", subnet] for subnet in ("largest", str(models / "middle.json"), "smallest")]
-        runs += [(seed, words) for words in chosen]
-    return runs
+        LightHubertModel(supernet.config.cut_to(supernet.search_space.largest)).save_pretrained(control)
+        with user_error():
+            shutil.copy(Path(folder) / "preprocessor_config.json", control)
+        for model in (Path(arguments.teacher).resolve(), control):
+            yield seed, {"model_name_or_path": model}
+        for subnet in SUBNETS:
+            yield seed, {"model_name_or_path": Path(folder).resolve(), "subnets": subnet}
 
 
-def run(seed: int, model: list[str], arguments: SuperbBenchmarkArguments, output: Path) -> None:
-    command = [
-        sys.executable, ROOT / "training/run_superb.py", "--model_name_or_path", *model, "--variant", "stand_in",
-        "--data_dir", output / "data", "--cache_dir", output / "features", "--seeds", seed, "--cpu", "True",
-        "--features_dtype", arguments.features_dtype, "--output_dir", output / f"seed-{seed}",
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{finished.stderr[-3000:]}")
-
-
-def tasks_won(scores: dict[str, dict[str, list[float]]], model: str) -> tuple[list[str], list[str]]:
+def tasks_won(scores: Mapping[str, Scores], model: str) -> tuple[list[str], list[str]]:
     """Tasks whose first metric is better than that of the control, in every seed and in the mean."""
-    first = {}
+    first: dict[str, str] = {}
     for (task, _), (title, _) in COLUMNS.items():
         first.setdefault(task, title)
     in_all, in_mean = [], []
     for title in first.values():
-        pairs = [
-            (goodness(title, one), goodness(title, other))
+        gains = [
+            higher_is_better_score(title, one) - higher_is_better_score(title, other)
             for one, other in zip(scores[model][title], scores[CONTROL][title], strict=True)
         ]
-        in_all += [title] if all(one > other for one, other in pairs) else []
-        in_mean += [title] if statistics.mean(one - other for one, other in pairs) > 0 else []
+        in_all += [title] if min(gains) > 0 else []
+        in_mean += [title] if statistics.mean(gains) > 0 else []
     return in_all, in_mean
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(SuperbBenchmarkArguments, description=__doc__).parse_args_into_dataclasses()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    (arguments,) = parse_options(HfArgumentParser(SuperbBenchmarkArguments, description=__doc__))
+    prepare_process()
     output, begin = Path(arguments.output_dir).resolve(), time.perf_counter()
-    make = [sys.executable, ROOT / "demo/make_superb_stand_ins.py", "--output_dir", output / "data"]
-    make += ["--train_file", arguments.train_file, "--test_file", arguments.test_file]
-    if not (output / "data/asr/lm.arpa").exists():
-        subprocess.run(list(map(str, make)), check=True)
-    runs = commands(arguments, output)
-    with ThreadPoolExecutor(2) as workers, tqdm(total=len(runs), desc="runs") as bar:
-        for _ in workers.map(lambda each: run(*each, arguments, output), runs):
-            bar.update()
+    data = output / "data"
+    if not (data / "asr/lm.arpa").exists():
+        speech = {name: Path(getattr(arguments, name)).resolve() for name in ("train_file", "test_file")}
+        run_script("demo/make_superb_stand_ins.py", output_dir=data, **speech)
+    options = {"data_dir": data, "cache_dir": output / "features", "features_dtype": arguments.features_dtype}
+    options |= {"variant": "stand_in", "device": "cpu"}
+
+    def score(job: tuple[int, dict[str, Any]]) -> None:
+        seed, model = job
+        run_script("training/run_superb.py", output_dir=output / f"seed-{seed}", seeds=seed, **model, **options)
+
+    jobs = list(models(arguments, output))
+    with ThreadPoolExecutor(2) as workers:
+        list(tqdm(workers.map(score, jobs), total=len(jobs), desc="runs"))
     scores: dict[str, dict[str, list[float]]] = {}
     for seed in range(len(arguments.supernets)):
         for model, row in read_scores(output / f"seed-{seed}", "stand_in").items():
             for title, values in row.items():
                 scores.setdefault(model, {}).setdefault(title, []).extend(values)
-    header, rows = rows_of(scores, published=False)
-    lines = [markdown_table(tuple(header), rows), ""]
-    for model in scores:
-        if model != CONTROL:
-            in_all, in_mean = tasks_won(scores, model)
-            lines.append(
-                f"- {model}: better than {CONTROL} in {len(in_mean)} of 10 tasks in the mean, in {len(in_all)} in"
-                f" every seed ({', '.join(in_all)})"
-            )
-    lines.append(f"- {(time.perf_counter() - begin) / 60:.1f} minutes")
-    (output / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    plot(scores, output / "superb.png")
-    print("\n".join(lines))
+    lines = []
+    for model in [model for model in scores if model != CONTROL]:
+        in_all, in_mean = tasks_won(scores, model)
+        lines.append(
+            f"{model}: better than {CONTROL} in {len(in_mean)} of 10 tasks in the mean, in {len(in_all)} in every seed"
+            f" ({', '.join(in_all)})"
+        )
+    lines.append(f"{(time.perf_counter() - begin) / 60:.1f} minutes")
+    print(write_report(output, markdown_table(*rows_of(scores, published=False)), bullets(lines)))
+    plot_scores(scores, output / "superb.png")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

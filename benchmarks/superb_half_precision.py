@@ -3,34 +3,37 @@
     python benchmarks/superb_half_precision.py --models demo/output/seed-?/supernet --subnet largest
     python benchmarks/superb_half_precision.py --models demo/teacher demo/teacher demo/teacher --retrain False
 
-A model for each seed. A head that was trained on whole features is tested on halved ones; another is trained and
-tested on halved ones. The control is trained and tested on features with noise of the size of single precision's
-rounding: training alone can make much of that. Two tasks at a time with a thread each.
+A model for each seed. A head that was trained on features in single precision is tested on those in half precision;
+another is trained and tested on the latter. The control is trained and tested on features with noise of the size of
+single precision's rounding, which training alone may amplify. Two tasks at a time with a thread each.
 """
 
 import multiprocessing
 import statistics
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from run_demo import markdown_table
-from superb import ROOT  # and what it puts on the path
+from common import ROOT, prepare_process
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
-from transformers.utils import logging
 
-from lighthubert_training.superb.data import Part, read_recipe, task_names
-from lighthubert_training.superb.features import FeatureCache, Recordings, Upstream
+from lighthubert_training.runs.distributed import build_accelerator
+from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.tables import markdown_table
+from lighthubert_training.superb.data import Part, TaskData
+from lighthubert_training.superb.features import FeatureCache, FeatureDataset, Upstream
 from lighthubert_training.superb.query_by_example import QueryByExample
+from lighthubert_training.superb.recipes import read_settings, task_names
 from lighthubert_training.superb.report import COLUMNS
 from lighthubert_training.superb.tasks import TASKS
 from lighthubert_training.superb.training import HeadTraining
+from modeling_lighthubert.errors import run
 
 
-WAYS = ("whole", "same head, halved", "trained on halved", "trained on noisy")
+WAYS = ("single", "same head, half", "trained on half", "trained on noisy")
 
 
 @dataclass
@@ -38,14 +41,17 @@ class HalfPrecisionArguments:
     """What is scored, and on what."""
 
     models: list[str] = field(metadata={"help": "Models, one for each seed."})
-    subnet: str | None = field(default=None, metadata={"help": "Of supernets: a name or a JSON file."})
-    retrain: bool = field(default=True, metadata={"help": "Train heads on halved and on noisy features, too."})
+    subnet: str | None = field(default=None, metadata={"help": "Subnet of supernets, a name or a JSON file."})
+    retrain: bool = field(
+        default=True, metadata={"help": "Train heads on features in half precision and on noisy ones, too."}
+    )
     superb_dir: str = field(
-        default=str(ROOT / "benchmarks/output/superb"), metadata={"help": "What superb.py wrote: data and features."}
+        default=str(ROOT / "benchmarks/output/superb"),
+        metadata={"help": "Output folder of superb.py."},
     )
 
 
-class NoisyRecordings(Recordings):
+class NoisyFeatures(FeatureDataset):
     """Hidden states that are off by about the rounding of single precision."""
 
     def __getitem__(self, index: int) -> torch.Tensor:
@@ -56,34 +62,32 @@ class NoisyRecordings(Recordings):
 
 def scores(task: str, seed: int, model: str, arguments: HalfPrecisionArguments) -> dict[str, dict[str, float]]:
     """Test scores, for each metric in each of the `WAYS`; the first two of them without `arguments.retrain`."""
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    upstream, folder = Upstream.from_pretrained(model, arguments.subnet), Path(arguments.superb_dir)
-    whole, half = (FeatureCache(upstream, folder / "features", dtype) for dtype in (torch.float32, torch.float16))
+    prepare_process()
+    accelerator, folder = build_accelerator("cpu"), Path(arguments.superb_dir)
+    upstream = Upstream.from_pretrained(model, arguments.subnet, accelerator.device)
+    data = TaskData(read_settings(task, "stand_in"), folder / "data")
+    single, half = (FeatureCache(upstream, folder / "features", dtype) for dtype in (torch.float32, torch.float16))
 
-    def ways(parts: dict[str, Part]) -> list[dict[str, Recordings]]:
-        kinds = ((Recordings, whole), (Recordings, half), (NoisyRecordings, whole))
+    def ways(parts: Mapping[str, Part]) -> list[dict[str, FeatureDataset]]:
+        kinds = ((FeatureDataset, single), (FeatureDataset, half), (NoisyFeatures, single))
         return [{name: kind(part.audio, upstream, cache) for name, part in parts.items()} for kind, cache in kinds]
 
-    recipe, accelerator = read_recipe(task, "stand_in"), Accelerator(cpu=True)
     outcomes: list[list[dict[str, float]]] = []
     if task == "qbe":
-        queries = QueryByExample(recipe, folder / "data")
+        queries = QueryByExample(data)
         exact, halved, noisy = (queries.scores(each, accelerator)["test"] for each in ways(queries.parts))
         outcomes.append([exact, halved, halved, noisy])
-    else:
-        for fold in TASKS[task].load_folds(recipe, folder / "data"):
-            of_fold = []
-            for recordings, tested in zip(ways(fold.parts), (True, False, False), strict=True):
-                if not (tested or arguments.retrain):
-                    break
-                with tempfile.TemporaryDirectory() as scratch:
-                    training = HeadTraining(fold, recordings, upstream, Path(scratch), accelerator, {"seed": seed})
-                    of_fold.append(training.run()["test"])
-                if tested:
-                    training.recordings = ways(fold.parts)[1]
-                    of_fold.append(fold.scores(training.outputs("test"), fold.parts["test"]))
-            outcomes.append(of_fold)
+    for fold in TASKS[task].load_folds(data, upstream) if task in TASKS else ():
+        in_single, in_half, noisy = ways(fold.parts)
+        of_fold = []
+        for features in (in_single, in_half, noisy) if arguments.retrain else (in_single,):
+            with tempfile.TemporaryDirectory() as scratch:
+                training = HeadTraining(fold, features, Path(scratch), accelerator, {"seed": seed})
+                of_fold.append(training.run()["test"])
+            if features is in_single:
+                training.features = in_half
+                of_fold.append(fold.scores(training.outputs("test"), fold.parts["test"]))
+        outcomes.append(of_fold)
     return {
         metric: {
             way: statistics.mean(fold[at][metric] for fold in outcomes)
@@ -94,7 +98,7 @@ def scores(task: str, seed: int, model: str, arguments: HalfPrecisionArguments) 
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(HalfPrecisionArguments, description=__doc__).parse_args_into_dataclasses()
+    (arguments,) = parse_options(HfArgumentParser(HalfPrecisionArguments, description=__doc__))
     found: dict[str, list[dict[str, float]]] = {}
     with multiprocessing.get_context("spawn").Pool(2) as processes:
         jobs = [
@@ -108,12 +112,12 @@ def main() -> None:
     others = WAYS[1:] if arguments.retrain else WAYS[1:2]
     rows = []
     for title, seeds in found.items():
-        changes = [max(abs(100 * (each[way] - each["whole"])) for each in seeds) for way in others]
-        whole = statistics.mean(100 * each["whole"] for each in seeds)
-        rows.append([title, *(f"{value:.2f}" for value in (whole, *changes))])
+        changes = [max(abs(100 * (each[way] - each[WAYS[0]])) for each in seeds) for way in others]
+        mean = statistics.mean(100 * each[WAYS[0]] for each in seeds)
+        rows.append([title, *(f"{value:.2f}" for value in (mean, *changes))])
     print(f"Points: the mean of the first, {WAYS[0]}, and the largest change from it of all seeds.\n")
     print(markdown_table(("task", WAYS[0], *others), rows))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,27 +11,31 @@ step holds above what is held before it (weights, gradients, optimiser), counted
 import argparse
 import io
 import itertools
-import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import soundfile
 import torch
-from accelerate import Accelerator
+from common import noise, to_distil
 from datasets import Audio, Dataset
 from torch.utils.data import DataLoader
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
-from lighthubert_training.data.batches import DistillationCollator, RandomAccessSampler, Visits, durations
-from lighthubert_training.data.sources import SpeechDataset
-from lighthubert_training.distillation.step import prepare_lesson, training_step
-from lighthubert_training.distillation.teacher import ObjectiveArguments, Teacher
+from lighthubert_training.data.batches import RandomAccessSampler
+from lighthubert_training.data.collators import DistillationCollator
+from lighthubert_training.data.recordings import CroppedRecordings, SpeechDataset, durations
+from lighthubert_training.data.strings import SAMPLING_RATE
+from lighthubert_training.distillation.step import prepare_batch, training_step
+from lighthubert_training.distillation.teacher import Teacher
+from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator
 from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining, SearchSpace, Subnet
+from modeling_lighthubert.errors import run
+from modeling_lighthubert.profiling import median_ratio, time_in_turns
 
 
-SAMPLING_RATE = 16_000
 Step = Callable[[], object]
 
 
@@ -41,19 +45,13 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace):
         torch.manual_seed(0)
-        self.accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=options.mixed_precision)
-        self.options, self.device = options, self.accelerator.device
-        teacher = HubertModel(HubertConfig(feat_extract_norm="layer", layerdrop=0.0))
-        self.teacher = Teacher(teacher, ObjectiveArguments()).to(self.device)
-        num_samples = int(options.seconds * SAMPLING_RATE)
-        audio = torch.randn(options.batch_size, num_samples)
-        self.batch = {
-            "input_values": audio,
-            "teacher_input_values": audio,
-            "attention_mask": torch.ones(options.batch_size, num_samples, dtype=torch.long),
-            "visits": torch.tensor([[0, index] for index in range(options.batch_size)]),
-        }
-        self.batch = {name: tensor.to(self.device) for name, tensor in self.batch.items()}
+        self.accelerator = build_accelerator(options.device, mixed_precision=options.mixed_precision)
+        self.options, device = options, self.accelerator.device
+        self.teacher = Teacher(HubertModel(HubertConfig(feat_extract_norm="layer", layerdrop=0.0))).to(device)
+        audio = torch.from_numpy(noise(options.batch_size, options.seconds))
+        (batch,) = to_distil([{"input_values": audio, "attention_mask": torch.ones(audio.shape, dtype=torch.long)}])
+        self.batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        self.synchronize = torch.cuda.synchronize if device.type == "cuda" else None
 
     def supernet(self) -> LightHubertForPreTraining:
         """A student as stage 2 of the small space has it, with the convolutions of the teacher."""
@@ -70,23 +68,23 @@ class Bench:
         weights = [weight for weight in student.parameters() if weight.requires_grad]
         return student, torch.optim.AdamW(weights, lr=1e-5, fused=True)
 
-    def student_step(self, student: LightHubertForPreTraining, optimizer: torch.optim.Optimizer, share=False) -> Step:
-        """Forward, backward and optimiser of what is selected; the teacher has answered before."""
-        lesson = prepare_lesson(student, self.teacher, self.batch, 0, self.accelerator, share)
-        frozen = lesson.conv_features is not None and not share
+    def student_step(self, student, optimizer: torch.optim.Optimizer, share: bool = False) -> Step:
+        """Forward, backward and optimiser of what is selected; the teacher's outputs are there."""
+        prepared = prepare_batch(student, self.teacher, self.batch, 0, self.accelerator, share)
+        frozen = prepared.conv_features is not None and not share
 
         def step() -> None:
             if frozen:
                 with torch.no_grad(), self.accelerator.autocast():
-                    lesson.conv_features = student.hubert.feature_extractor(self.batch["input_values"])
-            lesson.loss(student, self.teacher).backward()
+                    prepared.conv_features = student.hubert.feature_extractor(self.batch["input_values"])
+            prepared.loss(student, self.teacher).backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return step
 
     def whole_step(self, student, optimizer: torch.optim.Optimizer, subnets: list[Subnet], share: bool) -> Step:
-        """What the training script does in a step, with the teacher."""
+        """A step of the training script, with the teacher."""
 
         def step() -> None:
             training_step(student, self.teacher, [self.batch], subnets, self.accelerator, 0, share)
@@ -96,27 +94,13 @@ class Bench:
 
         return step
 
-    def alternating(self, steps: dict[str, Step]) -> dict[str, list[float]]:
-        """Seconds of each step in each repeat, after a warm-up. The order is drawn anew in every repeat."""
-        rng, times = random.Random(0), {name: [] for name in steps}
-        for repeat in range(self.options.repeats + 1):
-            for name in rng.sample(sorted(steps), len(steps)):
-                self.synchronize()
-                start = time.perf_counter()
-                steps[name]()
-                self.synchronize()
-                if repeat:
-                    times[name].append(time.perf_counter() - start)
-        return times
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def time(self, steps: dict[str, Step]) -> dict[str, list[float]]:
+        return time_in_turns(steps, self.options.repeats, synchronize=self.synchronize)
 
     def peak_memory(self, step: Step) -> int:
         """Bytes that `step` holds at most above what is held before it."""
         step()
-        if self.device.type == "cuda":
+        if self.synchronize is not None:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             step()
@@ -126,10 +110,6 @@ class Bench:
         memory = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
         changes = (event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns()))
         return max(itertools.accumulate(changes))
-
-
-def median_ratio(times: list[float], reference: list[float]) -> float:
-    return statistics.median(one / other for one, other in zip(times, reference, strict=True))
 
 
 def selected_against_cut(bench: Bench) -> None:
@@ -142,7 +122,7 @@ def selected_against_cut(bench: Bench) -> None:
         cut, cut_optimizer = bench.prepare(supernet.extract_subnet())
         selected = bench.student_step(supernet, optimizer)
         steps = {"selected": selected, "cut": bench.student_step(cut, cut_optimizer)}
-        times = bench.alternating(steps)
+        times = bench.time(steps)
         memory = {kind: bench.peak_memory(step) / 2**30 for kind, step in steps.items()}
         print(
             f"| {name}, selected / cut | {median_ratio(times['selected'], times['cut']):.3f}"
@@ -150,48 +130,46 @@ def selected_against_cut(bench: Bench) -> None:
             flush=True,
         )
 
-    def selecting(name: str, step: Step) -> Step:
-        def select_and_step() -> None:
-            supernet.set_subnet(name)
-            step()
-
-        return select_and_step
-
     step = bench.student_step(supernet, optimizer)
-    times = bench.alternating({name: selecting(name, step) for name in ("smallest", "largest")})
+
+    def select_and_step(name: str) -> None:
+        supernet.set_subnet(name)
+        step()
+
+    times = bench.time({name: partial(select_and_step, name) for name in ("smallest", "largest")})
     print(f"| smallest / largest of the small space | {median_ratio(times['smallest'], times['largest']):.3f} | |")
 
 
-def feature_encoders(bench: Bench) -> None:
-    """What a feature encoder costs that learns, is frozen, or is shared with the teacher."""
+def feature_encoders(bench: Bench) -> float:
+    """What a feature encoder costs that learns, is frozen, or is shared with the teacher.
+
+    Returns:
+        Seconds of audio in a second, of a step of a_small with the teacher and a shared encoder.
+    """
     space = SearchSpace.small()
-    sandwich = [space.smallest, space.named["a_small"], space.largest]
+    a_small, rate = space.named["a_small"], 0.0
     print("\n| a step | encoder frozen / learns | shared / learns | shared / frozen |")
     print("|---|---|---|---|")
     for name, subnets in {
-        "a_small, of the student alone": None,
-        "a_small, with the teacher": [space.named["a_small"]],
-        "sandwich (smallest, a_small, largest), with the teacher": sandwich,
+        "a_small, of the student alone": [],
+        "a_small, with the teacher": [a_small],
+        "sandwich (smallest, a_small, largest), with the teacher": [space.smallest, a_small, space.largest],
     }.items():
         steps = {}
         for kind in ("learns", "frozen", "shared"):
             student, optimizer = bench.prepare(bench.supernet(), freeze=kind != "learns")
-            student.set_subnet("a_small")
-            share = kind == "shared"
-            if subnets is None:
-                steps[kind] = bench.student_step(student, optimizer, share)
+            student.set_subnet(a_small)
+            if subnets:
+                steps[kind] = bench.whole_step(student, optimizer, subnets, kind == "shared")
             else:
-                steps[kind] = bench.whole_step(student, optimizer, subnets, share)
-        times = bench.alternating(steps)
-        ratios = [
-            median_ratio(times[one], times[other])
-            for one, other in (("frozen", "learns"), ("shared", "learns"), ("shared", "frozen"))
-        ]
-        print(f"| {name} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |", flush=True)
-        if subnets is not None and len(subnets) == 1:
-            bench.audio_per_second = (
-                bench.options.batch_size * bench.options.seconds / statistics.median(times["shared"])
-            )
+                steps[kind] = bench.student_step(student, optimizer, kind == "shared")
+        times = bench.time(steps)
+        pairs = (("frozen", "learns"), ("shared", "learns"), ("shared", "frozen"))
+        ratios = [f"{median_ratio(times[one], times[other]):.3f}" for one, other in pairs]
+        print(f"| {name} | {' | '.join(ratios)} |", flush=True)
+        if len(subnets) == 1:
+            rate = bench.options.batch_size * bench.options.seconds / statistics.median(times["shared"])
+    return rate
 
 
 def librispeech_like(num_recordings: int) -> SpeechDataset:
@@ -205,13 +183,14 @@ def librispeech_like(num_recordings: int) -> SpeechDataset:
     return SpeechDataset(Dataset.from_list(rows).cast_column("audio", Audio(decode=False)), "audio", SAMPLING_RATE)
 
 
-def data_pipeline(bench: Bench, num_batches: int = 100) -> None:
-    """Decoding, normalising and padding alone, in one worker; and how much of a batch is padding."""
+def data_pipeline(rate: float, num_batches: int = 100) -> None:
+    """Decoding, normalising and padding alone, in one worker, against the `rate` of a step; and how much of a batch is
+    padding."""
     speech = librispeech_like(400)
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     sampler = RandomAccessSampler(durations(speech), batch_size=32, max_batch_seconds=160.0, crop_seconds=35.0, seed=0)
     loader = DataLoader(
-        Visits(speech, SAMPLING_RATE, 35.0, seed=0),
+        CroppedRecordings(speech, SAMPLING_RATE, 35.0, seed=0),
         batch_sampler=sampler,
         collate_fn=DistillationCollator(extractor, extractor, 400),
         num_workers=1,
@@ -224,20 +203,25 @@ def data_pipeline(bench: Bench, num_batches: int = 100) -> None:
     seconds = true / SAMPLING_RATE / (time.perf_counter() - start)
     print(
         f"\ndata pipeline, one worker: {seconds:.0f} s of audio a second; a step of a_small with the teacher, shared:"
-        f" {bench.audio_per_second:.1f}; {seconds / bench.audio_per_second:.0f} times as much"
+        f" {rate:.1f}; {seconds / rate:.0f} times as much"
     )
     print(f"padding, lengths of 1 to 35 s: {1 - true / padded:.1%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="Where to train (default: cpu).")
-    parser.add_argument("--mixed_precision", default="no", choices=("no", "bf16"), help="Of the student's passes.")
+    parser.add_argument("--device", default="cpu", help=DEVICE_HELP.replace("a GPU if there is one", "cpu"))
+    parser.add_argument(
+        "--mixed_precision", default="no", choices=("no", "bf16"), help="Precision of the student's passes."
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="Clips in a batch (default: 16).")
     parser.add_argument("--seconds", type=float, default=5.0, help="Length of a clip (default: 5).")
     parser.add_argument("--repeats", type=int, default=3, help="Timed rounds (default: 3).")
     parser.add_argument(
-        "--subnets", nargs="*", default=["a_small", "largest", "smallest"], help="To compare with their cut models."
+        "--subnets",
+        nargs="*",
+        default=["a_small", "largest", "smallest"],
+        help="Subnets to compare with their cut models.",
     )
     options = parser.parse_args()
     bench = Bench(options)
@@ -247,9 +231,8 @@ def main() -> None:
     )
     if options.subnets:
         selected_against_cut(bench)
-    feature_encoders(bench)
-    data_pipeline(bench)
+    data_pipeline(feature_encoders(bench))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,0 +1,207 @@
+"""What several benchmarks need: the demonstration's teacher, distilled by the recipe for small budgets with something
+changed; runs of scripts, two at a time, whose results are kept; and small measures of this process.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import disable_progress_bars
+from tqdm.auto import tqdm
+from transformers import Wav2Vec2FeatureExtractor
+from transformers.utils import logging
+
+from lighthubert_training.data.collators import Batch
+from lighthubert_training.data.strings import SAMPLING_RATE, prepare_speech
+from lighthubert_training.distillation.arguments import ObjectiveArguments
+from lighthubert_training.distillation.teacher import Teacher
+from lighthubert_training.probing import ProbeBench
+from lighthubert_training.runs.options import RECIPES, read_options
+from lighthubert_training.runs.tables import mean_and_deviation
+from modeling_lighthubert import LightHubertModel, SearchSpace, Subnet
+from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.files import write_json, write_text
+from modeling_lighthubert.loading import load_model
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER, SPACE = ROOT / "demo/teacher", ROOT / "demo/search_space.json"
+RECIPE = read_options(RECIPES / "distillation/small_budget.yaml")
+SUBNETS = ("largest", "middle", "smallest")
+A_SMALL = Subnet.uniform(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536)
+Results = Mapping[str, Mapping[str, Any]]
+"""Results by the name of the run and its seed."""
+
+
+@dataclass
+class SpeechArguments:
+    """The speech of a benchmark."""
+
+    train_file: str = field(
+        default=str(ROOT / "demo/speech/train.parquet"), metadata={"help": "Parquet file to train on."}
+    )
+    test_file: str = field(
+        default=str(ROOT / "demo/speech/test.parquet"), metadata={"help": "Parquet file to test on."}
+    )
+
+
+@dataclass
+class LearningArguments(SpeechArguments):
+    """What is compared, and for how long."""
+
+    output_dir: str = field(
+        default=str(ROOT / "benchmarks/output/learning"), metadata={"help": "Folder for runs and results."}
+    )
+    passes: int = field(default=300, metadata={"help": "Passes of a subnet; a quarter of them in stage 1, if any."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each variant for each."})
+    only: list[str] | None = field(default=None, metadata={"help": "Variants to run, by name. Default: all."})
+    max_probe_recordings: int = field(default=400, metadata={"help": "Recordings of each kind to measure on."})
+
+
+class Learning:
+    """Distils the demonstration's teacher, and measures students by probes and R2.
+
+    Attributes:
+        space, subnets: the search space of the demonstration, and its subnets named in `SUBNETS`.
+        untrained: the teacher's weights as a supernet.
+        bench: probes and R2.
+        measuring: held while this process measures or draws weights, so that two runs do not meet.
+    """
+
+    def __init__(self, arguments: LearningArguments):
+        self.arguments, self.output = arguments, Path(arguments.output_dir).resolve()
+        rng = random.Random(0)
+        train = prepare_speech(arguments.train_file, self.output / "data", "train", 1000, rng)
+        test = prepare_speech(arguments.test_file, self.output / "data", "test", 100, rng)
+        self.train_file = train.file
+        objective = ObjectiveArguments(num_target_layers=RECIPE["num_target_layers"])
+        self.teacher = Teacher(load_model(TEACHER), objective)
+        self.space = SearchSpace.from_json_file(SPACE)
+        self.subnets = {name: self.space.named[name] for name in SUBNETS}
+        self.untrained = load_model(TEACHER, head=LightHubertModel, search_space=self.space)
+        extractor = Wav2Vec2FeatureExtractor.from_pretrained(TEACHER)
+        self.bench = ProbeBench(train, test, self.teacher, extractor, arguments.max_probe_recordings)
+        self.measuring = threading.Lock()
+
+    def distil(self, changes: Mapping[str, Any], seed: int, folder: Path) -> None:
+        """Distils by the recipe with `changes`, and goes on with what an earlier run left in `folder`."""
+        data = {"train_file": self.train_file, "validation_file": None, "dataloader_num_workers": 0}
+        run = {"seed": seed, "output_dir": folder, "report_to": "none", "resume_from_checkpoint": "latest"}
+        run_script("training/run_distillation.py", **(RECIPE | dict(changes) | data | run))
+
+    def select(self, variants: Mapping[str, Any]) -> list[tuple[str, int]]:
+        """Names and seeds of the runs, controls first.
+
+        Raises:
+            UserError: an option names a variant that is not there.
+        """
+        names = self.arguments.only or list(variants)
+        if unknown := set(names) - set(variants):
+            raise UserError(f"--only {' '.join(sorted(unknown))}: choose from {', '.join(map(repr, variants))}")
+        return [(name, seed) for seed in self.arguments.seeds for name in ("controls", *names)]
+
+
+def run_script(script: str, **options: Any) -> None:
+    """Runs a script of this project from the top folder, with one thread; its output is added to `run.log` in its
+    output folder.
+
+    Args:
+        script: path from the top folder.
+        options: of the script, with `output_dir`; those that are `None` are left out.
+
+    Raises:
+        UserError: the script says that an option is wrong.
+        RuntimeError: it failed otherwise.
+    """
+    words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    command, environment = [sys.executable, str(ROOT / script), *words], os.environ | {"OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode == 2:
+        raise UserError(finished.stderr.splitlines()[-1].removeprefix("error: "))
+    if finished.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-3000:]}")
+    with (Path(options["output_dir"]) / "run.log").open("a", encoding="utf-8") as log:
+        log.write(finished.stdout + finished.stderr)
+
+
+def run_all(file: Path, jobs: Sequence[tuple[str, int]], work: Callable[[str, int], Any]) -> dict[str, dict[str, Any]]:
+    """Does `work` for each name and seed in `jobs` that has no result in `file` yet, two at a time, and keeps each
+    result as soon as it is there.
+
+    Returns:
+        All results in the file.
+    """
+    results: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    jobs = [(name, seed) for name, seed in jobs if str(seed) not in results.get(name, {})]
+    with tqdm(total=len(jobs), desc="runs") as bar, ThreadPoolExecutor(2) as workers:
+        running = {workers.submit(work, *job): job for job in jobs}
+        try:
+            for finished in as_completed(running):
+                name, seed = running[finished]
+                results.setdefault(name, {})[str(seed)] = finished.result()
+                write_json(file, results)
+                bar.set_postfix_str(f"{name}, seed {seed}")
+                bar.update()
+        finally:
+            workers.shutdown(cancel_futures=True)  # of a run that failed the message comes at once
+    return results
+
+
+def write_report(folder: Path, *parts: str) -> str:
+    """Writes the parts, with an empty line between them, to `results.md`, and returns the text."""
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    write_text(folder / "results.md", text)
+    return text
+
+
+def prepare_process() -> None:
+    """One thread, and no messages of libraries between the results."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def summary(values: Sequence[float], percent: bool) -> str:
+    """Mean and standard deviation, in percent or as they are."""
+    return mean_and_deviation(values, 1, 100) if percent else mean_and_deviation(values, 3)
+
+
+def bullets(lines: Sequence[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def to_distil(batches: Sequence[Batch]) -> list[Batch]:
+    """Batches with what a distillation loss needs besides: the input of the teacher, which is that of the student, and
+    an item for the mask of each recording."""
+    return [
+        {
+            **batch,
+            "teacher_input_values": batch["input_values"],
+            "items": torch.tensor([[0, row] for row in range(len(batch["input_values"]))]),
+        }
+        for batch in batches
+    ]
+
+
+def noise(batch_size: int, seconds: float) -> np.ndarray:
+    """Audio that is always the same, float32, (batch_size, num_samples)."""
+    return np.random.default_rng(0).standard_normal((batch_size, int(seconds * SAMPLING_RATE)), dtype=np.float32)
+
+
+def process_memory(kind: str) -> float:
+    """Mebibytes that this process holds (`VmRSS`), or held at most (`VmHWM`), on Linux. `getrusage` would count what
+    its parent held as well."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[kind].split()[0]) / 2**10
