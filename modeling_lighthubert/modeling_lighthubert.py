@@ -336,7 +336,10 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
             self.set_subnet(earlier)
 
     def num_subnet_parameters(self, subnet: str | Subnet | Mapping[str, Any] | None = None) -> int:
-        """`num_parameters()` of the cut model of `subnet` (default: the selected one), without building it."""
+        """`num_parameters()` of the cut model of `subnet` (default: the selected one), without building it.
+
+        `subnet` is selected for the moment: no other thread may run the model meanwhile.
+        """
         if subnet is not None:
             with self.using_subnet(subnet):
                 return self.num_subnet_parameters()

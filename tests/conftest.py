@@ -122,10 +122,10 @@ def answer(model: torch.nn.Module, *inputs: torch.Tensor, **kwargs) -> torch.Ten
 def assert_close(actual: Any, expected: Any, terms: int = 1000) -> None:
     """Asserts that `actual` is `expected` but for the order in which its sums were taken.
 
-    Adding up n terms rounds n times, each time by at most eps = 2 ** -23 of the magnitude (in fp32). Two orders round
-    otherwise, and so differ by about eps * sqrt(n) * magnitude. The tolerance is ten times that, for other CPUs and
-    libraries add up in other blocks; the magnitude is the largest value that is expected, because small values beside
-    it are what large terms left. A wrong slice or mask differs by a hundredth of it and more.
+    A sum of n terms is rounded n times, each time by at most eps = 2 ** -23 of its magnitude (in fp32). In another
+    order it is rounded otherwise, and differs by about eps * sqrt(n) * magnitude. The tolerance is ten times that,
+    because CPUs and libraries add up in different blocks. The magnitude is the largest value that is expected: small
+    values beside it are what large terms left. A wrong slice or mask makes a difference of a hundredth of it and more.
 
     Args:
         terms: how many are added up one after another on the way to a value. Default: that of a tiny model of twelve

@@ -548,6 +548,19 @@ def test_a_drawn_subnet_is_selected_and_returned():
     assert model.sample_subnet(rng) != TWO_DEEP.sample(random.Random(1))
 
 
+def test_the_search_space_is_that_of_the_configuration_whenever_it_is_asked_for():
+    model = tiny_model()
+    assert model.search_space == TWO_DEEP
+    assert model.search_space is model.search_space, "it is validated once"
+    twin = copy.deepcopy(model)
+    narrower = SearchSpace((16, 24), (4, 6), (2, 3.5), (2,), head_dim=4)
+    twin.config.search_space = narrower
+    assert twin.search_space == narrower
+    assert model.search_space == TWO_DEEP
+    twin.config.search_space = None
+    assert twin.search_space is None
+
+
 def test_two_models_of_one_config_do_not_share_a_selection(waveform):
     config = tiny_config()
     one, other = LightHubertModel(config).eval(), LightHubertForCTC(config).eval()
@@ -1088,6 +1101,18 @@ def test_a_trimmed_supernet_answers_like_the_untrimmed_one(narrow_golden, wavefo
         supernet.set_subnet(subnet)
         trimmed.set_subnet(subnet)
         assert_close(answer(trimmed, waveform), answer(supernet, waveform))
+
+
+def test_trimming_leaves_the_supernet_as_it_was(waveform):
+    space = SearchSpace((16, 32), (4, 8), (2, 4), (1, 2), head_dim=4)
+    supernet = tiny_model(LightHubertForCTC, search_space=space)
+    subnet = supernet.set_subnet(space.sample(0))
+    expected = answer(supernet, waveform)
+    trimmed = supernet.trim()
+    assert supernet.subnet == trimmed.subnet == subnet
+    assert torch.equal(answer(supernet, waveform), expected)
+    assert type(trimmed) is LightHubertForCTC
+    assert_close(answer(trimmed, waveform), expected)
 
 
 def test_a_trimmed_supernet_is_as_small_as_its_largest_subnet(narrow_golden):
