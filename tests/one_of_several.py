@@ -14,5 +14,9 @@ import torch
 if __name__ == "__main__":
     del sys.argv[0]
     sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
     assert not torch.distributed.is_initialized(), "the process group was not destroyed"

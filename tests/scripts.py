@@ -3,8 +3,11 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,8 @@ from safetensors.torch import load_file
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 
-TRAINING = Path(__file__).parent.parent / "training"
+TESTS = Path(__file__).parent
+TRAINING = TESTS.parent / "training"
 SPACE = {
     "hidden_size": [16, 48],
     "num_attention_heads": [4, 12],
@@ -29,36 +33,71 @@ SPACE = {
 }
 
 
+def python(*command: object, processes: int = 1, check: bool = True) -> list[str]:
+    """The command line of a Python script, on one process or several.
+
+    Args:
+        check: of several, each checks at its end that it has left their group.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher += [str(TESTS / "one_of_several.py")] if check else []
+    return [sys.executable, *(launcher if processes > 1 else []), *map(str, command)]
+
+
+def environment() -> dict[str, str]:
+    """Variables of a script that is run: off the Hub unless a test says otherwise, and on one thread."""
+    return {"HF_HUB_OFFLINE": "1"} | os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def finish(words: list[str], seconds: float = 1800) -> subprocess.CompletedProcess:
+    """Runs a command line to its end, which has to come within `seconds`."""
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=seconds)
+
+
 def run(*command: object, processes: int = 1) -> str:
     """Output of a Python script, on one process or several."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    launcher.append(str(Path(__file__).parent / "one_of_several.py"))
-    words = [sys.executable, *(launcher if processes > 1 else []), *map(str, command)]
-    environment = {"HF_HUB_OFFLINE": "1"} | os.environ | {"OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    finished = finish(python(*command, processes=processes))
     assert finished.returncode == 0, (finished.stdout + finished.stderr)[-4000:]
     return finished.stdout + finished.stderr
 
 
+def fails(*command: object, status: int = 2) -> str:
+    """Standard error of a script that must not succeed."""
+    finished = finish(python(*command))
+    assert finished.returncode == status, finished.stderr[-4000:]
+    return finished.stderr
+
+
+def killed(function: str, call: int, *command: object, processes: int = 1) -> None:
+    """Runs a script that is killed in a call of `function`, named as in `signalled.py`.
+
+    Args:
+        call: which of its calls, from 1.
+    """
+    signalled = (TESTS / "signalled.py", "SIGKILL", function, call)
+    finished = finish(python(*signalled, *command, processes=processes, check=False), seconds=300)
+    expected = -signal.SIGKILL if processes == 1 else 1  # the status of the launcher
+    assert finished.returncode == expected, f"it was not killed: {finished.stderr[-4000:]}"
+
+
 def start(*command: object, processes: int = 1) -> subprocess.Popen:
-    """The same in the background, with a process group of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    words = [sys.executable, *(launcher if processes > 1 else []), *map(str, command)]
-    environment = {"HF_HUB_OFFLINE": "1"} | os.environ | {"OMP_NUM_THREADS": "1"}
+    """A script in the background, with a process group of its own."""
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(words, env=environment, start_new_session=True, **silent)
+    words = python(*command, processes=processes, check=False)
+    return subprocess.Popen(words, env=environment(), start_new_session=True, **silent)
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+    """Waits for `happened()`, or for the end of `process`; not longer than `seconds`."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and not happened():
+        assert time.monotonic() < deadline, f"it did not happen within {seconds} s"
+        time.sleep(0.01)
 
 
 def newest(output: Path) -> int:
     """Step of the newest checkpoint, 0 if there is none."""
     return max((int(path.name.partition("-")[2]) for path in output.glob("checkpoint-*")), default=0)
-
-
-def fails(*command: object) -> str:
-    """The end of what a script says that must not succeed."""
-    finished = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
-    assert finished.returncode != 0
-    return finished.stderr[-3000:]
 
 
 def make_workshop(folder: Path) -> None:
@@ -110,10 +149,12 @@ def distil(workshop: Path, output: str, *options: object, processes: int = 1) ->
     AcceleratorState._reset_state(reset_partial_state=True)  # else it is still that of the run before
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", list(map(str, command)))
-        run_distillation.main()
-    torch.set_num_threads(threads)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", list(map(str, command)))
+            run_distillation.main()
+    finally:
+        torch.set_num_threads(threads)
     return workshop / output
 
 
