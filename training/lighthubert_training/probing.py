@@ -13,7 +13,7 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers import PreTrainedModel, SequenceFeatureExtractor
+from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor
 
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.data.collators import Batch, padded_batches
@@ -106,7 +106,7 @@ class ProbeBench:
         train: Speech,
         test: Speech,
         teacher: Any,
-        extractor: SequenceFeatureExtractor,
+        extractor: Wav2Vec2FeatureExtractor,
         max_recordings: int,
         mask_time_prob: float = 0.3,
         mask_time_length: int = 5,

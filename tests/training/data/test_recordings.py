@@ -51,7 +51,8 @@ def test_what_cannot_be_read_is_a_problem_and_no_exception(audio):
 
 def test_a_recording_is_called_by_its_path_where_it_has_one():
     assert recording_name({"bytes": b"", "path": "a/b.flac"}, 3) == "a/b.flac"
-    assert recording_name({"bytes": b"", "path": None}, 3) == recording_name({"bytes": b""}, 3) == "recording 3"
+    for nameless in ({"bytes": b"", "path": None}, {"bytes": b""}, None):
+        assert recording_name(nameless, 3) == "recording 3"
 
 
 def test_item_i_of_a_dataset_is_recording_i_with_label_i():

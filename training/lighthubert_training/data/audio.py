@@ -1,4 +1,4 @@
-"""Encoded audio to samples: any file that libsndfile reads, decoded, mixed down and resampled.
+"""Encoded audio to samples: any file that libsndfile reads is decoded, mixed down to mono and resampled.
 
 Audio columns are never decoded by datasets (`Audio(decode=False)`), so nothing here requires torchcodec: soundfile
 decodes, and soxr resamples.
@@ -15,18 +15,20 @@ import soxr
 
 
 UNREADABLE = (soundfile.LibsndfileError, OSError, ValueError, TypeError)
-"""What reading a broken recording raises; `TypeError` comes from soundfile, for a file without a header."""
+"""What reading a broken recording raises. `TypeError` is soundfile's for a file without a header."""
 
 
 def load_waveform(audio: Any, sampling_rate: int) -> np.ndarray:
-    """A recording as mono float32 samples, shape (num_samples), at `sampling_rate` Hz.
+    """A recording as mono samples, float32 (num_samples), at `sampling_rate` Hz. Full scale is 1.
 
     Args:
         audio: a path, the bytes of a file (WAV, FLAC, OGG, MP3), or a row of an `Audio` column: a dictionary with
-            `bytes` or `path`, one with `array` and `sampling_rate`, or a torchcodec decoder.
+            `bytes` or `path`; one with `sampling_rate` and `array`, (num_samples) or (num_samples, num_channels), of
+            integers or floats; or a torchcodec decoder.
 
     Raises:
-        ValueError: nothing of that kind, or audio that is empty, NaN or infinite.
+        ValueError: `audio` is nothing of that kind, or is empty, or has NaN or infinite samples.
+        LibsndfileError, OSError, TypeError: the file cannot be read; with the above these are `UNREADABLE`.
     """
     if hasattr(audio, "get_all_samples"):
         samples = audio.get_all_samples()
@@ -44,7 +46,7 @@ def load_waveform(audio: Any, sampling_rate: int) -> np.ndarray:
 
 
 def duration(audio: Any) -> float:
-    """Seconds of an encoded recording, of which only the header is read; 0 if there is none.
+    """Seconds of a recording by its header, which is all that is read; 0 if it has none.
 
     Args:
         audio: a path, bytes, or a row of an undecoded `Audio` column.
@@ -56,7 +58,14 @@ def duration(audio: Any) -> float:
 
 
 def encoded_source(audio: Any) -> io.BytesIO | str | Path:
-    """What soundfile opens."""
+    """What soundfile can open.
+
+    Args:
+        audio: a path, bytes, or a row of an undecoded `Audio` column.
+
+    Raises:
+        ValueError: nothing of that kind.
+    """
     source = (audio.get("bytes") or audio.get("path")) if isinstance(audio, Mapping) else audio
     if not isinstance(source, bytes | str | Path):
         raise ValueError(f"audio has to be a path, bytes, or a row of an Audio column, not {audio!r:.80}")
@@ -64,5 +73,5 @@ def encoded_source(audio: Any) -> io.BytesIO | str | Path:
 
 
 def level(waveform: np.ndarray) -> float:
-    """Root mean square in decibels relative to full scale."""
+    """Root mean square of samples in decibels relative to full scale, at least -200."""
     return float(10 * np.log10(np.mean(np.square(waveform, dtype=np.float64)) + 1e-20))

@@ -1,8 +1,8 @@
-"""Which recordings make up a training step, and in which order.
+"""Samplers: which recordings make up a training step, and in which order.
 
-A step is one list of items, dealt to processes and accumulated batches, so how many there are of these changes
-nothing. What is random about an item follows from the seed, the epoch and the recording; the order from the seed and,
-of a stream, from the position at which reading went on.
+A step is one list of items, which is cut into slices, a batch each, for processes and for accumulation: how many there
+are of either changes nothing. What is random about an item follows from its epoch and index (see `Item`); the order of
+items follows from the seed and, in a stream, from the position at which reading went on.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from modeling_lighthubert.errors import UserError
 
 
 def _is_no_shuffle_warning(record: logging.LogRecord) -> bool:
-    """datasets warns that the content of a shuffle buffer is lost; ours has one row, and nothing is lost."""
+    """datasets warns that the content of a shuffle buffer is lost. Ours has one row, and nothing is lost."""
     return "shuffle buffer" not in record.getMessage()
 
 
@@ -31,15 +31,17 @@ class BatchSampler(ABC, torch.utils.data.Sampler[list[Item]]):
     """Batches of recordings of similar length, epoch after epoch without end.
 
     Args:
-        batch_size: recordings in a batch.
-        max_batch_seconds: no more audio in a batch than this, with its padding, but at least one recording.
-        crop_seconds: longer recordings count as cropped to this.
-        slices: which of the `num_slices` batches of a step this process takes.
+        batch_size: largest number of recordings in a batch.
+        max_batch_seconds: longest audio in a batch, with its padding; a batch of one recording may be longer.
+        crop_seconds: length to which longer recordings are cropped.
+        seed: of the order.
+        slices: numbers of the batches of a step that this process takes.
+        num_slices: number of batches in a step, of all processes.
         start: step to begin with.
     """
 
     NUM_BATCHES_SORTED = 50
-    """Among the recordings of so many batches, in random order, those of similar length are put together."""
+    """Recordings are drawn at random, this many batches at a time, and those are sorted by length."""
 
     def __init__(
         self,
@@ -56,24 +58,30 @@ class BatchSampler(ABC, torch.utils.data.Sampler[list[Item]]):
         self.pool_size = self.NUM_BATCHES_SORTED * batch_size * num_slices
 
     def __iter__(self) -> Iterator[list[Item]]:
-        for items in self.steps():
-            for number in self.slices:
-                yield items[number :: self.num_slices]
+        return (batch for step in self.steps() for batch in self.own_batches(step))
+
+    def own_batches(self, step: list[Item]) -> list[list[Item]]:
+        """This process's batches of a step. Each has every length: `step` is sorted by it."""
+        return [step[number :: self.num_slices] for number in self.slices]
 
     @abstractmethod
     def steps(self) -> Iterator[list[Item]]:
         """The items of each step from `start` on."""
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """What a sampler that begins with `step` has to know besides, as JSON."""
+        """What a sampler that starts with `step` has to be given besides, as JSON."""
         return {}
 
     def group(self, items: Sequence[Item], seconds: Sequence[float]) -> list[list[Item]]:
-        """Steps of items of similar length, shortest first. What is left over at the end waits for another epoch."""
+        """Steps of items of similar length, the shortest first. Items that do not fill a last step are left out.
+
+        Args:
+            seconds: length of each item.
+        """
         steps: list[list[Item]] = []
         step: list[Item] = []
         for at in sorted(range(len(items)), key=lambda at: seconds[at]):
-            # sorted upwards: the newest recording is the longest, and so the length of the padded batch
+            # in this order an item is longer than those before it, and so the length of its padded batch
             longest = min(seconds[at], self.crop_seconds)
             per_slice = math.ceil((len(step) + 1) / self.num_slices)
             too_long = self.max_batch_seconds and per_slice * longest > self.max_batch_seconds
@@ -84,7 +92,8 @@ class BatchSampler(ABC, torch.utils.data.Sampler[list[Item]]):
         return [*steps, step] if len(step) >= self.num_slices else steps
 
     def require(self, steps: Sequence[list[Item]], num_recordings: int) -> None:
-        """
+        """Refuses data that are too few.
+
         Raises:
             UserError: there is no step.
         """
@@ -96,23 +105,27 @@ class BatchSampler(ABC, torch.utils.data.Sampler[list[Item]]):
 
 
 class RandomAccessSampler(BatchSampler):
-    """Batches of recordings that are all at hand: every epoch in an order of its own, which depends on the seed.
+    """Batches of recordings that are all at hand, put together anew in every epoch.
 
     Args:
-        seconds: of each recording. Those of no length are left out.
+        seconds: length of each recording. Those of length 0 are left out.
         options: of `BatchSampler`.
     """
 
-    def __init__(self, seconds: Sequence[float], **options):
+    def __init__(self, seconds: Sequence[float], **options: Any):
         super().__init__(**options)
         self.seconds = seconds
 
     def steps(self) -> Iterator[list[Item]]:
-        return itertools.islice(
-            (step for epoch in itertools.count() for step in self._of_epoch(epoch)), self.start, None
-        )
+        steps = (step for epoch in itertools.count() for step in self.steps_of_epoch(epoch))
+        return itertools.islice(steps, self.start, None)
 
-    def _of_epoch(self, epoch: int) -> list[list[Item]]:
+    def steps_of_epoch(self, epoch: int) -> list[list[Item]]:
+        """All steps of an epoch, in order.
+
+        Raises:
+            UserError: the recordings are too few for one step.
+        """
         rng = random.Random(f"{self.seed}-{epoch}")
         order = [index for index, length in enumerate(self.seconds) if length > 0]
         rng.shuffle(order)
@@ -126,11 +139,11 @@ class RandomAccessSampler(BatchSampler):
 
 
 class Pool(NamedTuple):
-    """Rows read from a stream together, to be put into batches.
+    """Rows that are read from a stream together, to be sorted by length and put into batches.
 
     Attributes:
-        position: where it begins, as JSON: `epoch`, `num_read` rows of it before, and `stream`, the state of the
-            dataset there (`None` at the beginning).
+        position: where the pool begins, as JSON: `epoch`, the number of rows of that epoch before it, `num_read`, and
+            `stream`, the state of the dataset there (`None` at the beginning of an epoch).
         rows: encoded recordings.
     """
 
@@ -139,13 +152,13 @@ class Pool(NamedTuple):
 
 
 class StreamSampler(BatchSampler):
-    """Batches of a streamed dataset: its shards in random order, and the recordings of a pool sorted by length, while
-    the next pool is read.
+    """Batches of a streamed dataset: its shards are read in random order, a pool of recordings at a time, and the next
+    pool while the batches of one are used.
 
     Args:
-        stream: undecoded recordings.
-        unreadable: told of recordings without a header, and how many have been read.
-        state: what `state_dict` gave for `start`.
+        stream: rows with undecoded audio in the column `audio_column_name`.
+        unreadable: is told of recordings without a header, and how many recordings were read.
+        state: what `state_dict` returned for `start`.
         options: of `BatchSampler`.
     """
 
@@ -155,18 +168,18 @@ class StreamSampler(BatchSampler):
         audio_column_name: str,
         unreadable: Unreadable,
         state: Mapping[str, Any] | None = None,
-        **options,
+        **options: Any,
     ):
         super().__init__(**options)
         logging.getLogger("datasets.iterable_dataset").addFilter(_is_no_shuffle_warning)
-        # a buffer of one row: only shards are shuffled, so that the state of the dataset says all
+        # with a buffer of one row only shards are shuffled, and the state of the dataset is all there is to keep
         self.stream = stream.shuffle(seed=self.seed, buffer_size=1)
         self.audio_column_name, self.unreadable = audio_column_name, unreadable
         beginning = {"first_step": 0, "epoch": 0, "num_read": 0, "stream": None}
         self.positions = [dict(state or beginning)]
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """The position of the pool that `step` belongs to, and its `first_step`."""
+        """The position of the pool that `step` belongs to, and the number of the pool's `first_step`."""
         while len(self.positions) > 1 and self.positions[1]["first_step"] <= step:
             self.positions.pop(0)
         return self.positions[0]
@@ -174,7 +187,7 @@ class StreamSampler(BatchSampler):
     def steps(self) -> Iterator[list[Item]]:
         at = self.positions[0]["first_step"]
         for pool in read_ahead(self._pools(self.positions[0])):
-            steps = self._of_pool(pool)
+            steps = self._steps_of_pool(pool)
             if pool.position["num_read"] == 0:
                 self.require(steps, len(pool.rows))
             known = self.positions[-1]
@@ -198,7 +211,7 @@ class StreamSampler(BatchSampler):
                 raise UserError("no recordings in the streamed data, or none that the filters leave")
             epoch, num_read, state = epoch + 1, 0, None
 
-    def _of_pool(self, pool: Pool) -> list[list[Item]]:
+    def _steps_of_pool(self, pool: Pool) -> list[list[Item]]:
         epoch, first = pool.position["epoch"], pool.position["num_read"]
         self.unreadable.num_recordings = max(self.unreadable.num_recordings, first + len(pool.rows))
         items, seconds = [], []
@@ -223,26 +236,32 @@ def read_ahead(pools: Iterator[Pool]) -> Iterator[Pool]:
             yield pool
 
 
-class EpochSampler(RandomAccessSampler):
-    """Batches of similar length, the same ones in every epoch, as Trainer counts on, each time in another order.
+class EpochSampler(torch.utils.data.Sampler[list[int]]):
+    """Batches of indices of recordings of similar length: the same batches in every epoch, as Trainer counts on, in
+    another order.
 
     Args:
+        seconds: length of each recording. Those of length 0 are left out.
         options: of `BatchSampler`.
+
+    Raises:
+        UserError: the recordings are too few for one step.
     """
 
-    def __init__(self, seconds: Sequence[float], **options):
-        super().__init__(seconds, **options)
-        self.epoch, self.steps_of_epoch = 0, self._of_epoch(0)
+    def __init__(self, seconds: Sequence[float], **options: Any):
+        self.sampler = RandomAccessSampler(seconds, **options)
+        self.epoch, self.steps = 0, self.sampler.steps_of_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the steps."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.steps_of_epoch) * len(self.slices)
+        return len(self.steps) * len(self.sampler.slices)
 
     def __iter__(self) -> Iterator[list[int]]:
-        steps = list(self.steps_of_epoch)
-        random.Random(f"{self.seed}-{self.epoch}").shuffle(steps)
+        steps = list(self.steps)
+        random.Random(f"{self.sampler.seed}-{self.epoch}").shuffle(steps)
         for step in steps:
-            for number in self.slices:
-                yield [item.index for item in step[number :: self.num_slices]]
+            for batch in self.sampler.own_batches(step):
+                yield [item.index for item in batch]

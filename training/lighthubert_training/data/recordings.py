@@ -1,10 +1,11 @@
-"""From an item of data to a `Recording`: its waveform, or the reason why there is none; and the one policy, for all
+"""From an item of data to a `Recording`: its waveform, or the reason why there is none; and the one policy, of all
 jobs, for recordings that cannot be read.
 """
 
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +21,14 @@ logger = logging.getLogger(__name__)
 NO_HEADER = "no header of audio, or no samples"
 
 
-class Item(NamedTuple):
-    """A recording as it is met in training. Crop and mask depend on epoch and index alone.
+@dataclass(frozen=True, order=True)
+class Item:
+    """A recording that is drawn for training. What is random about it, crop and mask, follows from the seed, the epoch
+    and the index.
 
     Attributes:
         epoch: how often all of the data was gone through before.
-        index: of the recording in the data, or in the epoch's stream.
+        index: of the recording in the data, or in the epoch of a stream.
         audio: the encoded recording, of a stream.
     """
 
@@ -40,14 +43,14 @@ def item_seed(seed: int, epoch: int, index: int) -> str:
 
 
 class Recording(NamedTuple):
-    """A recording, or why it cannot be read.
+    """A recording, or the reason why it cannot be read.
 
     Attributes:
         name: what messages and transcripts call it.
-        waveform: mono float32 samples, shape (num_samples); `None` if it cannot be read.
-        problem: why not.
-        labels: what a job has to say of it: token ids, a row of labels.
-        item: epoch and index of a recording that is drawn in training.
+        waveform: mono samples, float32 (num_samples); `None` if it cannot be read.
+        problem: the reason, in words; empty if it can be read.
+        labels: of the recording, whatever a job learns or scores: token ids, a row of a table. `None` without labels.
+        item: epoch and index of a recording that was drawn for training.
     """
 
     name: str
@@ -57,17 +60,17 @@ class Recording(NamedTuple):
     item: tuple[int, int] = (0, 0)
 
 
-def recording_name(audio: Mapping[str, Any], index: int) -> str:
-    """What a message calls a recording: its path, where it has one."""
-    return str(audio.get("path") or f"recording {index}")
+def recording_name(audio: Mapping[str, Any] | None, index: int) -> str:
+    """What messages call a recording: its path, where it has one, or its number."""
+    return str((audio or {}).get("path") or f"recording {index}")
 
 
 def read_recording(audio: Any, sampling_rate: int, name: str, labels: Any = None) -> Recording:
-    """Decodes a recording (see `load_waveform`). What cannot be decoded is a `problem`, no exception."""
+    """Decodes a recording (see `load_waveform`). One that cannot be decoded has a `problem`; nothing is raised."""
     try:
         return Recording(name, load_waveform(audio, sampling_rate), "", labels)
     except UNREADABLE as error:
-        # that of soundfile says where in memory the bytes are, but for its `error_string`
+        # the message of soundfile says where in memory the bytes are; its `error_string` does not
         problem = getattr(error, "error_string", str(error)) or type(error).__name__
         return Recording(name, None, problem, labels)
 
@@ -76,8 +79,8 @@ class Unreadable:
     """Recordings that are left out because they cannot be read: each is named once, and too many end the run.
 
     Args:
-        max_share: of all recordings; of a stream, of those read so far.
-        num_recordings: how many there are.
+        max_share: largest share of `num_recordings` that may be left out.
+        num_recordings: how many recordings there are; of a stream, how many were read so far.
     """
 
     def __init__(self, max_share: float, num_recordings: int = 0):
@@ -85,7 +88,8 @@ class Unreadable:
         self.names: set[str] = set()
 
     def add(self, name: str, reason: str) -> None:
-        """
+        """Leaves a recording out.
+
         Raises:
             UserError: with this one they are more than `max_share`.
         """
@@ -109,11 +113,11 @@ class Unreadable:
 
 
 class SpeechDataset(torch.utils.data.Dataset):
-    """Recordings by number: item i is a `Recording`.
+    """Recordings at hand: item i is a `Recording`.
 
     Args:
-        dataset: rows with undecoded audio.
-        labels: of each recording.
+        dataset: rows with undecoded audio in the column `audio_column_name`.
+        labels: of each recording. Default: none.
     """
 
     def __init__(
@@ -125,12 +129,12 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.audio)
 
-    def encoded(self, index: int) -> dict[str, Any]:
-        """Recording `index` as it is stored: `bytes` or `path`."""
+    def encoded(self, index: int) -> dict[str, Any] | None:
+        """Recording `index` as it is stored: `bytes` or `path`; `None` of a row that has nothing."""
         return self.audio[index][self.audio_column_name]
 
     def name(self, index: int) -> str:
-        """What a message calls recording `index`."""
+        """What messages call recording `index`."""
         return recording_name(self.encoded(index), index)
 
     def __getitem__(self, index: int) -> Recording:
@@ -140,10 +144,10 @@ class SpeechDataset(torch.utils.data.Dataset):
 
 
 class CroppedRecordings(torch.utils.data.Dataset):
-    """Recordings cropped at random to at most `crop_seconds`: item `Item` is a `Recording`.
+    """Recordings that are cropped at random to at most `crop_seconds`: element `Item` is a `Recording`.
 
     Args:
-        speech: has the audio of an item that does not bring its own; `None` for a stream.
+        speech: where items without their own `audio` come from; `None` for a stream.
     """
 
     def __init__(self, speech: SpeechDataset | None, sampling_rate: int, crop_seconds: float, seed: int):
@@ -151,22 +155,19 @@ class CroppedRecordings(torch.utils.data.Dataset):
         self.max_samples = int(crop_seconds * sampling_rate)
 
     def __getitem__(self, item: Item) -> Recording:
-        audio = item.audio
+        audio, epoch, index = item.audio, item.epoch, item.index
         if audio is None:
             assert self.speech is not None
-            audio = self.speech.encoded(item.index)
-        epoch, index, _ = item
-        recording = read_recording(audio, self.sampling_rate, recording_name(audio, index))._replace(
-            item=(epoch, index)
-        )
+            audio = self.speech.encoded(index)
+        recording = read_recording(audio, self.sampling_rate, recording_name(audio, index))
         waveform = recording.waveform
-        if waveform is None or len(waveform) <= self.max_samples:
-            return recording
-        start = random.Random(item_seed(self.seed, epoch, index)).randrange(len(waveform) - self.max_samples + 1)
-        return recording._replace(waveform=waveform[start : start + self.max_samples])
+        if waveform is not None and len(waveform) > self.max_samples:
+            start = random.Random(item_seed(self.seed, epoch, index)).randrange(len(waveform) - self.max_samples + 1)
+            waveform = waveform[start : start + self.max_samples]
+        return recording._replace(waveform=waveform, item=(epoch, index))
 
 
 def durations(speech: SpeechDataset) -> list[float]:
-    """Seconds of each recording, from its header."""
+    """Seconds of each recording by its header, 0 without one."""
     rows = tqdm(speech.audio, desc="reading headers", disable=len(speech) < 10_000)
     return [duration(row[speech.audio_column_name]) for row in rows]

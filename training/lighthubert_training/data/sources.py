@@ -1,27 +1,33 @@
 """Where speech comes from: datasets on the Hub, tables, manifests and folders, as rows of encoded recordings."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import soundfile
-from datasets import Audio, Dataset, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets import Audio, Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from lighthubert_training.data.audio import UNREADABLE, duration, encoded_source, level
-from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.errors import UserError, user_error
 
 
 AUDIO_SUFFIXES = (".flac", ".mp3", ".ogg", ".opus", ".wav")
 MANIFESTS = {".json": "json", ".jsonl": "json", ".csv": "csv"}
+"""Loader of datasets for each suffix of a table that names recordings."""
 
 
 @dataclass
 class DataArguments:
-    """Where the speech comes from, one or several sources together, and which recordings of it count."""
+    """Sources of speech, one or several together, and which recordings of them are used."""
 
-    dataset_name: list[str] | None = field(default=None, metadata={"help": "Datasets on the Hub, or folders of them."})
+    dataset_name: list[str] | None = field(
+        default=None, metadata={"help": "Names of datasets on the Hub, or folders of datasets."}
+    )
     dataset_config_name: list[str] | None = field(
         default=None, metadata={"help": "Configuration of each dataset, or one for all."}
     )
@@ -34,32 +40,41 @@ class DataArguments:
     train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What to train on in place of datasets: parquet files, JSON (lines) or CSV files with a column of"
-            " paths, manifests of fairseq (.tsv), or folders of audio."
+            "help": "Training data in place of datasets: parquet files, JSON (lines) or CSV files with a column of"
+            " paths, manifests of fairseq (.tsv), or folders of audio. Paths in them are relative to the file."
         },
     )
-    validation_file: list[str] | None = field(default=None, metadata={"help": "What to evaluate on, likewise."})
-    streaming: bool = field(default=False, metadata={"help": "Read the training data while it is trained on."})
-    audio_column_name: str = field(default="audio", metadata={"help": "Column with the audio."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on no more than this many recordings."}
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Evaluation data in place of datasets, in the same forms."}
     )
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on no more recordings than this."})
-    min_duration_in_seconds: float = field(default=0.0, metadata={"help": "Leave out shorter recordings."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Whether training data are read, and downloaded, while the run goes on."}
+    )
+    audio_column_name: str = field(default="audio", metadata={"help": "Name of the column with the audio."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Number of recordings to train on, the first ones. Default: all."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Number of recordings to evaluate on, the first ones. Default: all."}
+    )
+    min_duration_in_seconds: float = field(
+        default=0.0, metadata={"help": "Shortest duration; shorter recordings are left out."}
+    )
     max_duration_in_seconds: float | None = field(
-        default=None, metadata={"help": "Leave out longer recordings, as a whole."}
+        default=None, metadata={"help": "Longest duration; longer recordings are left out as a whole."}
     )
     min_level_in_db: float | None = field(
         default=None,
-        metadata={"help": "Leave out recordings as silent that are softer than this: RMS, relative to full scale."},
+        metadata={"help": "Lowest RMS level relative to full scale; softer recordings are left out as silent."},
     )
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that measure recordings for the three options above."}
+        default=None, metadata={"help": "Number of processes that measure duration and level for these options."}
     )
     max_unreadable_share: float = field(
         default=0.01,
         metadata={
-            "help": "Recordings that cannot be read are named and left out; a larger share of all ends the run."
+            "help": "Largest share of the recordings, 0 to 1, that may be unreadable: each is named and left out, and"
+            " more end the run."
         },
     )
 
@@ -67,12 +82,13 @@ class DataArguments:
 def load_speech(
     arguments: DataArguments, training: bool, other_columns: Sequence[str] = ()
 ) -> Dataset | IterableDataset | None:
-    """The training or the evaluation part of what `arguments` name, audio still encoded; `None` if nothing is named.
+    """The training or the evaluation data of `arguments`, audio still encoded; `None` if none are named.
 
     The columns are that of the audio and `other_columns`. Only training data are streamed.
 
     Raises:
-        UserError: no data to train on, a source without such a column or of an unknown kind, or no recordings.
+        UserError: there are no data to train on, a source is of an unknown kind, cannot be loaded, or lacks a column,
+            or no recordings are left.
     """
     streaming = arguments.streaming and training
     limit = arguments.max_train_samples if training else arguments.max_eval_samples
@@ -82,9 +98,10 @@ def load_speech(
     columns = [arguments.audio_column_name, *other_columns]
     for name, source in sources.items():
         there = source.column_names or list(next(iter(source), {}))
-        for column, option in zip(columns, ("audio_column_name", "text_column_name")):
+        for column, option in zip_longest(columns, ("audio_column_name", "text_column_name")[: len(columns)]):
             if column not in there:
-                raise UserError(f"{name} has no column {column!r}: choose --{option} from {there}")
+                advice = f"choose --{option} from {there}" if option else f"it has {there}"
+                raise UserError(f"{name} has no column {column!r}: {advice}")
     encoded = [
         source.select_columns(columns).cast_column(arguments.audio_column_name, Audio(decode=False))
         for source in sources.values()
@@ -99,7 +116,7 @@ def load_speech(
 
 
 def _load_sources(arguments: DataArguments, training: bool) -> dict[str, Dataset | IterableDataset]:
-    """Every source by its name."""
+    """Every source, by the name that messages call it."""
     files = arguments.train_file if training else arguments.validation_file
     streaming = arguments.streaming and training
     if files is not None:
@@ -111,19 +128,20 @@ def _load_sources(arguments: DataArguments, training: bool) -> dict[str, Dataset
         return {}
     names = arguments.dataset_name
     configs = _for_each(names, "dataset_config_name", arguments.dataset_config_name or [None])
-    splits = _for_each(names, "train_split_name" if training else "eval_split_name", splits)
+    chosen = _for_each(names, "train_split_name" if training else "eval_split_name", splits)
     return {
         f"{name} ({split})": _load(f"{name} ({split})", name, config, split=split, streaming=streaming)
-        for name, config, split in zip(names, configs, splits, strict=True)
+        for name, config, split in zip(names, configs, chosen, strict=True)
     }
 
 
 def _load(source: str, *names: str | None, **options: Any) -> Dataset | IterableDataset:
-    """`datasets.load_dataset`, whose messages do not say which of several sources they mean."""
+    """`datasets.load_dataset`, whose messages do not say which of several sources they are about."""
     try:
-        return load_dataset(*names, **options)
-    except ValueError as error:
-        raise UserError(f"{source} cannot be loaded: {error}") from error
+        with user_error(f"{source} cannot be loaded: "):
+            return load_dataset(*names, **options)
+    except DatasetGenerationError as error:  # its cause says what is wrong with the file
+        raise UserError(f"{source} cannot be loaded: {error.__cause__ or error}") from error
 
 
 def _for_each(names: Sequence[str], option: str, values: Sequence[str | None]) -> Sequence[str | None]:
@@ -133,7 +151,7 @@ def _for_each(names: Sequence[str], option: str, values: Sequence[str | None]) -
 
 
 def _load_file(path: Path, column: str, streaming: bool) -> Dataset | IterableDataset:
-    """A file of recordings or of their paths, or a folder of audio. Paths are relative to the file."""
+    """A table with recordings or paths of recordings, relative to the table, in `column`; or a folder of audio."""
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if path.is_dir():
@@ -142,32 +160,56 @@ def _load_file(path: Path, column: str, streaming: bool) -> Dataset | IterableDa
             raise UserError(f"{path} has no audio: {', '.join(AUDIO_SUFFIXES)}")
         dataset = Dataset.from_dict({column: found})
     elif path.suffix == ".parquet":
-        return _load(str(path), "parquet", data_files=str(path), split="train", streaming=streaming)
+        if not _names_files(path, column):
+            return _load(str(path), "parquet", data_files=str(path), split="train", streaming=streaming)
+        dataset = _load(str(path), "parquet", data_files=str(path), split="train")
+        dataset = _with_folder(dataset, column, path.parent)
     elif path.suffix == ".tsv":
         # fairseq's: the folder on the first line, then a path and its number of samples on each
         with path.open(encoding="utf-8") as manifest:
-            folder = manifest.readline().strip()
+            folder = path.parent / manifest.readline().strip()
         options = {"delimiter": "\t", "names": [column, "num_samples"], "skiprows": 1}
         dataset = _with_folder(_load(str(path), "csv", data_files=str(path), split="train", **options), column, folder)
     elif path.suffix in MANIFESTS:
         dataset = _load(str(path), MANIFESTS[path.suffix], data_files=str(path), split="train")
-        dataset = _with_folder(dataset, column, str(path.parent))
+        dataset = _with_folder(dataset, column, path.parent)
     else:
         known = ", ".join([".parquet", *MANIFESTS, ".tsv"])
         raise UserError(f"{path} is of no known kind: give a folder of audio, or a file in {known}")
     return dataset.to_iterable_dataset() if streaming else dataset
 
 
-def _with_folder(dataset: Dataset, column: str, folder: str) -> Dataset:
+def _names_files(path: Path, column: str) -> bool:
+    """Whether a Parquet file has paths in `column`, as text or beside bytes that are all null, and no audio. Only its
+    metadata are read."""
+    with user_error(f"{path} cannot be loaded: "):
+        metadata = pyarrow.parquet.read_metadata(path)
+    kinds = {metadata.schema.column(at).path: at for at in range(metadata.num_columns)}
+    if column in kinds:
+        return metadata.schema.column(kinds[column]).logical_type.type == "STRING"
+    if f"{column}.bytes" not in kinds:
+        return False
+    chunks = [metadata.row_group(at).column(kinds[f"{column}.bytes"]) for at in range(metadata.num_row_groups)]
+    return all(chunk.statistics is not None and chunk.statistics.null_count == chunk.num_values for chunk in chunks)
+
+
+def _with_folder(dataset: Dataset, column: str, folder: Path) -> Dataset:
     """Paths in `column`, relative to `folder` so far, as they can be opened."""
     if column not in dataset.column_names:
         return dataset
-    dataset = dataset.map(lambda path: {column: os.path.join(folder, path)}, input_columns=column)
-    return dataset.cast_column(column, Value("string"))
+
+    def join(audio: Any) -> dict[str, Any]:
+        path = audio["path"] if isinstance(audio, Mapping) else audio
+        return {column: path and os.path.join(folder, path)}
+
+    if isinstance(dataset.features[column], Audio):
+        dataset = dataset.cast_column(column, Audio(decode=False))
+    features = Features({**dataset.features, column: Value("string")})
+    return dataset.map(join, input_columns=column, features=features)
 
 
 def _filtered(speech: Dataset | IterableDataset, arguments: DataArguments) -> Dataset | IterableDataset:
-    """Without recordings that are too short, too long or silent. What cannot be read stays, to be counted later."""
+    """The recordings that are not too short, too long or silent. Unreadable ones stay: they are counted later."""
     least, most, loud = (
         arguments.min_duration_in_seconds,
         arguments.max_duration_in_seconds,
@@ -176,7 +218,7 @@ def _filtered(speech: Dataset | IterableDataset, arguments: DataArguments) -> Da
     if least <= 0 and most is None and loud is None:
         return speech
 
-    def counts(audio: Any) -> bool:
+    def is_used(audio: Any) -> bool:
         seconds = duration(audio)
         if seconds == 0:
             return True
@@ -188,4 +230,4 @@ def _filtered(speech: Dataset | IterableDataset, arguments: DataArguments) -> Da
             return True
 
     workers = {} if isinstance(speech, IterableDataset) else {"num_proc": arguments.preprocessing_num_workers}
-    return speech.filter(counts, input_columns=arguments.audio_column_name, **workers)
+    return speech.filter(is_used, input_columns=arguments.audio_column_name, **workers)
