@@ -8,25 +8,29 @@
 A run that was killed goes on where it stopped when it is started again: see `Journal`.
 """
 
-import itertools
+import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import HfArgumentParser
 
-from lighthubert_training.data.sources import MANIFESTS, UNREADABLE, DataArguments, load_speech, load_waveform
+import lighthubert_training
+from lighthubert_training.data.recordings import Unreadable
+from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.decoding import BeamSearch
+from lighthubert_training.recognition.data import find_recordings, load_batches
 from lighthubert_training.recognition.live import LiveTranscriber, transcribe_live
 from lighthubert_training.recognition.recognizer import Recognizer
-from lighthubert_training.recognition.transcripts import FORMATS, Journal, as_json, formatted
-from lighthubert_training.runs.options import parse_recipe
+from lighthubert_training.recognition.transcripts import FORMATS, Journal, as_json, format_transcript, write_results
+from lighthubert_training.runs.distributed import DEVICE_HELP, choose_device
+from lighthubert_training.runs.options import parse_options
+from modeling_lighthubert.errors import UserError, run
 
 
 @dataclass
@@ -39,19 +43,24 @@ class RecognitionArguments:
     subnet: str | None = field(
         default=None, metadata={"help": "Subnet of a supernet: a name or a JSON file. Default: the selected."}
     )
-    device: str | None = field(default=None, metadata={"help": "Default: a GPU, if there is one."})
-    batch_size: int = field(default=8, metadata={"help": "Pieces of audio that the model hears together."})
-    chunk_length_s: float = field(default=20.0, metadata={"help": "Longer recordings are heard in chunks so long."})
-    stride_length_s: float = field(default=2.0, metadata={"help": "What a chunk shares with each neighbour."})
+    device: str | None = field(default=None, metadata={"help": DEVICE_HELP})
+    batch_size: int = field(default=8, metadata={"help": "Recordings, or chunks of them, in a batch."})
+    chunk_length_s: float = field(
+        default=20.0, metadata={"help": "Length, in seconds, of the chunks that longer recordings are split into."}
+    )
+    stride_length_s: float = field(
+        default=2.0, metadata={"help": "Overlap of a chunk with each of its neighbours, in seconds."}
+    )
     lm_path: str | None = field(
         default=None, metadata={"help": "N-gram model (ARPA or KenLM) for beam search. Default: greedy decoding."}
     )
     lexicon: str | None = field(
-        default=None, metadata={"help": "File with the words that there are. Default: the unigrams of --lm_path."}
+        default=None,
+        metadata={"help": "File with all words that beam search may write. Default: the unigrams of --lm_path."},
     )
     beam_width: int = field(default=100, metadata={"help": "Hypotheses that beam search keeps."})
     lm_weight: float = field(default=2.0, metadata={"help": "Weight of the language model."})
-    word_score: float = field(default=0.0, metadata={"help": "Added for each word: positive for more words."})
+    word_score: float = field(default=0.0, metadata={"help": "Score added for each word: positive for more words."})
 
 
 @dataclass
@@ -63,169 +72,87 @@ class TranscriptionArguments:
         metadata={"help": "Recordings, folders of them, and parquet, JSON, CSV or .tsv files as for training."},
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    split_name: str = field(default="test", metadata={"help": "Its split."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    split_name: str = field(default="test", metadata={"help": "Split of the dataset."})
     audio_column_name: str = field(default="audio", metadata={"help": "Column with the audio."})
+    max_unreadable_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "Recordings that cannot be read are named and left out; a larger share of all ends the run."
+        },
+    )
     output_file: str | None = field(
-        default=None, metadata={"help": "Where all transcripts go. Default: standard output, or --output_dir."}
+        default=None, metadata={"help": "File for all transcripts. Default: standard output, or --output_dir."}
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for transcripts.jsonl, and a file for each recording."}
     )
     output_format: str | None = field(
         default=None,
-        metadata={"help": "Default: the suffix of --output_file, or txt.", "choices": FORMATS},
+        metadata={"help": "Format. Default: the suffix of --output_file, or txt.", "choices": FORMATS},
     )
-    max_cue_words: int = field(default=12, metadata={"help": "Words of a subtitle."})
-    max_cue_seconds: float = field(default=6.0, metadata={"help": "Seconds of a subtitle."})
+    max_cue_words: int = field(default=12, metadata={"help": "Most words of a subtitle."})
+    max_cue_seconds: float = field(default=6.0, metadata={"help": "Most seconds of a subtitle."})
     live: bool = field(
         default=False, metadata={"help": "Transcribe standard input: raw samples, 16 bit, 16 kHz, mono."}
     )
-    live_chunk_length_s: float = field(default=1.0, metadata={"help": "How often --live listens."})
+    live_chunk_length_s: float = field(
+        default=1.0, metadata={"help": "Seconds of new audio after which --live transcribes."}
+    )
 
-
-# What is transcribed
-
-
-class Source(NamedTuple):
-    """A recording, encoded, and the name that it has in transcripts and messages."""
-
-    name: str
-    audio: Any
-
-
-def find_recordings(arguments: TranscriptionArguments) -> Iterator[Source]:
-    """All recordings, each once: files by their paths, those inside tables by the table and the number of the row.
-
-    Raises:
-        ValueError: an input that is not there, or has no recordings.
-    """
-    column, seen = arguments.audio_column_name, set()
-    for name, rows in _tables(arguments):
-        for index, row in enumerate(rows):
-            audio = row[column]
-            is_path = audio.get("bytes") is None and audio.get("path")
-            source = Source(str(audio["path"]) if is_path else f"{name}#{index}", audio)
-            if source.name not in seen:
-                seen.add(source.name)
-                yield source
-
-
-def _tables(arguments: TranscriptionArguments) -> Iterator[tuple[str, Any]]:
-    """Rows with audio of each input."""
-    column = arguments.audio_column_name
-    for name in arguments.inputs or []:
-        path = Path(name)
-        if path.is_file() and path.suffix not in (".parquet", ".tsv", *MANIFESTS):
-            yield name, [{column: {"path": str(path), "bytes": None}}]
-        else:
-            yield str(path), load_speech(DataArguments(validation_file=[name], audio_column_name=column), False)
-    if arguments.dataset_name is not None:
-        config = arguments.dataset_config_name
-        data = DataArguments(
-            dataset_name=[arguments.dataset_name],
-            dataset_config_name=None if config is None else [config],
-            eval_split_name=[arguments.split_name],
-            audio_column_name=column,
+    @property
+    def dataset(self) -> DataArguments | None:
+        """The dataset on the Hub, if one is given."""
+        if self.dataset_name is None:
+            return None
+        return DataArguments(
+            dataset_name=[self.dataset_name],
+            dataset_config_name=None if self.dataset_config_name is None else [self.dataset_config_name],
+            eval_split_name=[self.split_name],
+            audio_column_name=self.audio_column_name,
         )
-        yield arguments.dataset_name, load_speech(data, False)
 
-
-class Loaded(NamedTuple):
-    """A recording as samples (num_samples), or why there are none."""
-
-    name: str
-    waveform: np.ndarray | None
-    error: str = ""
-
-
-def load_batches(
-    sources: Sequence[Source], sampling_rate: int, batch_size: int, max_seconds: float
-) -> Iterator[list[Loaded]]:
-    """At most `batch_size` recordings, and `max_seconds` of audio unless one alone has more."""
-    batch: list[Loaded] = []
-    seconds = 0.0
-    for source in sources:
-        try:
-            loaded = Loaded(source.name, load_waveform(source.audio, sampling_rate))
-        except (*UNREADABLE, TypeError) as error:  # TypeError: soundfile, of a file without header
-            loaded = Loaded(source.name, None, str(error))
-        length = 0.0 if loaded.waveform is None else len(loaded.waveform) / sampling_rate
-        if batch and (len(batch) == batch_size or seconds + length > max_seconds):
-            yield batch
-            batch, seconds = [], 0.0
-        batch.append(loaded)
-        seconds += length
-    if batch:
-        yield batch
-
-
-# Where transcripts go
-
-
-def write_results(journal: Journal, names: set[str], arguments: TranscriptionArguments, output_format: str) -> None:
-    """Writes what is not the journal itself: each file at once, so that it is whole or not there."""
-    limits = (arguments.max_cue_words, arguments.max_cue_seconds)
-    entries = (entry for entry in journal if entry["name"] in names)
-    if arguments.output_dir is None and output_format != "jsonl":
-        _write(Path(arguments.output_file), "".join(formatted(entry, output_format, *limits) for entry in entries))
-        journal.path.unlink()
-    elif arguments.output_dir is not None and output_format != "jsonl":
-        taken: set[str] = set()
-        for entry in entries:
-            file, _, row = Path(entry["name"]).name.partition("#")
-            stem = Path(file).stem + (row and f"-{row}")
-            stems = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-            stem = next(stem for stem in stems if stem not in taken)
-            taken.add(stem)
-            _write(Path(arguments.output_dir) / f"{stem}.{output_format}", formatted(entry, output_format, *limits))
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
-# The script
+    @property
+    def cue_limits(self) -> tuple[int, float]:
+        return self.max_cue_words, self.max_cue_seconds
 
 
 def build_recognizer(arguments: RecognitionArguments) -> Recognizer:
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     recognizer = Recognizer.from_pretrained(
         arguments.model_name_or_path,
         arguments.subnet,
-        device,
+        choose_device(arguments.device),
         batch_size=arguments.batch_size,
         chunk_length_s=arguments.chunk_length_s,
         stride_length_s=arguments.stride_length_s,
     )
     if arguments.lm_path is not None:
         options = (arguments.lexicon, arguments.beam_width, arguments.lm_weight, arguments.word_score)
-        recognizer.decoder = BeamSearch(recognizer.processor.tokenizer, arguments.lm_path, *options)
+        recognizer.decoder = BeamSearch(recognizer.alphabet, arguments.lm_path, *options)
     elif arguments.lexicon is not None:
-        raise ValueError("--lexicon is for beam search: give --lm_path as well")
+        raise UserError("--lexicon is for beam search: give --lm_path as well")
     return recognizer
 
 
 def choose_format(arguments: TranscriptionArguments) -> str:
     """
     Raises:
-        ValueError: options that contradict each other, or a suffix that is no format.
+        UserError: options that contradict each other, or a suffix that is no format.
     """
     if arguments.live == bool(arguments.inputs or arguments.dataset_name):
-        raise ValueError("give what to transcribe: either --inputs or --dataset_name, or --live")
+        raise UserError("give what to transcribe: either --inputs or --dataset_name, or --live")
     if arguments.output_file is not None and (arguments.output_dir is not None or arguments.live):
-        raise ValueError("--output_file goes neither with --output_dir nor with --live")
+        raise UserError("--output_file goes neither with --output_dir nor with --live")
     suffix = None if arguments.output_file is None else Path(arguments.output_file).suffix.removeprefix(".")
     chosen = arguments.output_format or suffix or "txt"
     if chosen not in (FORMATS[:2] if arguments.live else FORMATS):
         allowed = "jsonl or txt with --live" if arguments.live else f"one of {', '.join(FORMATS)}"
-        raise ValueError(f"transcripts have to be {allowed}, not {chosen!r}: choose --output_format")
+        raise UserError(f"transcripts have to be {allowed}, not {chosen!r}: choose --output_format")
     return chosen
 
 
 def open_journal(arguments: TranscriptionArguments, output_format: str) -> Journal | None:
+    """The journal of a run that writes files."""
     if arguments.output_dir is not None:
         return Journal(Path(arguments.output_dir) / "transcripts.jsonl")
     if arguments.output_file is None:
@@ -233,76 +160,75 @@ def open_journal(arguments: TranscriptionArguments, output_format: str) -> Journ
     return Journal(Path(arguments.output_file + ("" if output_format == "jsonl" else ".jsonl")))
 
 
-def transcribe(recognizer: Recognizer, sources: Sequence[Source]) -> Iterator[list[dict[str, Any]]]:
-    """What the journal says of each recording, batch by batch. Shows how fast it goes."""
+def transcribe(
+    recognizer: Recognizer, encoded: Mapping[str, Any], unreadable: Unreadable
+) -> Iterator[list[dict[str, Any]]]:
+    """Entries of the journal for recordings by name, batch by batch. A progress bar shows the speed."""
     max_seconds = recognizer.batch_size * recognizer.chunk * recognizer.seconds_per_frame
     begin, seconds = time.monotonic(), 0.0
-    with tqdm(total=len(sources), unit="recording") as progress:
-        for batch in load_batches(sources, recognizer.sampling_rate, recognizer.batch_size, max_seconds):
-            readable = [loaded for loaded in batch if loaded.waveform is not None]
-            transcripts = recognizer.transcribe([loaded.waveform for loaded in readable])
-            by_name = {loaded.name: transcript for loaded, transcript in zip(readable, transcripts)}
-            for loaded in batch:
-                if loaded.waveform is None:
-                    tqdm.write(f"passed over, it cannot be read: {loaded.name} ({loaded.error})", file=sys.stderr)
+    loggers = [logging.getLogger(lighthubert_training.__name__)]
+    with logging_redirect_tqdm(loggers), tqdm(total=len(encoded), unit="recording") as progress:
+        for batch in load_batches(encoded, recognizer.sampling_rate, recognizer.batch_size, max_seconds):
+            readable = {each.name: each.waveform for each in unreadable.readable(batch)}
+            transcripts = dict(zip(readable, recognizer.transcribe(list(readable.values())), strict=True))
             yield [
-                as_json(each.name, by_name[each.name])
-                if each.name in by_name
-                else {"name": each.name, "error": each.error}
+                as_json(each.name, transcripts[each.name])
+                if each.name in transcripts
+                else {"name": each.name, "error": each.problem}
                 for each in batch
             ]
-            seconds += sum(transcript.duration for transcript in transcripts)
+            seconds += sum(transcript.duration for transcript in transcripts.values())
             progress.set_postfix_str(f"{seconds / (time.monotonic() - begin):.1f} s of audio per second")
             progress.update(len(batch))
 
 
 def transcribe_all(
-    recognizer: Recognizer, sources: Sequence[Source], arguments: TranscriptionArguments, output_format: str
+    recognizer: Recognizer, encoded: Mapping[str, Any], arguments: TranscriptionArguments, output_format: str
 ) -> int:
-    """Transcribes what is not transcribed yet, and returns the status to exit with: 1 if nothing could be read."""
-    if output_format in ("srt", "vtt") and arguments.output_dir is None and len(sources) != 1:
-        raise ValueError(f"{len(sources)} recordings do not fit into one {output_format} file: give --output_dir")
+    """Transcribes what is not transcribed yet, and returns the exit status: 1 if nothing could be read."""
+    if output_format in ("srt", "vtt") and arguments.output_dir is None and len(encoded) != 1:
+        raise UserError(f"{len(encoded)} recordings do not fit into one {output_format} file: give --output_dir")
     journal = open_journal(arguments, output_format)
     done = set() if journal is None else journal.names
-    if done:
+    unreadable = Unreadable(arguments.max_unreadable_share, len(encoded))
+    if journal is not None and done:
         print(f"{journal.path} has {len(done)} recordings already, which are left as they are", file=sys.stderr)
-    errors = set() if journal is None else journal.errors
-    for entries in transcribe(recognizer, [source for source in sources if source.name not in done]):
+        unreadable.names |= journal.errors & encoded.keys()
+    left = {name: audio for name, audio in encoded.items() if name not in done}
+    for entries in transcribe(recognizer, left, unreadable):
         if journal is not None:
             journal.add(entries)
             continue
-        errors |= {entry["name"] for entry in entries if "error" in entry}
         for entry in entries:
             if "error" not in entry or output_format == "jsonl":
-                cues = (arguments.max_cue_words, arguments.max_cue_seconds)
-                print(formatted(entry, output_format, *cues), end="", flush=True)
-    names = {source.name for source in sources}
-    if journal is not None:
-        write_results(journal, names, arguments, output_format)
-    if errors & names:
-        print(f"{len(errors & names)} of {len(names)} recordings could not be read", file=sys.stderr)
-    return int(errors >= names)
+                print(format_transcript(entry, output_format, *arguments.cue_limits), end="", flush=True)
+    if journal is not None and output_format != "jsonl":
+        output = Path(arguments.output_dir or str(arguments.output_file))
+        write_results(journal, encoded, output, output_format, *arguments.cue_limits)
+    if unreadable.names:
+        print(f"{len(unreadable.names)} of {len(encoded)} recordings could not be read", file=sys.stderr)
+    return int(len(unreadable.names) == len(encoded))
 
 
-def main() -> None:
+def main() -> int:
     parser = HfArgumentParser((RecognitionArguments, TranscriptionArguments), description=__doc__.splitlines()[0])
-    recognition, arguments = parse_recipe(parser)
+    recognition, arguments = parse_options(parser)
+    output_format = choose_format(arguments)
     try:
-        output_format = choose_format(arguments)
         if arguments.live:
             if recognition.lm_path is not None:
-                raise ValueError("--live decodes greedily: leave --lm_path out")
+                raise UserError("--live decodes greedily: leave --lm_path out")
             live = LiveTranscriber(build_recognizer(recognition), arguments.live_chunk_length_s)
             transcribe_live(live, sys.stdin.buffer, output_format)
-            return
-        sources = list(find_recordings(arguments))
-        status = transcribe_all(build_recognizer(recognition), sources, arguments, output_format)
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+            return 0
+        encoded = find_recordings(arguments.inputs or [], arguments.audio_column_name, arguments.dataset)
+        return transcribe_all(build_recognizer(recognition), encoded, arguments, output_format)
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from here, if it has --output_file or --output_dir")
-    sys.exit(status)
+        print(
+            "interrupted: the same command goes on from here if it has --output_file or --output_dir", file=sys.stderr
+        )
+        return 130
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

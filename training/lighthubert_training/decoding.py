@@ -152,8 +152,8 @@ class BeamSearch:
                 "beam search is over words, and the tokenizer has no token that separates them (word_delimiter_token):"
                 " decode greedily"
             )
-        for path in filter(None, (lm_path, lexicon_path)):
-            if not Path(path).is_file():
+        for path in (lm_path, lexicon_path):
+            if path is not None and not Path(path).is_file():
                 raise UserError(
                     f"{path} is no file: give an n-gram model (ARPA or KenLM), a lexicon as a list of words"
                 )

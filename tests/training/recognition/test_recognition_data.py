@@ -1,105 +1,122 @@
-"""Text, vocabulary, labels and batches of transcribed speech."""
+"""Transcribed recordings: their labels, and which are left out, and recordings to transcribe in batches."""
 
+import numpy as np
 import pytest
-import torch
-from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from conftest import tiny_model
+from datasets import Dataset
+from recognizers import save_processor
+from speech import RATE, TONE, encoded, undecoded
+from transformers import Wav2Vec2Processor
 
 from lighthubert_training.recognition.data import (
-    CTCCollator,
-    EpochSampler,
-    TextArguments,
-    build_tokenizer,
-    num_frames_needed,
-    report_unknown_characters,
-    unknown_characters,
+    StreamedSpeech,
+    TranscribedSpeech,
+    find_recordings,
+    leave_out_useless,
+    load_batches,
 )
+from lighthubert_training.recognition.text import TextArguments
+from modeling_lighthubert import LightHubertForCTC
+from modeling_lighthubert.errors import UserError
+
+
+WHOLE = encoded(TONE, format="FLAC")
+TORN = WHOLE[: len(WHOLE) // 2]
+"""Its header is as it was."""
+ROWS = [
+    ("good.flac", WHOLE, "abc"),
+    ("torn.flac", TORN, "ab"),
+    ("headless.flac", b"no audio", "a"),
+    ("short.flac", encoded(TONE[:399], format="FLAC"), "a"),
+    ("untold.flac", WHOLE, ""),
+    ("crammed.flac", WHOLE, "abcdefghi" * 3),
+    ("last.flac", WHOLE, "c"),
+]
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory) -> Wav2Vec2Processor:
+    return save_processor(tmp_path_factory.mktemp("processor"))
+
+
+@pytest.fixture(scope="module")
+def model() -> LightHubertForCTC:
+    return tiny_model(LightHubertForCTC, None)
+
+
+def rows(chosen=ROWS) -> Dataset:
+    return undecoded([{"audio": {"path": name, "bytes": audio}, "text": text} for name, audio, text in chosen])
+
+
+def transcribed(processor: Wav2Vec2Processor, chosen=ROWS, share: float = 1.0) -> TranscribedSpeech:
+    return TranscribedSpeech(rows(chosen), "audio", [text for *_, text in chosen], processor, share)
+
+
+def test_an_item_is_a_recording_with_its_labels_or_why_it_cannot_be_read(processor):
+    speech = transcribed(processor)
+    assert (len(speech), speech.seconds[0], speech.seconds[2]) == (7, 0.5, 0.0)
+    good, torn = speech[0], speech[1]
+    assert (good.name, good.labels, good.problem) == ("good.flac", [3, 4, 5], "")
+    np.testing.assert_allclose(good.waveform, TONE, atol=2**-14)  # of 16 bits
+    assert torn.waveform is None and torn.problem
+    assert (torn.name, torn.labels) == ("torn.flac", [3, 4])
 
 
 @pytest.mark.parametrize(
-    ("options", "given", "expected"),
-    [
-        ({}, " Two\twords\n", "Two words"),
-        ({"text_case": "upper"}, "straße", "STRASSE"),
-        ({"text_case": "lower"}, "ÅNGSTRÖM", "ångström"),
-        ({"chars_to_ignore": [",", "?!"]}, "well, what?!", "well what"),
-        ({}, "e\u0301te\u0301", "\u00e9t\u00e9"),  # composed, so that one sound has one label
-    ],
+    ("part", "left"), [("train", ["abc", "ab", "c"]), ("eval", ["abc", "abcdefghi" * 3, "c"])], ids=["train", "eval"]
 )
-def test_transcripts_are_normalised(options, given, expected):
-    assert TextArguments(**options).normalised(given) == expected
+def test_useless_recordings_are_left_out_and_named(processor, model, caplog, part, left):
+    """Bodies are only read of recordings to evaluate on, and long transcripts are only useless to train on."""
+    speech = transcribed(processor)
+    leave_out_useless(speech, model, part)
+    assert speech.texts == left
+    assert [processor.tokenizer(text).input_ids for text in left] == list(speech.labels)
+    assert [speech[index].labels for index in range(3)] == list(speech.labels)
+    assert len(speech.seconds) == len(speech) == 3
+    assert f"left out of {part}: 1 of 7 recordings, shorter than one frame: short.flac" in caplog.text
+    assert f"left out of {part}: 1 of 7 recordings, no transcript: untold.flac" in caplog.text
+    assert ("crammed.flac" in caplog.text) == (part == "train")
+    unreadable = {"headless.flac"} if part == "train" else {"headless.flac", "torn.flac"}
+    assert speech.unreadable.names == unreadable
+    assert all(f"left out, because it cannot be read: {name}" in caplog.text for name in unreadable)
 
 
-def test_the_vocabulary_is_the_characters_of_the_transcripts(tmp_path):
-    tokenizer = build_tokenizer(["ba", "a c", "да"], tmp_path)
-    assert tokenizer.get_vocab() == {
-        name: index for index, name in enumerate(["<pad>", "<unk>", "|", "a", "b", "c", "а", "д"])
-    }
-    assert tokenizer.decode(tokenizer("a c да").input_ids, group_tokens=False) == "a c да"
+def test_more_unreadable_recordings_than_allowed_end_the_run(processor, model):
+    leave_out_useless(transcribed(processor, share=0.3), model, "eval")
+    with pytest.raises(UserError, match=r"2 of 7 recordings cannot be read, more than a share of 0\.2"):
+        leave_out_useless(transcribed(processor, share=0.2), model, "eval")
 
 
-def test_unknown_characters_are_counted(tmp_path):
-    tokenizer = build_tokenizer(["abc"], tmp_path)
-    assert unknown_characters(["a b x", "xy"], tokenizer) == {"x": 2, "y": 1}
+def test_data_without_one_recording_of_use_say_why(processor, model):
+    message = "no recording of train is of use. 1: shorter than one frame; 1: no transcript"
+    with pytest.raises(UserError, match=message):
+        leave_out_useless(transcribed(processor, ROWS[3:5]), model, "train")
 
 
-def test_letters_known_in_the_other_case_are_pointed_out(tmp_path):
-    tokenizer = build_tokenizer(["ABC"], tmp_path)
-    with pytest.raises(ValueError, match="in the other case: choose --text_case"):
-        report_unknown_characters(["abc", "ab"], tokenizer, "train", "keep")
+def test_a_stream_gives_recordings_in_its_order_without_useless_ones(processor, model, caplog):
+    stream = rows().to_iterable_dataset()
+    frames = model._get_feat_extract_output_lengths
+    speech = list(StreamedSpeech(stream, ("audio", "text"), TextArguments(), processor, frames))
+    assert [each.name for each in speech] == ["good.flac", "torn.flac", "headless.flac", "last.flac"]
+    assert [each.labels for each in speech if each.waveform is not None] == [[3, 4, 5], [5]]
+    for name in ("short.flac", "untold.flac", "crammed.flac"):
+        assert f"left out: {name} (no transcript, or one that is longer than the recording has frames)" in caplog.text
 
 
-def test_equal_labels_in_a_row_need_a_blank_between_them():
-    assert num_frames_needed([]) == 0
-    assert num_frames_needed([5, 6, 5]) == 3
-    assert num_frames_needed([5, 5, 5, 6]) == 6
+def test_recordings_to_transcribe_are_found_once(tmp_path):
+    (tmp_path / "one.flac").write_bytes(WHOLE)
+    undecoded([{"audio": {"path": "same.flac", "bytes": WHOLE}}] * 2).to_parquet(tmp_path / "two.parquet")
+    one, two = str(tmp_path / "one.flac"), str(tmp_path / "two.parquet")
+    assert list(find_recordings([one, two, str(tmp_path), one], "audio")) == [one, f"{two}#0", f"{two}#1"]
+    with pytest.raises(UserError, match="gone.wav does not exist"):
+        find_recordings([str(tmp_path / "gone.wav")], "audio")
 
 
-SECONDS = [1.0 + 0.1 * (index * 7 % 40) for index in range(40)]
+def test_batches_are_bounded_in_recordings_and_in_seconds():
+    def silence(seconds: float) -> dict:
+        return {"array": np.zeros(int(seconds * RATE), dtype=np.float32), "sampling_rate": RATE}
 
-
-def sampler(**options) -> EpochSampler:
-    return EpochSampler(SECONDS, crop_seconds=float("inf"), seed=3, **{"max_batch_seconds": None, **options})
-
-
-def test_an_epoch_visits_every_recording_once_in_batches_of_similar_length():
-    batches = list(sampler(batch_size=4))
-    assert sorted(index for batch in batches for index in batch) == list(range(40))
-    assert all(
-        max(SECONDS[index] for index in batch) - min(SECONDS[index] for index in batch) < 0.5 for batch in batches
-    )
-
-
-def test_epochs_have_the_same_batches_in_another_order():
-    one = sampler(batch_size=4)
-    first = list(one)
-    one.set_epoch(1)
-    second = list(one)
-    assert first != second
-    assert sorted(map(sorted, first)) == sorted(map(sorted, second))
-    assert len(one) == len(first)
-
-
-def test_no_batch_holds_more_seconds_than_allowed():
-    for batch in sampler(batch_size=40, max_batch_seconds=8.0):
-        assert len(batch) * max(SECONDS[index] for index in batch) <= 8.0
-
-
-def test_shares_of_processes_and_accumulation_make_up_the_same_steps():
-    whole = list(sampler(batch_size=8))
-    shares = [list(sampler(batch_size=2, shares=range(2 * rank, 2 * rank + 2), num_shares=4)) for rank in range(2)]
-    for step, batch in enumerate(whole):
-        dealt = [index for share in shares for part in share[2 * step : 2 * step + 2] for index in part]
-        assert sorted(dealt) == sorted(batch)
-
-
-def test_labels_are_padded_with_what_the_loss_leaves_out(tmp_path):
-    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-    processor = Wav2Vec2Processor(feature_extractor=extractor, tokenizer=build_tokenizer(["abc"], tmp_path))
-    items = [
-        {"input_values": torch.randn(500).numpy(), "labels": [3, 4, 5], "name": "one"},
-        {"input_values": torch.randn(800).numpy(), "labels": [3], "name": "two"},
-    ]
-    batch = CTCCollator(processor)(items)
-    assert batch["labels"].tolist() == [[3, 4, 5], [3, -100, -100]]
-    assert batch["attention_mask"].sum(-1).tolist() == [500, 800]
-    assert batch["names"] == ["one", "two"]
+    recordings = {str(number): silence(seconds) for number, seconds in enumerate((1, 1, 1, 1, 5, 30, 1, 0))}
+    batches = list(load_batches(recordings, RATE, batch_size=3, max_seconds=6.0))
+    assert [[each.name for each in batch] for batch in batches] == [["0", "1", "2"], ["3", "4"], ["5"], ["6", "7"]]
+    assert batches[-1][1].waveform is None

@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
-from run_speech_recognition_ctc import ModelArguments
 from transformers import HfArgumentParser, TrainingArguments
 
 from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.distillation.arguments import DistillationArguments, ObjectiveArguments
-from lighthubert_training.recognition.data import TextArguments
-from lighthubert_training.recognition.trainer import CTCArguments
+from lighthubert_training.recognition.arguments import CTCArguments, ModelArguments
+from lighthubert_training.recognition.text import TextArguments
 from lighthubert_training.runs.options import RECIPES, parse_options, read_options, save_options
 from modeling_lighthubert.errors import UserError
 
@@ -148,9 +147,7 @@ def test_a_folder_does_not_hide_the_recipe_of_its_name(recipes):
 
 
 def test_an_unknown_recipe_is_told_which_ones_there_are(recipes):
-    with pytest.raises(
-        UserError, match="pie is no file and no recipe: give a YAML file, or one of bread, cake$"
-    ):
+    with pytest.raises(UserError, match="pie is no file and no recipe: give a YAML file, or one of bread, cake$"):
         bake("--config", "pie")
     with pytest.raises(UserError, match="--config cake is no file and no recipe: give a YAML file$"):
         bake("--config", "cake", job=None)

@@ -1,24 +1,27 @@
-"""Transcription of audio while it arrives, in steady memory."""
+"""Transcription of audio while it arrives, in constant memory."""
 
 import json
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lighthubert_training.decoding import Word, greedy, text_of, words_of
 from lighthubert_training.recognition.recognizer import Recognizer
 from lighthubert_training.recognition.transcripts import word_as_json
+from modeling_lighthubert.errors import UserError
 
 
 class LiveEvent(NamedTuple):
-    """What became known at `time`, in seconds of audio.
+    """A piece of the transcript.
 
     Attributes:
-        words: if `is_final`, those that follow the earlier final ones and never change; otherwise a guess at all that
-            comes after these, in place of the guess before.
+        time: seconds of audio that had arrived.
+        is_final: whether the words never change any more.
+        words: if they are final, those that follow the earlier final ones; otherwise a guess at all that comes after
+            these, in place of the guess before.
     """
 
     time: float
@@ -27,16 +30,27 @@ class LiveEvent(NamedTuple):
 
 
 class LiveTranscriber:
-    """Transcribes audio while it arrives, greedily. What it holds does not grow.
+    """Transcribes audio while it arrives, greedily. Its memory does not grow.
 
-    Each `chunk_length_s`, the model hears the new audio with `context_length_s` before it. Frames are settled when it
-    has heard `lookahead_length_s` more, and words are final when they and the delimiter behind them are settled, or
-    when none has come for `context_length_s` after their first letter. What is heard at once is normalised on its own,
-    as chunks of recordings are.
+    After each `chunk_length_s` of audio, the model runs on it and the `context_length_s` before it. A frame is settled
+    when the model has run on `lookahead_length_s` more, and a word is final when it and the delimiter behind it are
+    settled, or when no delimiter has come for `context_length_s` after its first letter. Each input of the model is
+    normalised on its own, as chunks of recordings are.
+
+    Args:
+        chunk_length_s: seconds of new audio in an input of the model.
+        context_length_s: seconds before it.
+        lookahead_length_s: seconds at the end of an input whose frames may still change.
 
     Attributes:
-        samples: the last ones that were heard, from the beginning of `first_frame` on.
+        arrived: samples that make no chunk yet.
+        samples: the last input of the model, from the beginning of `first_frame` on.
+        num_samples: how many the model has run on so far.
         pending: log probabilities of settled frames that are in no final word, from `first_pending` on.
+        guess: words after the final ones.
+
+    Raises:
+        UserError: a chunk without a frame.
     """
 
     def __init__(
@@ -49,36 +63,38 @@ class LiveTranscriber:
         self.recognizer, self.chunk = recognizer, round(chunk_length_s * recognizer.sampling_rate)
         self.context, self.lookahead = map(recognizer.frames_in, (context_length_s, lookahead_length_s))
         if recognizer.num_frames(self.chunk) == 0:
-            raise ValueError(f"--live_chunk_length_s {chunk_length_s} is less than a frame: give 0.1 or more")
-        self.arrived, self.samples = np.zeros((2, 0), dtype=np.float32)
-        self.first_frame, self.num_heard = 0, 0
+            raise UserError(f"--live_chunk_length_s {chunk_length_s} is less than a frame: give 0.1 or more")
+        self.arrived = np.zeros(0, dtype=np.float32)
+        self.samples = np.zeros(0, dtype=np.float32)
+        self.first_frame, self.num_samples = 0, 0
         self.pending, self.first_pending = np.zeros((0, recognizer.config.vocab_size), dtype=np.float32), 0
         self.guess: list[Word] = []
 
     def feed(self, samples: np.ndarray) -> list[LiveEvent]:
-        """What follows from more mono samples at the model's sampling rate, shape (num_samples), -1 to 1."""
+        """The events of more audio: mono samples at the model's sampling rate, shape (num_samples), -1 to 1."""
         self.arrived = np.concatenate([self.arrived, samples.astype(np.float32)])
         events = []
         while len(self.arrived) >= self.chunk:
             chunk, self.arrived = np.split(self.arrived, [self.chunk])
-            events += self._hear(chunk)
+            events += self._process(chunk)
         return events
 
     def finish(self) -> list[LiveEvent]:
-        """What is left at the end of the audio: all of it is final."""
-        return self._hear(self.arrived, is_last=True)
+        """The events at the end of the audio: all words that are left are final."""
+        return self._process(self.arrived, is_last=True)
 
-    def _hear(self, samples: np.ndarray, is_last: bool = False) -> list[LiveEvent]:
+    def _process(self, samples: np.ndarray, is_last: bool = False) -> list[LiveEvent]:
+        """Runs the model on new samples and their context."""
         self.samples = np.concatenate([self.samples, samples])
-        self.num_heard += len(samples)
+        self.num_samples += len(samples)
         (log_probs,) = self.recognizer.log_probs([self.samples])
         num_settled = self.first_pending + len(self.pending) - self.first_frame
-        newly = log_probs[num_settled : max(num_settled, len(log_probs) - (0 if is_last else self.lookahead))]
-        self.pending = np.concatenate([self.pending, newly])
-        num_settled += len(newly)
+        settled = log_probs[num_settled : max(num_settled, len(log_probs) - (0 if is_last else self.lookahead))]
+        self.pending = np.concatenate([self.pending, settled])
+        num_settled += len(settled)
         final = self._take_final(is_last)
         guess = self._words(np.concatenate([self.pending, log_probs[num_settled:]]))
-        time = self.num_heard / self.recognizer.sampling_rate
+        time = self.num_samples / self.recognizer.sampling_rate
         events = [LiveEvent(time, True, final)] if final else []
         if [word.text for word in guess] != [word.text for word in self.guess]:
             events.append(LiveEvent(time, False, guess))
@@ -109,9 +125,13 @@ class LiveTranscriber:
         )
 
 
-def transcribe_live(live: LiveTranscriber, audio: BinaryIO, output_format: str) -> None:
-    """Prints what is said in raw samples, 16 bit: final words on standard output, guesses at what follows on standard
-    error; or, as jsonl, both as lines of JSON."""
+def transcribe_live(live: LiveTranscriber, audio: Any, output_format: str) -> None:
+    """Prints the words in raw samples, 16 bit: final ones on standard output, guesses at what follows on standard
+    error; or, as jsonl, both as lines of JSON on standard output.
+
+    Args:
+        audio: a buffered binary stream, such as `sys.stdin.buffer`.
+    """
 
     def show(events: Sequence[LiveEvent]) -> None:
         for event in events:
@@ -134,9 +154,9 @@ def transcribe_live(live: LiveTranscriber, audio: BinaryIO, output_format: str) 
     show(live.finish())
 
 
-def _arriving(audio: BinaryIO) -> Iterator[bytes]:
-    """Audio as it arrives. An interrupt ends it, but waits for what is being transcribed, lest words be lost or a line
-    be cut. The next interrupt does what it always does."""
+def _arriving(audio: Any) -> Iterator[bytes]:
+    """Audio as it arrives. An interrupt ends it, but only after what is being transcribed, so that no word is lost and
+    no line is cut. The next interrupt does what it always does."""
     waiting, interrupted = True, False
 
     def interrupt(number: int, frame: object) -> None:

@@ -3,14 +3,17 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCTC, PreTrainedConfig, Wav2Vec2Processor
+from transformers import AutoModelForCTC, PreTrainedConfig, Wav2Vec2Processor
 
-from lighthubert_training.decoding import Alphabet, Decoder, Transcript, greedy, optional, words_of
-from modeling_lighthubert import Subnet  # registers our models with the Auto classes
+from lighthubert_training.data.collators import pad
+from lighthubert_training.decoding import Alphabet, Decoder, Transcript, greedy, words_of
+from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.loading import load_config, load_cut_model
+from modeling_lighthubert.onnx_export import onnx_session
 
 
 AcousticModel = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -18,11 +21,13 @@ AcousticModel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Piece(NamedTuple):
-    """A part of a recording that the model hears at once.
+    """A part of a recording that the model gets as one input.
 
     Attributes:
         samples: with their context on both sides, a view.
-        recording: which one, `first_frame` of it is the first that is kept, `num_frames` are.
+        recording: index of the recording.
+        first_frame: of the recording that is taken from this piece.
+        num_frames: how many frames are.
         skipped: frames of context before these.
     """
 
@@ -36,18 +41,18 @@ class Piece(NamedTuple):
 class Recognizer:
     """A CTC model with its processor, which transcribes recordings of any length.
 
-    Recordings longer than `chunk_length_s` are heard in chunks, which share `stride_length_s` with each neighbour on
-    either side; only the frames in the middle of a chunk are kept. Each is normalised on its own, as transformers'
+    Recordings longer than `chunk_length_s` are split into chunks, which overlap by `stride_length_s` with each
+    neighbour; only the frames in the middle of a chunk are kept. Each is normalised on its own, as transformers'
     pipeline does it: levels and offsets of a long recording change. What a recording is batched with changes nothing:
-    models whose answers depend on padding get recordings of one length.
+    models whose outputs depend on padding get recordings of one length.
 
     Args:
         model: gives logits.
-        batch_size: pieces of audio that the model hears together.
         decoder: `greedy`, or a `BeamSearch`.
+        batch_size: pieces of audio in a batch.
 
     Raises:
-        ValueError: chunks that are nothing but strides.
+        UserError: chunks that are nothing but strides.
     """
 
     def __init__(
@@ -61,39 +66,41 @@ class Recognizer:
         stride_length_s: float = 2.0,
     ):
         self.model, self.config, self.processor, self.decoder = model, config, processor, decoder
-        self.alphabet, self.batch_size = Alphabet(processor.tokenizer), batch_size
+        self.alphabet, self.batch_size = Alphabet.from_tokenizer(processor.tokenizer), batch_size
         self.sampling_rate: int = processor.feature_extractor.sampling_rate
         self.samples_per_frame = int(np.prod(config.conv_stride))
         self.chunk, self.stride = self.frames_in(chunk_length_s), self.frames_in(stride_length_s)
         if self.chunk <= 2 * self.stride:
-            raise ValueError(
-                f"chunks of {chunk_length_s} s are nothing but strides of {stride_length_s} s on both sides"
+            raise UserError(
+                f"chunks of {chunk_length_s} s are nothing but strides of {stride_length_s} s on both sides: give"
+                " chunks more than twice as long as strides"
             )
 
     @classmethod
     def from_pretrained(
         cls, model_name_or_path: str | Path, subnet: str | None = None, device: str = "cpu", **options: Any
-    ) -> "Recognizer":
+    ) -> Self:
         """
         Args:
             model_name_or_path: a LightHuBERT, HuBERT or wav2vec 2.0 with a CTC head and a processor; or an ONNX file
                 with inputs `input_values` and `attention_mask`, beside its `config.json` and processor.
             subnet: of a supernet: a name or a JSON file. Default: the selected.
+            device: of a PyTorch model. ONNX files run on the CPU.
             options: of `Recognizer`.
 
         Raises:
-            ImportError: onnxruntime is needed and not installed.
-            ValueError: no CTC head, no processor, or a subnet of what is no supernet.
+            MissingExtraError: onnxruntime is needed and not installed.
+            UserError: no CTC head, no processor, or a subnet of what is no supernet.
         """
         is_onnx = Path(model_name_or_path).suffix == ".onnx"
         folder = Path(model_name_or_path).parent if is_onnx else model_name_or_path
+        config = load_config(folder)
         try:
             processor = Wav2Vec2Processor.from_pretrained(folder)
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, TypeError) as error:
-            raise ValueError(f"{folder} lacks a configuration, a tokenizer or a feature extractor: {error}") from error
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{folder} lacks a tokenizer or a feature extractor: {error}") from error
         if is_onnx and subnet is not None:
-            raise ValueError(f"subnet {subnet}: {model_name_or_path} holds one model, no supernet")
+            raise UserError(f"subnet {subnet}: {model_name_or_path} holds one model, no supernet")
         model = _onnx(model_name_or_path) if is_onnx else _pytorch(str(model_name_or_path), subnet, device)
         return cls(model, config, processor, **options)
 
@@ -110,11 +117,6 @@ class Recognizer:
             num_samples = max(0, (num_samples - kernel) // stride + 1)
         return num_samples
 
-    def normalize(self, waveform: np.ndarray) -> np.ndarray:
-        """What the model hears at once, as it wants it, shape (num_samples)."""
-        extractor = self.processor.feature_extractor
-        return extractor(waveform, sampling_rate=self.sampling_rate, return_tensors="np").input_values[0]
-
     def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[Transcript]:
         """Transcripts of mono recordings at the model's sampling rate, each of shape (num_samples)."""
         transcripts = []
@@ -125,13 +127,13 @@ class Recognizer:
         return transcripts
 
     def log_probs(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Log probabilities (num_frames, vocab_size), float32, of each recording; none of one shorter than a frame."""
+        """Log probabilities (num_frames, vocab_size), float32, of each recording; (0, vocab_size) of one that is
+        shorter than a frame."""
         shapes = [(self.num_frames(len(each)), self.config.vocab_size) for each in waveforms]
         results = [np.empty(shape, dtype=np.float32) for shape in shapes]
         pieces = [piece for number, each in enumerate(waveforms) for piece in self._pieces(each, number)]
         for batch in self._batches(pieces):
-            heard = self._run([self.normalize(piece.samples) for piece in batch])
-            for piece, log_probs in zip(batch, heard, strict=True):
+            for piece, log_probs in zip(batch, self._run([piece.samples for piece in batch]), strict=True):
                 kept = log_probs[piece.skipped : piece.skipped + piece.num_frames]
                 results[piece.recording][piece.first_frame : piece.first_frame + piece.num_frames] = kept
         return results
@@ -145,12 +147,12 @@ class Recognizer:
         for start in range(0, num_frames, self.chunk - 2 * self.stride):
             end = min(start + self.chunk - 2 * self.stride, num_frames)
             first, last = max(0, start - self.stride), min(end + self.stride, num_frames)
-            # one frame of samples more, because the last frame sees beyond its own
+            # one frame of samples more, because the receptive field of the last frame ends beyond its own
             part = samples[first * self.samples_per_frame : (last + 1) * self.samples_per_frame]
             yield Piece(part, recording, start, end - start, start - first)
 
     def _batches(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-        """Pieces of similar length together; of equal length where a group norm would take padding for audio."""
+        """Pieces of similar length together; of equal length for models whose group norm takes padding for audio."""
         ordered = sorted(pieces, key=lambda piece: len(piece.samples))
         groups: list[list[Piece]] = [ordered]
         if self.config.feat_extract_norm == "group":
@@ -160,16 +162,16 @@ class Recognizer:
                 yield group[at : at + self.batch_size]
 
     def _run(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Log probabilities of what is heard at once, each with frames of padding behind."""
-        longest = max(map(len, batch))
-        input_values = np.zeros((len(batch), longest), dtype=np.float32)
-        attention_mask = np.zeros((len(batch), longest), dtype=np.int64)
-        for row, samples in enumerate(batch):
-            input_values[row, : len(samples)], attention_mask[row, : len(samples)] = samples, 1
-        logits = self.model(input_values, attention_mask)
-        expected = (len(batch), self.num_frames(longest), self.config.vocab_size)
+        """Log probabilities (num_frames, vocab_size) of each of the waveforms, with frames of padding at the end."""
+        padded = pad(self.processor.feature_extractor, batch)
+        input_values = padded["input_values"].numpy()
+        logits = self.model(input_values, padded["attention_mask"].numpy().astype(np.int64))
+        expected = (len(batch), self.num_frames(input_values.shape[1]), self.config.vocab_size)
         if logits.shape != expected:
-            raise ValueError(f"the model gives logits of shape {logits.shape}, its config.json says {expected}")
+            raise UserError(
+                f"the model gives logits of shape {logits.shape}, its config.json says {expected}: they do not belong"
+                " together"
+            )
         return [_log_softmax(each) for each in logits]
 
 
@@ -178,31 +180,29 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _pytorch(model_name_or_path: str, subnet: str | None, device: str) -> AcousticModel:
-    model, report = AutoModelForCTC.from_pretrained(model_name_or_path, output_loading_info=True)
+    """Runs a checkpoint on `device`, in its own dtype."""
+    model, report = load_cut_model(
+        model_name_or_path, subnet, head=AutoModelForCTC, device=device, output_loading_info=True
+    )
     if any(name.startswith("lm_head") for name in report["missing_keys"]):
-        raise ValueError(
+        raise UserError(
             f"{model_name_or_path} has no CTC head: fine-tune it first, with run_speech_recognition_ctc.py"
         )
-    if getattr(model.config, "search_space", None) is not None:
-        is_file = subnet is not None and subnet.endswith(".json")
-        model = model.extract_subnet(Subnet.from_json_file(subnet) if is_file else subnet)
-    elif subnet is not None:
-        raise ValueError(f"subnet {subnet}: {model_name_or_path} is no supernet to choose one from")
-    model = model.eval().to(device)
 
     @torch.inference_mode()
     def logits(input_values: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        audio, mask = (torch.from_numpy(array).to(device) for array in (input_values, attention_mask))
+        audio = torch.from_numpy(input_values).to(model.device, model.dtype)
+        mask = torch.from_numpy(attention_mask).to(model.device)
         return model(audio, attention_mask=mask).logits.float().cpu().numpy()
 
     return logits
 
 
 def _onnx(file: str | Path) -> AcousticModel:
-    onnxruntime = optional("onnxruntime", "onnx", f"running {file}")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    """Runs an ONNX file with as many threads as torch has."""
+    if not Path(file).is_file():
+        raise UserError(f"{file} does not exist")
+    session = onnx_session(file)
 
     def logits(input_values: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         return session.run(["logits"], {"input_values": input_values, "attention_mask": attention_mask})[0]

@@ -1,12 +1,12 @@
-"""transformers' Trainer for CTC: one loss however a step is dealt out, any subnet of a supernet, error rates, and the
-failures that CTC is known for, named while they happen."""
+"""transformers' Trainer for CTC. Its loss does not depend on how recordings are split into batches, accumulation steps
+and processes; it trains one model or a supernet, and reports error rates and the failures that CTC is known for."""
 
+import itertools
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,27 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import EvalPrediction, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
-from lighthubert_training.distillation.step import sum_gradients
-from lighthubert_training.distillation.teacher import answering, has_fixed_feature_encoder, true_frames
-from lighthubert_training.error_rates import CharacterErrorRate, WordErrorRate
-from lighthubert_training.recognition.data import EpochSampler
-from lighthubert_training.runs.checkpoints import seal
-from lighthubert_training.sampling import SAMPLING_STRATEGIES, draw_subnets
+from lighthubert_training.data.batches import EpochSampler
+from lighthubert_training.error_rates import character_error_rate, word_error_rate
+from lighthubert_training.masks import true_frames
+from lighthubert_training.models import computed_once, has_fixed_feature_encoder
+from lighthubert_training.recognition.arguments import CTCArguments
+from lighthubert_training.recognition.data import StreamedSpeech, TranscribedSpeech
+from lighthubert_training.runs.checkpoints import write_manifest
+from lighthubert_training.runs.distributed import sum_gradients
+from lighthubert_training.sampling import draw_subnets
 from modeling_lighthubert import SearchSpace, Subnet
+from modeling_lighthubert.errors import UserError
 
 
 logger = logging.getLogger(__name__)
+BLANK_PROBABILITY = 0.9
+"""Of a new output layer at the beginning: a frame is 20 ms, and in most of them no letter is written."""
 ONLY_BLANKS = (
     "only blanks were predicted after {step} steps. CTC begins so, and leaves it after some hundred steps; if the loss"
     " stays where it is, try another --learning_rate or a longer --warmup_steps, train the output layer alone at first"
@@ -34,73 +42,56 @@ ONLY_BLANKS = (
 )
 
 
-@dataclass
-class CTCArguments:
-    """How the model is fine-tuned, besides what Trainer asks for."""
+@torch.no_grad()
+def begin_with_blanks(output_layer: torch.nn.Linear, blank: int) -> None:
+    """Gives the blank `BLANK_PROBABILITY` in a new output layer, which else spreads it over all tokens.
 
-    once_for_all: bool = field(
-        default=False,
-        metadata={"help": "Fine-tune the supernet itself: every subnet of the result transcribes. Default: cut one."},
-    )
-    sampling: str = field(
-        default="sandwich",
-        metadata={
-            "help": "Subnets of each step of once_for_all: largest, uniform, uniform_size (sizes as likely as each"
-            " other), or sandwich (smallest, random ones, largest).",
-            "choices": SAMPLING_STRATEGIES,
-        },
-    )
-    num_random_subnets: int = field(default=4, metadata={"help": "Random subnets of each step of once_for_all."})
-    distillation_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "In-place distillation: weight of the divergence of a subnet's posteriors from the largest's."
-        },
-    )
-    num_eval_subnets: int = field(
-        default=0, metadata={"help": "Random subnets to evaluate besides the named ones, always the same."}
-    )
-    freeze_encoder_steps: int = field(
-        default=0, metadata={"help": "First steps in which the output layer alone is trained."}
-    )
-    per_device_train_batch_seconds: float | None = field(
-        default=None, metadata={"help": "No more audio in a batch than this, with its padding, in seconds."}
-    )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better word error rate."}
-    )
+    CTC learns this first in any case. Until then the gradients of all frames favour the blank and nothing else, which
+    spoils what the encoder has learnt; small models do not always recover (benchmarks/README.md).
+    """
+    num_others = output_layer.out_features - 1
+    output_layer.bias.zero_()
+    output_layer.bias[blank] = math.log(num_others * BLANK_PROBABILITY / (1 - BLANK_PROBABILITY))
 
-    def __post_init__(self) -> None:
-        if self.distillation_weight < 0:
-            raise ValueError(f"distillation_weight={self.distillation_weight} has to be 0 or more")
-        if self.distillation_weight and not self.once_for_all:
-            raise ValueError(
-                "distillation_weight is for --once_for_all: a model of one size has nothing to learn from"
-            )
-        if self.sampling != "largest" and self.num_random_subnets < (0 if self.sampling == "sandwich" else 1):
-            raise ValueError(f"num_random_subnets={self.num_random_subnets} leaves nothing to train")
+
+def shorten_mask_spans(model: Any, speech: TranscribedSpeech | StreamedSpeech) -> None:
+    """Makes masked spans no longer than the shortest recording, because transformers' SpecAugment fails in a batch that
+    is shorter than a span. LightHuBERT shortens them itself."""
+    if isinstance(speech, TranscribedSpeech) and not hasattr(model, "subnet"):
+        num_frames = int(model._get_feat_extract_output_lengths(int(min(speech.seconds) * speech.sampling_rate)))
+        model.config.mask_time_length = min(model.config.mask_time_length, num_frames)
 
 
 class CTCTrainer(Trainer):
     """A Trainer of CTC models: of one size, or, with `eval_subnets`, of a supernet once for all.
 
-    The loss of a step is the mean over all characters of its recordings, over accumulated batches and processes. As in
-    `distillation_step`, processes add their gradients up by hand once a step: subnets leave weights out, which
-    DistributedDataParallel does not take well.
+    The loss of a step is the mean over all characters of its recordings, over accumulated batches and processes.
+    Processes sum their gradients by hand (see `sum_gradients`). Recordings that cannot be read are left out of a
+    batch, named and counted; a step in which none can be read changes no weight.
 
     Args:
         ctc: how it is fine-tuned.
         eval_subnets: subnets that an evaluation measures, by name; `None` trains the model as one.
-        options: of Trainer. The configuration of the model has `ctc_loss_reduction="sum"`.
+        options: of Trainer. The configuration of the model has `ctc_loss_reduction="sum"`, data sets are
+            `TranscribedSpeech` or, to train on, `StreamedSpeech`, and the collator is a `CTCCollator`.
+
+    Attributes:
+        hypotheses: of the last evaluation, the transcript of each recording, by the name of the subnet.
     """
 
-    def __init__(self, ctc: CTCArguments, eval_subnets: Mapping[str, Subnet] | None = None, **options: Any):
+    model: Any
+    processing_class: Any
+    train_dataset: Any
+
+    def __init__(self, ctc: CTCArguments, eval_subnets: Mapping[str, Subnet | None] | None = None, **options: Any):
         super().__init__(compute_metrics=self.error_rates, **options)
         self.ctc, self.eval_subnets = ctc, eval_subnets
-        self.model_accepts_loss_kwargs = True  # Trainer counts the labels of a step; compute_loss divides by them
+        self.model_accepts_loss_kwargs = True  # Trainer passes the labels of a step on; compute_loss divides by them
         self.args.logging_nan_inf_filter = False  # it hides what training_step stops at
-        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)  # see above
-        self.num_passes, self.posteriors = 1, None
+        # gradients are summed by hand, so the model is not wrapped
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        self.num_passes, self.is_step_empty = 1, False
+        self.posteriors: torch.Tensor | None = None
         self.references: Sequence[str] = ()
         self.hypotheses: dict[str, list[str]] = {}
         self.evaluated = "model"
@@ -116,8 +107,8 @@ class CTCTrainer(Trainer):
         return None if self.eval_subnets is None else self.model.search_space
 
     def get_train_dataloader(self) -> DataLoader:
-        """This process's batches of an epoch: of recordings of similar length, dealt as in distillation."""
-        if isinstance(self.train_dataset, IterableDataset):
+        """This process's batches of an epoch, of recordings of similar length, dealt as in distillation."""
+        if isinstance(self.train_dataset, StreamedSpeech):
             return super().get_train_dataloader()
         args = self.args
         first = args.process_index * args.gradient_accumulation_steps
@@ -127,11 +118,10 @@ class CTCTrainer(Trainer):
             max_batch_seconds=self.ctc.per_device_train_batch_seconds,
             crop_seconds=math.inf,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            shares=range(first, first + args.gradient_accumulation_steps),
-            num_shares=args.world_size * args.gradient_accumulation_steps,
+            slices=range(first, first + args.gradient_accumulation_steps),
+            num_slices=args.world_size * args.gradient_accumulation_steps,
         )
-        self.add_callback(SetEpoch(sampler))
-        return DataLoader(
+        return EpochLoader(
             self.train_dataset,
             batch_sampler=sampler,
             collate_fn=self.data_collator,
@@ -139,19 +129,55 @@ class CTCTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor]:
+        """This process's batches of a step, and the number of characters in those of all processes. Recordings that
+        cannot be read are named and counted, by every process alike."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        readable = [batch for batch in batches if "labels" in batch]
+        unreadable = [each for batch in batches for each in batch["unreadable"]]
+        num_labels = sum(int(batch["labels"].ne(-100).sum()) for batch in readable)
+        num_recordings = len(unreadable) + sum(len(batch["names"]) for batch in readable)
+        counts = torch.tensor([num_labels, num_recordings, len(unreadable)], device=device)
+        num_labels, num_recordings, num_unreadable = self.accelerator.reduce(counts, "sum").tolist()
+        policy = self.train_dataset.unreadable
+        if isinstance(self.train_dataset, StreamedSpeech):
+            policy.num_recordings += num_recordings
+        for name, reason in gather_object(unreadable) if num_unreadable else ():
+            policy.add(name, reason)
+        self.is_step_empty = num_labels == 0
+        return batches, torch.tensor(float(num_labels), device=device)
+
     def subnets_of_step(self) -> list[Subnet | None]:
         """What the step trains. It follows from seed and step, so accumulated batches and resumed runs agree."""
         ctc, step = self.ctc, self.state.global_step
         return draw_subnets(self.search_space, ctc.sampling, self.args.seed, step, ctc.num_random_subnets)
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Gradients of the mean loss over the subnets of the step, on one batch.
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Gradients of the mean loss over the subnets of the step, on one batch; none of a batch of which no recording
+        can be read.
 
         Raises:
             FloatingPointError: the loss is NaN or infinite.
         """
-        inputs = self._prepare_inputs(inputs)
+        loss = torch.zeros((), device=self.args.device)
+        if "labels" in inputs:
+            loss += self.loss_of_batch(model, self._prepare_inputs(inputs), num_items_in_batch)
+        if self.is_step_empty:  # the optimiser, and a scaler of gradients, have nothing to do
+            self.accelerator.gradient_state._set_sync_gradients(False)
+        elif self.accelerator.sync_gradients:
+            sum_gradients(self.model.parameters(), self.accelerator)
+        return loss * self.args.world_size  # Trainer logs the mean over processes
+
+    def loss_of_batch(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Sum of the losses of the step's subnets on a batch, each of which leaves its gradients in the model."""
         names, subnets = inputs.pop("names"), self.subnets_of_step()
+        del inputs["unreadable"]
         self.audio_seconds += int(inputs["attention_mask"].sum()) * self.args.world_size / self.sampling_rate
         self.num_passes, loss = len(subnets), torch.zeros((), device=self.args.device)
         with self.shared_feature_encoder(inputs["input_values"]):
@@ -165,9 +191,13 @@ class CTCTrainer(Trainer):
                 f"the loss is {float(loss)} at step {self.state.global_step}, on {', '.join(names)}. The last"
                 " checkpoint is as it was: lower --learning_rate, or use bf16 in place of fp16"
             )
-        if self.accelerator.sync_gradients:
-            sum_gradients(self.model.parameters(), self.accelerator)
-        return loss * self.args.world_size  # Trainer logs the mean over processes
+        return loss
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        return torch.zeros(()) if self.is_step_empty else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        return grad_norm if self.is_step_empty else super()._get_grad_norm(model, grad_norm)
 
     def shared_feature_encoder(self, input_values: torch.Tensor) -> AbstractContextManager[None]:
         """Inside the block, a frozen feature encoder is not computed again for every pass."""
@@ -175,18 +205,27 @@ class CTCTrainer(Trainer):
         if self.search_space is None or not has_fixed_feature_encoder(self.model):
             return nullcontext()
         with torch.no_grad(), self.accelerator.autocast():
-            return answering(encoder, encoder(input_values))
+            return computed_once(encoder, encoder(input_values))
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """CTC for each character, and the divergence from the largest subnet's posteriors, for a step's share."""
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """CTC loss, and the divergence from the largest subnet's posteriors: in training a sum over the batch, divided
+        by the characters and passes of the step, in evaluations a mean over the characters of the batch."""
         outputs = model(**inputs)
         loss = outputs["loss"]
-        if model.training and self.posteriors is not None:
-            loss = loss + self.ctc.distillation_weight * self.divergence(outputs["logits"], inputs["attention_mask"])
-        if model.training:
-            loss = loss / (num_items_in_batch * self.num_passes)
-        else:
+        if not model.training:
             loss = loss / inputs["labels"].ne(-100).sum()
+            return (loss, outputs) if return_outputs else loss
+        if self.posteriors is not None:
+            divergence = self.divergence(outputs["logits"], self.posteriors, inputs["attention_mask"])
+            loss = loss + self.ctc.distillation_weight * divergence
+        assert num_items_in_batch is not None
+        loss = loss / (num_items_in_batch * self.num_passes)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
@@ -198,18 +237,30 @@ class CTCTrainer(Trainer):
         self.model.train()
         return F.log_softmax(logits.float(), dim=-1)
 
-    def divergence(self, logits: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def divergence(self, logits: torch.Tensor, posteriors: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Kullback-Leibler divergence of a subnet's posteriors from the largest's, a sum over true frames."""
-        each = F.kl_div(F.log_softmax(logits.float(), dim=-1), self.posteriors, reduction="none", log_target=True)
+        each = F.kl_div(F.log_softmax(logits.float(), dim=-1), posteriors, reduction="none", log_target=True)
         return each.sum(dim=-1)[true_frames(self.model, logits.shape[1], attention_mask)].sum()
 
     @property
     def sampling_rate(self) -> int:
         return self.processing_class.feature_extractor.sampling_rate
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Predictions are token ids, (batch_size, num_frames), with padding after the last true frame."""
-        inputs = {name: value for name, value in inputs.items() if name != "names"}
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Predictions are token ids, (batch_size, num_frames), with padding after the last true frame.
+
+        Raises:
+            UserError: a recording cannot be read any more. Error rates without it would be of other recordings.
+        """
+        for name, reason in inputs["unreadable"]:
+            raise UserError(f"{name} could be read when the run began, and cannot be any more: {reason}")
+        inputs = {name: value for name, value in inputs.items() if name not in ("names", "unreadable")}
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if logits is None:
             return loss, logits, labels
@@ -218,20 +269,25 @@ class CTCTrainer(Trainer):
 
     def error_rates(self, prediction: EvalPrediction) -> dict[str, float]:
         """Word and character error rate of greedy transcripts, against the transcripts of the data."""
-        tokenizer, ids = self.processing_class.tokenizer, prediction.predictions
+        tokenizer, ids = self.processing_class.tokenizer, np.asarray(prediction.predictions)
         hypotheses = tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids))
         if not any(hypotheses):
             logger.warning(ONLY_BLANKS.format(step=self.state.global_step))
         self.hypotheses[self.evaluated] = hypotheses
-        texts = {"predictions": hypotheses, "references": self.references}
-        return WordErrorRate().compute(**texts) | CharacterErrorRate().compute(**texts)
+        return {
+            "wer": word_error_rate(self.references, hypotheses),
+            "cer": character_error_rate(self.references, hypotheses),
+        }
 
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **options: Any):
-        self.references = dataloader.dataset.texts
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **options: Any) -> Any:
+        dataset: Any = dataloader.dataset
+        self.references = dataset.texts
         return super().evaluation_loop(dataloader, *args, **options)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """As Trainer does; of a supernet every subnet in question, and their mean."""
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As Trainer does; of a supernet all of `eval_subnets`, and their mean."""
         if self.eval_subnets is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = {}
@@ -261,38 +317,44 @@ class CTCTrainer(Trainer):
             self.model.set_subnet("largest")
         super().save_model(output_dir, _internal_call)
 
-    def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As Trainer does, but a checkpoint is marked as whole, by its manifest, before older ones are deleted."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
-        if self.args.should_save and folder.exists():
-            seal(folder)  # what a kill leaves half-written has no manifest
+        if self.args.should_save:
+            run_dir = self._get_output_dir(trial)
+            write_manifest(Path(run_dir) / f"checkpoint-{self.state.global_step}")
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+
+class EpochLoader(DataLoader):
+    """A DataLoader that Trainer tells which epoch begins."""
+
+    def set_epoch(self, epoch: int) -> None:
+        assert isinstance(self.batch_sampler, EpochSampler)
+        self.batch_sampler.set_epoch(epoch)
 
 
 class FreezeEncoder(TrainerCallback):
     """Trains the output layer alone in the first steps, then what would have been trained without it."""
 
     def __init__(self, num_steps: int):
-        self.num_steps, self.frozen = num_steps, []
+        self.num_steps = num_steps
+        self.frozen: list[torch.nn.Parameter] = []
 
-    def on_step_begin(self, args, state, control, model: PreTrainedModel, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         freeze = state.global_step < self.num_steps
         if freeze and not self.frozen:
-            self.frozen = [parameter for parameter in model.base_model.parameters() if parameter.requires_grad]
+            parameters = given["model"].base_model.parameters()
+            self.frozen = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(not freeze)
         if not freeze:
             self.frozen = []
-
-
-class SetEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins."""
-
-    def __init__(self, sampler: EpochSampler):
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args, state, control, **_: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class ProgressWithValues(ProgressCallback):

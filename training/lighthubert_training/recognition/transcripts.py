@@ -1,36 +1,47 @@
-"""Transcripts as they are kept and shown: lines of JSON that a killed run goes on from, text, and subtitles."""
+"""Transcripts in files: lines of JSON, from which a killed run goes on, text, subtitles, and, of an evaluation, beside
+their references."""
 
 import html
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jiwer
+
 from lighthubert_training.decoding import Transcript, Word, text_of
+from lighthubert_training.error_rates import word_error_rate
+from modeling_lighthubert.errors import UserError, user_error
+from modeling_lighthubert.files import write_text
 
 
 FORMATS = ("jsonl", "txt", "srt", "vtt")
 
 
 class Journal:
-    """Transcripts as lines of JSON, each written when it is there: what a run that was killed goes on from.
+    """Append-only lines of JSON, which are also the state that a killed run goes on from.
 
     A line is `{"name", "text", "duration", "words": [{"text", "start", "end", "confidence"}]}`, or `{"name", "error"}`
     of a recording that cannot be read. A last line without its end is dropped.
 
     Attributes:
-        names: of all recordings in it; `errors`: of those that cannot be read.
+        names: of all recordings in it.
+        errors: names of those that cannot be read.
 
     Raises:
-        ValueError: the file has other content.
+        UserError: the file cannot be written, or has other content.
     """
 
     BEGINNING = b'{"name": '
 
     def __init__(self, path: Path):
-        self.path, self.names, self.errors = path, set(), set()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        self.path = path
+        self.names: set[str] = set()
+        self.errors: set[str] = set()
+        with user_error("transcripts cannot be written: "):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
         with path.open("r+b") as file:
             whole = 0
             for number, line in enumerate(file, start=1):
@@ -39,7 +50,7 @@ class Journal:
                         break
                     self._note(json.loads(line))
                 except (ValueError, TypeError, KeyError) as error:
-                    raise ValueError(
+                    raise UserError(
                         f"line {number} of {path} is no transcript: give a file that this script wrote, or a new one"
                     ) from error
                 whole += len(line)
@@ -51,6 +62,7 @@ class Journal:
             self.errors.add(entry["name"])
 
     def add(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Appends a line for each of `entries`."""
         with self.path.open("ab") as file:
             for entry in entries:
                 file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
@@ -63,6 +75,7 @@ class Journal:
 
 
 def as_json(name: str, transcript: Transcript) -> dict[str, Any]:
+    """The line of a transcript in the journal."""
     return {
         "name": name,
         "text": transcript.text,
@@ -72,11 +85,12 @@ def as_json(name: str, transcript: Transcript) -> dict[str, Any]:
 
 
 def word_as_json(word: Word) -> dict[str, Any]:
+    """Its text, times in seconds, and confidence, to three decimals."""
     return {"text": word.text} | {name: round(getattr(word, name), 3) for name in ("start", "end", "confidence")}
 
 
-def formatted(entry: dict[str, Any], output_format: str, max_words: int, max_seconds: float) -> str:
-    """A transcript of the journal as a text file, as SubRip (srt) or WebVTT (vtt)."""
+def format_transcript(entry: dict[str, Any], output_format: str, max_words: int, max_seconds: float) -> str:
+    """A transcript of the journal as one of `FORMATS`: a line of JSON, text, SubRip (srt) or WebVTT (vtt)."""
     if output_format == "jsonl":
         return json.dumps(entry, ensure_ascii=False) + "\n"
     if output_format == "txt":
@@ -92,7 +106,7 @@ def formatted(entry: dict[str, Any], output_format: str, max_words: int, max_sec
 
 
 def split_into_cues(words: Sequence[Word], max_words: int, max_seconds: float, pause: float = 1.0) -> list[list[Word]]:
-    """Words that are shown together: no more than `max_words` and `max_seconds`, and none beyond a pause."""
+    """Words that a subtitle shows together: at most `max_words` in `max_seconds`, without a `pause` in seconds."""
     cues: list[list[Word]] = []
     for word in words:
         cue = cues[-1] if cues else []
@@ -112,3 +126,53 @@ def _clock(seconds: float, comma: str) -> str:
     milliseconds = round(1000 * seconds)
     minutes, milliseconds = divmod(milliseconds, 60_000)
     return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}{comma}{milliseconds % 1000:03}"
+
+
+def write_results(
+    journal: Journal,
+    names: Iterable[str],
+    output: Path,
+    output_format: str,
+    max_words: int,
+    max_seconds: float,
+) -> None:
+    """Writes the transcripts of `names` as text or subtitles: to one file, which replaces the journal, or, if `output`
+    is a folder, to a file for each recording."""
+    wanted = set(names)
+    texts = (
+        (entry["name"], format_transcript(entry, output_format, max_words, max_seconds))
+        for entry in journal
+        if entry["name"] in wanted
+    )
+    if not output.is_dir():
+        write_text(output, "".join(text for _, text in texts))
+        journal.path.unlink()
+        return
+    taken: set[str] = set()
+    for name, text in texts:
+        file, _, row = Path(name).name.partition("#")
+        stem = Path(file).stem + (row and f"-{row}")
+        stems = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        stem = next(stem for stem in stems if stem not in taken)
+        taken.add(stem)
+        write_text(output / f"{stem}.{output_format}", text)
+
+
+def write_evaluation(
+    names: Sequence[str], references: Sequence[str], hypotheses: Mapping[str, Sequence[str]], folder: Path, part: str
+) -> None:
+    """Writes reference and hypothesis of every recording as JSON lines, `{part}_transcripts.jsonl`, and their
+    alignments as text, `{part}_alignments.txt`.
+
+    Args:
+        hypotheses: by subnet.
+    """
+    lines, alignments = [], []
+    for subnet, texts in hypotheses.items():
+        for name, reference, text in zip(names, references, texts, strict=True):
+            row = {"name": name, "subnet": subnet, "reference": reference, "hypothesis": text}
+            lines.append(json.dumps(row | {"wer": word_error_rate([reference], [text])}, ensure_ascii=False))
+        words = jiwer.process_words(list(references), list(texts))
+        alignments.append(f"== {subnet}\n\n{jiwer.visualize_alignment(words, skip_correct=False)}")
+    write_text(folder / f"{part}_transcripts.jsonl", "\n".join(lines) + "\n")
+    write_text(folder / f"{part}_alignments.txt", "\n".join(alignments))

@@ -1,0 +1,219 @@
+"""Fine-tuning: what it does with recordings that cannot be read, checkpoints, and devices."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from recognizers import save_processor
+from run_speech_recognition_ctc import KINDS
+from speech import RATE, TONE, encoded, undecoded
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+
+from lighthubert_training.data.collators import CTCCollator
+from lighthubert_training.recognition import trainer as trainer_module
+from lighthubert_training.recognition.arguments import CTCArguments, ModelArguments, find_start
+from lighthubert_training.recognition.data import TranscribedSpeech
+from lighthubert_training.recognition.trainer import CTCTrainer, begin_with_blanks, shorten_mask_spans
+from lighthubert_training.runs.checkpoints import checkpoint_damage, write_manifest
+from lighthubert_training.runs.options import parse_options
+from modeling_lighthubert import LightHubertForCTC
+from modeling_lighthubert.errors import UserError
+
+
+WHOLE = encoded(TONE, format="FLAC")
+TORN = WHOLE[: len(WHOLE) // 2]
+
+
+class InOrder:
+    """In place of `EpochSampler`: batches that a test chooses."""
+
+    batches: list[list[int]] = []
+
+    def __init__(self, seconds, **options):
+        pass
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class Recorded(TrainerCallback):
+    """Weights after each step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_step_end(self, args, state, control, model, **given):
+        self.weights.append({name: weight.clone() for name, weight in model.state_dict().items()})
+
+
+def build_trainer(folder: Path, share: float = 1.0, torn: tuple[int, ...] = (1, 4), **options) -> CTCTrainer:
+    """Of a tiny model and six recordings of increasing length, of which those that are `torn` cannot be read."""
+    processor, texts = save_processor(folder / "processor"), ["a", "b", "ab", "ba", "c", "ca"]
+    files = [encoded(TONE[: 4000 + 500 * number], format="FLAC") for number in range(6)]
+    files = [file[: len(file) // 2] if number in torn else file for number, file in enumerate(files)]
+    data = undecoded([{"audio": {"path": f"{number}.flac", "bytes": file}} for number, file in enumerate(files)])
+    model = tiny_model(LightHubertForCTC, None, mask_time_prob=0.0, ctc_loss_reduction="sum", pad_token_id=0)
+    settings = {"output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    settings |= {"lr_scheduler_type": "constant", "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no"}
+    arguments = TrainingArguments(**(settings | {"remove_unused_columns": False, "num_train_epochs": 1} | options))
+    return CTCTrainer(
+        ctc=CTCArguments(),
+        model=model,
+        args=arguments,
+        data_collator=CTCCollator(processor),
+        train_dataset=TranscribedSpeech(data, "audio", texts, processor, share),
+        processing_class=processor,
+    )
+
+
+def train(trainer: CTCTrainer, monkeypatch, *batches: list[int]) -> list[dict[str, torch.Tensor]]:
+    """Weights after each step on these batches."""
+    monkeypatch.setattr(trainer_module, "EpochSampler", InOrder)
+    monkeypatch.setattr(InOrder, "batches", list(batches))
+    trainer.add_callback(recorded := Recorded())
+    trainer.train()
+    return recorded.weights
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+# Recordings that cannot be read
+
+
+def test_a_step_without_a_readable_recording_changes_nothing_and_no_other_step(tmp_path, monkeypatch, caplog):
+    trainer = build_trainer(tmp_path)
+    weights = train(trainer, monkeypatch, [0, 2], [1, 4], [3, 5])
+    assert same(weights[1], weights[0]) and not same(weights[2], weights[1])
+    history = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert history[1] == (0.0, 0.0) and min(history[0] + history[2]) > 0
+    without = build_trainer(tmp_path)
+    assert same(train(without, monkeypatch, [0, 2], [3, 5])[1], weights[2])
+    assert [caplog.text.count(f"cannot be read: {number}.flac") for number in range(6)] == [0, 1, 0, 0, 1, 0]
+
+
+def test_a_batch_is_that_of_its_readable_recordings(tmp_path, monkeypatch):
+    weights = train(build_trainer(tmp_path), monkeypatch, [0, 1, 2], [4, 3])
+    without = train(build_trainer(tmp_path), monkeypatch, [0, 2], [3])
+    assert all(map(same, weights, without))
+
+
+def test_an_accumulated_batch_without_a_readable_recording_leaves_the_step_to_the_others(tmp_path, monkeypatch):
+    for batches in ([[0, 2], [1]], [[4], [0, 2]]):
+        accumulated = train(build_trainer(tmp_path, gradient_accumulation_steps=2), monkeypatch, *batches)
+        assert len(accumulated) == 1
+        assert same(accumulated[0], train(build_trainer(tmp_path), monkeypatch, [0, 2])[0])
+
+
+def test_more_unreadable_recordings_than_allowed_end_training(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"2 of 6 recordings cannot be read, more than a share of 0\.2; .* 4\.flac"):
+        train(build_trainer(tmp_path, share=0.2), monkeypatch, [0, 1], [2, 4], [3, 5])
+
+
+def test_a_recording_that_cannot_be_evaluated_any_more_is_no_silent_omission(tmp_path):
+    trainer = build_trainer(tmp_path)
+    with pytest.raises(UserError, match="1.flac could be read when the run began, and cannot be any more"):
+        trainer.evaluate(trainer.train_dataset)
+
+
+# Loaders and checkpoints
+
+
+def test_loaders_are_made_anew_without_a_trace(tmp_path):
+    trainer = build_trainer(tmp_path, torn=(), per_device_train_batch_size=2)
+    callbacks = len(trainer.callback_handler.callbacks)
+    first, second = trainer.get_train_dataloader(), trainer.get_train_dataloader()
+    assert len(trainer.callback_handler.callbacks) == callbacks
+    order = [batch["names"] for batch in first]
+    second.set_epoch(1)
+    other = [batch["names"] for batch in second]
+    assert sorted(map(sorted, order)) == sorted(map(sorted, other))
+    assert order != other
+
+
+def test_a_checkpoint_is_whole_before_an_older_one_is_deleted(tmp_path, monkeypatch):
+    trainer = build_trainer(tmp_path, torn=(), save_strategy="steps", save_steps=1, save_total_limit=1, max_steps=3)
+    rotate, found = trainer_module.rotate_checkpoints, []
+
+    def watched(folder, *given, **options):
+        found.append({path.name: checkpoint_damage(path) for path in Path(folder).glob("checkpoint-*")})
+        rotate(folder, *given, **options)
+
+    monkeypatch.setattr(trainer_module, "rotate_checkpoints", watched)
+    trainer.train()
+    assert found[1:] == [{f"checkpoint-{step}": None for step in (step, step + 1)} for step in (1, 2)]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert trainer.args.save_total_limit == 1
+
+
+def test_a_used_folder_is_gone_on_with_or_refused(tmp_path):
+    assert find_start(tmp_path, None) is None
+    assert find_start(tmp_path, "latest") is None
+    (tmp_path / "model.safetensors").touch()
+    for resume in (None, "latest"):
+        with pytest.raises(UserError, match="has model.safetensors of an earlier run: .* or choose another"):
+            find_start(tmp_path, resume)
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        write_manifest(tmp_path / f"checkpoint-{step}")
+    assert find_start(tmp_path, "latest") == tmp_path / "checkpoint-10"
+    assert find_start(tmp_path, str(tmp_path / "checkpoint-5")) == tmp_path / "checkpoint-5"
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="has checkpoint-10 of an earlier run: .* --resume_from_checkpoint latest"):
+        find_start(tmp_path, None)
+
+
+# Models and devices
+
+
+def test_a_new_output_layer_gives_blanks_nine_tenths():
+    layer = torch.nn.Linear(4, 12)
+    begin_with_blanks(layer, 3)
+    probabilities = layer(torch.zeros(4)).softmax(dim=-1)
+    assert probabilities[3].item() == pytest.approx(0.9)
+    assert probabilities[[0, 11]].tolist() == pytest.approx([0.1 / 11] * 2)
+
+
+def test_masked_spans_of_other_models_are_no_longer_than_the_shortest_recording(tmp_path):
+    speech, ours = build_trainer(tmp_path, torn=()).train_dataset, tiny_model(LightHubertForCTC, None)
+    stock = torch.nn.Module()
+    stock.config, stock._get_feat_extract_output_lengths = ours.config, ours._get_feat_extract_output_lengths
+    shorten_mask_spans(ours, speech)
+    assert ours.config.mask_time_length == 10
+    speech.seconds = [0.1]
+    shorten_mask_spans(stock, speech)
+    assert stock.config.mask_time_length == (RATE // 10 - 80) // 320
+
+
+def parse_device(*words: str) -> TrainingArguments:
+    given = ["--model_name_or_path", "model", "--output_dir", "out", *words]
+    return parse_options(HfArgumentParser(KINDS), "recognition", given)[-1]
+
+
+def test_the_cpu_can_be_chosen_and_what_is_no_device_here_is_refused():
+    assert parse_device("--device", "cpu").use_cpu
+    assert not parse_device().use_cpu
+    with pytest.raises(UserError, match="--device elsewhere is no device: give cpu, cuda, or a GPU"):
+        parse_device("--device", "elsewhere")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda: no GPU can be used here"):
+            parse_device("--config", "ctc_small_budget", "--device", "cuda")
+
+
+def test_a_numbered_gpu_is_the_only_one_that_trainer_sees(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for visible, expected in ((None, "2"), ("5,6,7", "7")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+        words = ["--model_name_or_path", "model", "--device", "cuda:2"]
+        (arguments,) = parse_options(HfArgumentParser(ModelArguments), None, words)
+        assert arguments.device == "cuda:2"
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected

@@ -1,0 +1,209 @@
+"""Options of fine-tuning with CTC, besides those of the data and of transformers' `TrainingArguments`, and what
+follows from them."""
+
+import argparse
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from lighthubert_training.data.sources import DataArguments, load_speech
+from lighthubert_training.runs.checkpoints import checkpoints, newest_checkpoint, require_whole
+from lighthubert_training.runs.distributed import DEVICE_HELP
+from lighthubert_training.sampling import SAMPLING_STRATEGIES
+from modeling_lighthubert.errors import UserError
+
+
+class ChooseDevice(argparse.Action):
+    """`--device`, for Trainer, which takes the CPU only for `use_cpu` and otherwise the first GPU that it sees."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            device = torch.device(values)
+        except RuntimeError:
+            parser.error(f"--device {values} is no device: give cpu, cuda, or a GPU by its number, such as cuda:1")
+        namespace.device, namespace.use_cpu = values, device.type == "cpu"
+        if device.type == "cuda" and device.index is not None:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            numbers = visible.split(",") if visible else [str(number) for number in range(device.index + 1)]
+            if device.index < len(numbers):
+                os.environ["CUDA_VISIBLE_DEVICES"] = numbers[device.index]
+        if device.type == "cuda" and not torch.cuda.is_available():
+            parser.error(f"--device {values}: no GPU can be used here")
+
+
+@dataclass
+class ModelArguments:
+    """What is fine-tuned, and where."""
+
+    model_name_or_path: str = field(metadata={"help": "Supernet, cut model, stock HuBERT or wav2vec 2.0."})
+    subnet: str | None = field(
+        default=None,
+        metadata={"help": "Subnet to cut out of a supernet: a name or a JSON file. Default: the selected."},
+    )
+    device: str | None = field(default=None, metadata={"help": DEVICE_HELP, "action": ChooseDevice})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Begin with a new output layer where that of the model has other tokens."}
+    )
+    freeze_feature_encoder: bool = field(
+        default=True, metadata={"help": "Do not train the convolutions of the feature encoder."}
+    )
+    mask_time_prob: float = field(
+        default=0.05, metadata={"help": "Fraction of frames that SpecAugment masks in training."}
+    )
+    mask_time_length: int = field(default=10, metadata={"help": "Length of a masked span in frames."})
+    mask_feature_prob: float = field(default=0.0, metadata={"help": "Fraction of features that SpecAugment masks."})
+    mask_feature_length: int = field(default=10, metadata={"help": "Length of a masked span of features."})
+    attention_dropout: float = field(default=0.0, metadata={"help": "Dropout of attention weights."})
+    activation_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the feed-forward layers."})
+    hidden_dropout: float = field(default=0.0, metadata={"help": "Dropout in the encoder."})
+    final_dropout: float = field(default=0.0, metadata={"help": "Dropout before the output layer."})
+    layerdrop: float = field(default=0.0, metadata={"help": "Fraction of layers that a training step leaves out."})
+
+    @property
+    def config_options(self) -> dict[str, Any]:
+        """The regularisation, as options of the model's configuration."""
+        names = ["mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length", "layerdrop"]
+        names += ["attention_dropout", "activation_dropout", "hidden_dropout", "final_dropout"]
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class CTCArguments:
+    """How the model is fine-tuned, besides what Trainer asks for."""
+
+    once_for_all: bool = field(
+        default=False,
+        metadata={"help": "Fine-tune the supernet itself: every subnet of the result transcribes. Default: cut one."},
+    )
+    sampling: str = field(
+        default="sandwich",
+        metadata={
+            "help": "Subnets of each step of once_for_all: largest, uniform, uniform_size (sizes as likely as each"
+            " other), or sandwich (smallest, random ones, largest).",
+            "choices": SAMPLING_STRATEGIES,
+        },
+    )
+    num_random_subnets: int = field(default=4, metadata={"help": "Random subnets of each step of once_for_all."})
+    distillation_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "In-place distillation: weight of the divergence of a subnet's posteriors from the largest's."
+        },
+    )
+    num_eval_subnets: int = field(
+        default=0, metadata={"help": "Random subnets to evaluate besides the named ones, always the same."}
+    )
+    freeze_encoder_steps: int = field(
+        default=0, metadata={"help": "First steps in which the output layer alone is trained."}
+    )
+    per_device_train_batch_seconds: float | None = field(
+        default=None, metadata={"help": "No more audio in a batch than this, with its padding, in seconds."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better word error rate."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.distillation_weight < 0:
+            raise ValueError(f"distillation_weight={self.distillation_weight} has to be 0 or more")
+        if self.distillation_weight and not self.once_for_all:
+            raise ValueError(
+                "distillation_weight is for --once_for_all: a model of one size has nothing to learn from"
+            )
+        if self.sampling != "largest" and self.num_random_subnets < (0 if self.sampling == "sandwich" else 1):
+            raise ValueError(f"num_random_subnets={self.num_random_subnets} leaves nothing to train")
+
+
+@dataclass
+class TestArguments:
+    """What `--do_predict` transcribes after training, beside the evaluation data."""
+
+    test_file: list[str] | None = field(default=None, metadata={"help": "Test data, as --validation_file."})
+    test_split_name: list[str] | None = field(default=None, metadata={"help": "Split of each dataset to test on."})
+
+
+def load_parts(
+    data: DataArguments, test: TestArguments, text_column_name: str, training_arguments: TrainingArguments
+) -> dict[str, Any]:
+    """The encoded training data, `train`, and, as far as they are given, those to evaluate, `eval`, and to test on."""
+    parts = {
+        "train": load_speech(data, True, (text_column_name,)),
+        "eval": load_speech(data, False, (text_column_name,)),
+    }
+    if training_arguments.do_predict and (test.test_file is not None or test.test_split_name is not None):
+        names: dict[str, Any] = {"train_file": None} if test.test_file is None else {}
+        tested = dataclasses.replace(
+            data, validation_file=test.test_file, eval_split_name=test.test_split_name, max_eval_samples=None, **names
+        )
+        parts["test"] = load_speech(tested, False, (text_column_name,))
+    return {part: dataset for part, dataset in parts.items() if dataset is not None}
+
+
+def describe_sources(data: DataArguments, test: TestArguments) -> dict[str, str]:
+    """What the model card calls each part of the data: a name on the Hub, or the last part of a file's path."""
+
+    def name(files: list[str] | None, splits: list[str] | None) -> str:
+        if files is not None:
+            return ", ".join(Path(file).name for file in files)
+        return f"{', '.join(data.dataset_name or [])} ({', '.join(splits or [])})"
+
+    return {
+        "train": name(data.train_file, data.train_split_name),
+        "eval": name(data.validation_file, data.eval_split_name),
+        "test": name(test.test_file, test.test_split_name),
+    }
+
+
+def configure(training_arguments: TrainingArguments, ctc: CTCArguments, data: DataArguments) -> None:
+    """Sets the options of Trainer that follow from others.
+
+    Raises:
+        UserError: options that contradict each other, or several GPUs for one process.
+    """
+    training_arguments.remove_unused_columns = False  # the columns are made when a recording is read
+    training_arguments.push_to_hub = False  # once, at the end, and whatever happens to it the run is saved
+    if training_arguments.n_gpu > 1:
+        raise UserError(
+            f"{training_arguments.n_gpu} GPUs are seen by one process: start one for each, with `accelerate launch` or"
+            " `python -m torch.distributed.run --nproc_per_node`, or choose one with --device cuda:0"
+        )
+    if data.streaming:
+        loading: Any = training_arguments.accelerator_config
+        loading.dispatch_batches = False  # names cannot be sent from process to process
+        if ctc.per_device_train_batch_seconds is not None:
+            raise UserError(
+                "--per_device_train_batch_seconds: the lengths of a stream are not known before it is read"
+            )
+    if ctc.early_stopping_patience is not None:
+        if training_arguments.eval_strategy == "no":
+            raise UserError("--early_stopping_patience needs evaluations: give --eval_strategy steps and --eval_steps")
+        training_arguments.save_strategy = training_arguments.eval_strategy
+        training_arguments.save_steps = training_arguments.eval_steps or training_arguments.save_steps
+        training_arguments.load_best_model_at_end = True
+        training_arguments.metric_for_best_model = training_arguments.metric_for_best_model or "wer"
+        training_arguments.greater_is_better = training_arguments.greater_is_better or False
+
+
+def find_start(folder: Path, resume_from_checkpoint: str | None) -> Path | None:
+    """The checkpoint to go on from: the newest whole one in `folder` for "latest", or the one named. `None` at the
+    beginning.
+
+    Raises:
+        UserError: the output folder is in use by an earlier run, or there is no whole checkpoint to go on from.
+    """
+    if resume_from_checkpoint not in (None, "latest", "True"):
+        return require_whole(Path(str(resume_from_checkpoint)))
+    if resume_from_checkpoint and (found := newest_checkpoint(folder)):
+        return found
+    used = [path.name for path in (*checkpoints(folder), folder / "model.safetensors") if path.exists()]
+    if used:
+        raise UserError(
+            f"--output_dir {folder} has {used[-1]} of an earlier run: go on from its newest checkpoint with"
+            " --resume_from_checkpoint latest if it has one, delete the folder, or choose another"
+        )
+    return None

@@ -1,0 +1,89 @@
+"""Transcripts as text: how they are normalised, the vocabulary of their characters, and the labels of CTC."""
+
+import json
+import logging
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import Wav2Vec2CTCTokenizer
+
+from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.files import write_text
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TextArguments:
+    """What the transcripts are, and which characters the model writes."""
+
+    text_column_name: str = field(default="text", metadata={"help": "Column with the transcripts."})
+    text_case: str = field(
+        default="keep", metadata={"help": "Case of the letters.", "choices": ("keep", "lower", "upper")}
+    )
+    chars_to_ignore: list[str] | None = field(
+        default=None, metadata={"help": "Characters that are taken out of the transcripts."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokenizer, or a model that has one. Default: that of a fine-tuned model, else the characters of"
+            " the training transcripts are the vocabulary."
+        },
+    )
+
+    def normalize(self, text: str) -> str:
+        """A transcript as the model is trained to write it: composed characters (NFC), the case and the characters
+        asked for, and single spaces."""
+        text = unicodedata.normalize("NFC", text)
+        text = text if self.text_case == "keep" else getattr(text, self.text_case)()
+        return " ".join(text.translate(dict.fromkeys(map(ord, "".join(self.chars_to_ignore or ())))).split())
+
+
+def build_tokenizer(transcripts: Sequence[str], folder: Path) -> Wav2Vec2CTCTokenizer:
+    """A tokenizer whose vocabulary is the characters of `transcripts`; `vocab.json` is written to `folder`."""
+    characters = sorted(set("".join(transcripts)) - {" "})
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<unk>", "|", *characters])}
+    write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False) + "\n")
+    return Wav2Vec2CTCTokenizer(
+        str(folder / "vocab.json"), pad_token="<pad>", unk_token="<unk>", bos_token=None, eos_token=None
+    )
+
+
+def unknown_characters(transcripts: Sequence[str], tokenizer: Wav2Vec2CTCTokenizer) -> Counter[str]:
+    """How often each character occurs that `tokenizer` does not know."""
+    counts = Counter("".join(transcripts))
+    del counts[" "]
+    known = {character: tokenizer.convert_tokens_to_ids(character) != tokenizer.unk_token_id for character in counts}
+    return Counter({character: count for character, count in counts.items() if not known[character]})
+
+
+def report_unknown_characters(
+    transcripts: Sequence[str], tokenizer: Wav2Vec2CTCTokenizer, part: str, text_case: str
+) -> None:
+    """Warns of characters that the model cannot write, and says what may be done about them.
+
+    Raises:
+        UserError: most characters are unknown: these transcripts are not what the tokenizer is for.
+    """
+    unknown = unknown_characters(transcripts, tokenizer)
+    if not unknown:
+        return
+    total, num_unknown = sum(map(len, transcripts)), sum(unknown.values())
+    listed = ", ".join(f"{character!r} ({count})" for character, count in unknown.most_common(20))
+    message = f"{num_unknown} of {total} characters of the {part} transcripts are not in the vocabulary: {listed}"
+    other_case = Counter(character.swapcase() for character in unknown.elements())
+    if not unknown_characters(list(other_case), tokenizer) and text_case == "keep":
+        message += ". It has them in the other case: choose --text_case lower or upper"
+    if num_unknown > total / 2:
+        raise UserError(f"{message}. Choose another --tokenizer_name_or_path, or leave it out")
+    logger.warning(f"{message}. The model is trained to write {tokenizer.unk_token}; --chars_to_ignore omits them")
+
+
+def num_frames_needed(labels: Sequence[int]) -> int:
+    """Frames that CTC needs for a transcript: one for each label, and a blank between two that are the same."""
+    return len(labels) + sum(one == other for one, other in zip(labels, labels[1:]))
