@@ -84,12 +84,12 @@ def to_hubert(model: LightHubertPreTrainedModel) -> HubertPreTrainedModel:
     hubert.set_attn_implementation(config._attn_implementation)
     state = model.state_dict()
     hubert.load_state_dict(
-        {name: _zero_padded(state[name], like) for name, like in hubert.state_dict().items()}, assign=True
+        {name: _pad_with_zeros(state[name], like) for name, like in hubert.state_dict().items()}, assign=True
     )
     return hubert.train(model.training)
 
 
-def _zero_padded(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _pad_with_zeros(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`tensor` in the front corner of zeros of the shape of `like`."""
     missing = [amount for have, want in zip(tensor.shape, like.shape, strict=True) for amount in (want - have, 0)]
     return nn.functional.pad(tensor.detach(), missing[::-1]).clone()

@@ -25,8 +25,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{UNFINISHED}{uuid4().hex[:8]}-{path.name}")  # the suffix stays: libraries read it
+    unfinished.touch()
+    mode = unfinished.stat().st_mode
+    unfinished.unlink()  # a block that writes nothing has to fail
     try:
         yield unfinished
+        unfinished.chmod(mode)  # safetensors gives its files to nobody but their owner
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -55,6 +59,9 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        for file in unfinished.rglob("*"):
+            if file.is_file():
+                file.chmod(file.stat().st_mode | unfinished.stat().st_mode & 0o666)  # as above
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             folder.replace(replaced)

@@ -293,7 +293,7 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
         """The subnets this model holds, or `None` of a cut model."""
         values = self.config.search_space
         if values is not self._search_space[0]:  # validated once for each value that the configuration gets
-            self._search_space = (values, search_space_from(values))
+            self._search_space = (values, None if values is None else search_space_from(values))
         return self._search_space[1]
 
     @property

@@ -52,23 +52,23 @@ def _span(window: int | None) -> float:
     return math.inf if window is None else window
 
 
-def _positive(name: str, value: Any) -> float:
+def _positive_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"{name} must be positive numbers, not {value!r}")
     return float(value)
 
 
-def _whole(name: str, value: Any) -> int:
-    if not _positive(name, value).is_integer():
+def _whole_number(name: str, value: Any) -> int:
+    if not _positive_number(name, value).is_integer():
         raise ValueError(f"{name} must be whole positive numbers, not {value!r}")
     return int(value)
 
 
-def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _rename(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     return {names.get(key, key): value for key, value in values.items()}
 
 
-def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def _check_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     required = [field.name for field in fields(cls) if field.default is MISSING]  # type: ignore[arg-type]
     unknown, missing = sorted(set(values) - set(known)), [name for name in required if name not in values]
@@ -148,9 +148,9 @@ class Subnet(JsonValue):
                 continue
             if not isinstance(value, Iterable) or isinstance(value, str):
                 raise ValueError(f"subnet {name} is a list with one value for each layer, not {value!r}")
-            object.__setattr__(self, name, tuple(_whole(name, item) for item in value))
-        object.__setattr__(self, "hidden_size", _whole("hidden_size", self.hidden_size))
-        object.__setattr__(self, "head_dim", _whole("head_dim", self.head_dim))
+            object.__setattr__(self, name, tuple(_whole_number(name, item) for item in value))
+        object.__setattr__(self, "hidden_size", _whole_number("hidden_size", self.hidden_size))
+        object.__setattr__(self, "head_dim", _whole_number("head_dim", self.head_dim))
         if not self.num_attention_heads or len(self.num_attention_heads) != len(self.intermediate_size):
             raise ValueError(
                 "subnet num_attention_heads and intermediate_size need one value for each layer, but have"
@@ -165,7 +165,7 @@ class Subnet(JsonValue):
                 f"subnet attention_window needs one value for each layer, but has {len(windows)} for"
                 f" {self.num_hidden_layers} layers"
             )
-        checked = tuple(None if window is None else _whole("attention_window", window) for window in windows)
+        checked = tuple(None if window is None else _whole_number("attention_window", window) for window in windows)
         object.__setattr__(self, "attention_window", None if set(checked) == {None} else checked)
 
     @classmethod
@@ -237,12 +237,12 @@ class Subnet(JsonValue):
             head_dim = attention[0] // heads[0] if attention else 64
             if attention is not None and list(attention) != [head_dim * count for count in heads]:
                 raise ValueError(f"subnet atten_dim={attention} is not one head size times heads_num={heads}")
-            values = _renamed(
+            values = _rename(
                 values,
                 {"embed_dim": "hidden_size", "ffn_embed": "intermediate_size", "layer_num": "num_hidden_layers"},
             ) | {"num_attention_heads": heads, "head_dim": head_dim}
         depth = values.pop("num_hidden_layers", None)
-        subnet = cls(**_known_fields(cls, values))
+        subnet = cls(**_check_fields(cls, values))
         if depth is not None and depth != subnet.num_hidden_layers:
             raise ValueError(f"subnet lists have {subnet.num_hidden_layers} layers, but num_hidden_layers={depth}")
         return subnet
@@ -300,13 +300,17 @@ class SearchSpace(JsonValue):
             choices = getattr(self, name)
             if not isinstance(choices, Iterable) or isinstance(choices, str) or not (choices := list(choices)):
                 raise ValueError(f"search space {name} is a list of at least one choice, not {getattr(self, name)!r}")
-            checked = [_positive(name, item) if name == "ffn_ratio" else _whole(name, item) for item in choices]
+            checked = [
+                _positive_number(name, item) if name == "ffn_ratio" else _whole_number(name, item) for item in choices
+            ]
             object.__setattr__(self, name, tuple(sorted(set(checked))))
-        object.__setattr__(self, "head_dim", _whole("head_dim", self.head_dim))
+        object.__setattr__(self, "head_dim", _whole_number("head_dim", self.head_dim))
         if self.conv_dim is not None:
             self._set_conv_dim(self.conv_dim)
         if self.attention_window is not None:
-            windows = [None if item is None else _whole("attention_window", item) for item in self.attention_window]
+            windows = [
+                None if item is None else _whole_number("attention_window", item) for item in self.attention_window
+            ]
             if not windows:
                 raise ValueError("search space attention_window is a list of at least one choice, not empty")
             object.__setattr__(self, "attention_window", tuple(sorted(set(windows), key=_span)))
@@ -319,7 +323,9 @@ class SearchSpace(JsonValue):
 
     def _set_conv_dim(self, choices: Any) -> None:
         try:
-            sorted_choices = tuple(tuple(sorted({_whole("conv_dim", item) for item in layer})) for layer in choices)
+            sorted_choices = tuple(
+                tuple(sorted({_whole_number("conv_dim", item) for item in layer})) for layer in choices
+            )
         except TypeError:
             raise ValueError(
                 f"search space conv_dim is a list of choices for each convolution, not {choices!r}"
@@ -381,7 +387,7 @@ class SearchSpace(JsonValue):
         values = dict(values)
         if "embed_dim" in values:
             attention = values.pop("atten_dim", None)
-            values = _renamed(
+            values = _rename(
                 values,
                 {
                     "embed_dim": "hidden_size",
@@ -392,7 +398,7 @@ class SearchSpace(JsonValue):
             if attention and values.get("num_attention_heads"):
                 values["head_dim"] = min(attention) // min(values["num_attention_heads"])
             values.pop("slide_wsz", None)
-        return cls(**_known_fields(cls, values))
+        return cls(**_check_fields(cls, values))
 
     @property
     def num_subnets(self) -> int:

@@ -59,10 +59,10 @@ def test_the_stock_hubert_answers_like_the_cut_model(head, stable, conv_dim):
 
 
 @pytest.mark.parametrize("norm", ["layer", "group"])
-def test_fifty_subnets_with_narrow_convolutions_answer_like_their_stock_huberts(norm, waveform):
+def test_subnets_with_narrow_convolutions_answer_like_their_stock_huberts(norm, waveform):
     model = tiny_model(LightHubertModel, replace(EXPORTABLE, conv_dim=((4, 8, 16),) * 7), feat_extract_norm=norm)
     rng = random.Random(1)
-    for _ in range(50):
+    for _ in range(12):
         subnet = model.sample_subnet(rng)
         hubert = to_hubert(model)
         assert tuple(hubert.config.conv_dim) == subnet.conv_dim

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.files import UNFINISHED, require_unused, whole_file, whole_folder, write_json, write_text
@@ -83,10 +85,34 @@ def test_writers_of_the_same_file_do_not_meet(tmp_path):
     assert names(tmp_path) == ["results.json"]
 
 
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
 @pytest.mark.usefixtures("umask")
 def test_a_file_has_the_permissions_of_the_umask(tmp_path):
     write_text(tmp_path / "text.txt", "text")
-    assert stat.S_IMODE((tmp_path / "text.txt").stat().st_mode) == 0o640
+    assert mode(tmp_path / "text.txt") == 0o640
+
+
+@pytest.mark.usefixtures("umask")
+def test_weights_have_the_permissions_of_the_umask_too(tmp_path):
+    """safetensors writes files that nobody but their owner can read."""
+    with whole_file(tmp_path / "model.safetensors") as unfinished:
+        save_file({"weight": torch.zeros(2)}, unfinished)
+    with whole_folder(tmp_path / "out") as unfinished:
+        save_file({"weight": torch.zeros(2)}, unfinished / "model.safetensors")
+        (unfinished / "part").mkdir()
+        save_file({"weight": torch.zeros(2)}, unfinished / "part" / "model.safetensors")
+    for file in ("model.safetensors", "out/model.safetensors", "out/part/model.safetensors"):
+        assert mode(tmp_path / file) == 0o640
+
+
+def test_a_block_that_writes_nothing_fails_and_leaves_the_old_file(tmp_path):
+    write_text(tmp_path / "results.json", "old")
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "results.json"):
+        pass
+    assert (tmp_path / "results.json").read_text() == "old"
 
 
 def test_json_is_for_people_too(tmp_path):
@@ -138,7 +164,7 @@ def test_a_kill_leaves_the_old_folder_and_the_next_writer_cleans_up(old_folder):
 def test_a_folder_has_the_permissions_of_the_umask(tmp_path):
     with whole_folder(tmp_path / "new" / "out"):
         pass
-    assert stat.S_IMODE((tmp_path / "new" / "out").stat().st_mode) == 0o750
+    assert mode(tmp_path / "new" / "out") == 0o750
 
 
 def test_a_link_to_a_folder_stays_one(old_folder, tmp_path):
