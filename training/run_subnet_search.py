@@ -9,6 +9,7 @@
 stopped. Started a second time at the same time, it makes the search with two processes.
 """
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,20 +26,12 @@ from lighthubert_training.distillation.step import PreparedBatch, prepare_batch
 from lighthubert_training.distillation.teacher import build_teacher, check_frame_rates
 from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator, choose_device
 from lighthubert_training.runs.options import parse_options
-from lighthubert_training.search.building import (
-    build_ctc_error,
-    build_probe_error,
-    ctc_training_batches,
-    load_supernet,
-    read_recordings,
-    to_model,
-)
+from lighthubert_training.search import building
 from lighthubert_training.search.candidates import COSTS, Budget, Candidates, SubnetCosts
-from lighthubert_training.search.fitness import Fitness, MeanLoss
-from lighthubert_training.search.further_training import FurtherTraining
+from lighthubert_training.search.fitness import MeanLoss
 from lighthubert_training.search.latency import LatencyTable
 from lighthubert_training.search.ledger import Ledger
-from lighthubert_training.search.report import write_report, write_results
+from lighthubert_training.search.report import FurtherTraining, write_report, write_results
 from lighthubert_training.search.search import Search
 from modeling_lighthubert import LightHubertForPreTraining, LightHubertPreTrainedModel
 from modeling_lighthubert.errors import UserError, run, user_error
@@ -73,27 +66,21 @@ class SearchArguments:
     )
     objectives: list[str] = field(
         default_factory=lambda: ["macs"],
-        metadata={
-            "help": "Costs that nsga2 minimises beside the error.",
-            "choices": tuple(COSTS),
-        },
+        metadata={"help": "Costs that nsga2 minimises beside the error.", "choices": tuple(COSTS)},
     )
     max_params: str | None = field(default=None, metadata={"help": "Most parameters of the cut model, such as 27M."})
     min_params: str | None = field(default=None, metadata={"help": "Least parameters of the cut model."})
     max_macs: str | None = field(default=None, metadata={"help": "Most MACs per second of audio, such as 2.5G."})
     min_macs: str | None = field(default=None, metadata={"help": "Least MACs per second of audio."})
     max_latency_ms: str | None = field(
-        default=None,
-        metadata={"help": "Most milliseconds for a clip on the device, by a table of parts that is measured first."},
+        default=None, metadata={"help": "Most milliseconds for a clip on the device. They are measured first."}
     )
     min_latency_ms: str | None = field(default=None, metadata={"help": "Least milliseconds for a clip on the device."})
     latency_seconds: float = field(default=5.0, metadata={"help": "Length of the clip, in seconds."})
     hubert_exportable: bool = field(
         default=False, metadata={"help": "Search only subnets that a stock HuBERT can hold exactly."}
     )
-    num_evaluations: int = field(
-        default=1000, metadata={"help": "Number of subnets to measure, by all processes together."}
-    )
+    num_evaluations: int = field(default=1000, metadata={"help": "Number of subnets to measure, by all processes."})
     population_size: int = field(default=50, metadata={"help": "Number of subnets in a generation."})
     successive_halving: bool = field(
         default=False,
@@ -148,18 +135,10 @@ class SearchArguments:
         return "latency_ms" in {*self.objectives, *self.budget.limits}
 
 
-FREE_TO_CHANGE = {
-    "output_dir",
-    "num_evaluations",
-    "device",
-    "preprocessing_num_workers",
-    "max_unreadable_share",
-    "report",
-    "report_subnets",
-    "report_steps",
-    "report_learning_rate",
-}
-"""Options that do not change what is searched, so that a search may go on with others."""
+FREE_TO_CHANGE = {"output_dir", "num_evaluations", "device", "preprocessing_num_workers", "max_unreadable_share"}
+"""Options that do not change what is searched, so that a search may go on with other values."""
+REPORT_OPTIONS = {"report", "report_subnets", "report_steps", "report_learning_rate"}
+"""Options of the report, which are free to change, too."""
 TRAINING_SPEECH = {"train_file", "train_split_name", "max_train_samples"}
 """Options that change only a search by linear probes; the others use that speech for the report."""
 
@@ -177,65 +156,52 @@ def parse_size(text: str) -> float:
         raise UserError(f"{text!r} is no number: give one such as 500k, 27M or 2.5G") from None
 
 
-Measurement = tuple[LightHubertPreTrainedModel, Fitness, FurtherTraining | None]
-"""The supernet, the error of its subnets, and what trains them further for the report, if anything does."""
+def build_fitness(
+    arguments: SearchArguments, objective: ObjectiveArguments, data: DataArguments
+) -> tuple[Any, Sequence[Any]]:
+    """The fitness with its model, and the batches that its subnets are trained further on for the report, if any.
 
-
-def build_measurement(arguments: SearchArguments, objective: ObjectiveArguments, data: DataArguments) -> Measurement:
-    """
     Raises:
         UserError: the model is no supernet, or lacks what the fitness needs; or there is no speech.
     """
-    source, size = arguments.model_name_or_path, arguments.per_device_eval_batch_size
-    device = choose_device(arguments.device)
+    name, size, device = arguments.model_name_or_path, arguments.per_device_eval_batch_size, arguments.device
     if arguments.fitness == "distillation":
-        return measure_distillation(arguments, objective, data, device)
+        return build_distillation_loss(arguments, objective, data)
     if arguments.fitness == "probe":
-        probe = build_probe_error(source, device, data, arguments.label_column_name, size)
-        return probe.model, probe, None
-    fitness = build_ctc_error(source, device, data, arguments.text_column_name, size)
-    model, training = fitness.model, None
-    if arguments.report:
-        steps, seed = arguments.report_steps, arguments.seed
-        batches = ctc_training_batches(fitness, data, arguments.text_column_name, size, steps, seed)
-
-        def loss(batch: dict[str, Any]) -> torch.Tensor:
-            return model(batch["input_values"], batch["attention_mask"], labels=batch["labels"]).loss
-
-        training = FurtherTraining(model, loss, batches, steps, arguments.report_learning_rate, seed)
-    return model, fitness, training
+        return building.build_probe_error(name, choose_device(device), data, arguments.label_column_name, size), ()
+    column = arguments.text_column_name
+    fitness = building.build_ctc_error(name, choose_device(device), data, column, size)
+    if not arguments.report:
+        return fitness, ()
+    return fitness, building.ctc_training_batches(fitness, data, column, size, arguments.report_steps, arguments.seed)
 
 
-def measure_distillation(
-    arguments: SearchArguments, objective: ObjectiveArguments, data: DataArguments, device: str
-) -> Measurement:
-    """As `run_distillation.py` measures it; further training is distillation."""
-    source, size = arguments.model_name_or_path, arguments.per_device_eval_batch_size
+def build_distillation_loss(
+    arguments: SearchArguments, objective: ObjectiveArguments, data: DataArguments
+) -> tuple[MeanLoss, Sequence[PreparedBatch]]:
+    """The loss of `run_distillation.py`, on held-out speech and for further training."""
+    name, size, device = arguments.model_name_or_path, arguments.per_device_eval_batch_size, arguments.device
+    accelerator = build_accelerator(choose_device(device))
     teacher, teacher_extractor = build_teacher(arguments.teacher_name_or_path, objective=objective)
-    teacher.to(device)
-    student = load_supernet(source, LightHubertForPreTraining, device)
+    teacher.to(accelerator.device)
+    student = building.load_supernet(name, LightHubertForPreTraining, str(accelerator.device))
     student.freeze_feature_encoder()
     with user_error():
-        extractor = AutoFeatureExtractor.from_pretrained(source)
+        extractor = AutoFeatureExtractor.from_pretrained(name)
     check_frame_rates(student, teacher, (extractor, teacher_extractor))
     collate = DistillationCollator(extractor, teacher_extractor, student.base_model.samples_per_first_frame)
-    accelerator = build_accelerator(device)
 
-    def prepare(training: bool, seed: int, number: int | None = None) -> list[PreparedBatch]:
-        recordings = read_recordings(data, training, extractor.sampling_rate, number=number, seed=seed)
-        batches = [collate(recordings[start : start + size]) for start in range(0, len(recordings), size)]
-        with torch.no_grad():
-            return [prepare_batch(student, teacher, to_model(each, student), seed, accelerator) for each in batches]
+    @torch.no_grad()
+    def prepare(training: bool, seed: int, num_batches: int | None = None) -> list[PreparedBatch]:
+        batches = building.read_batches(data, training, extractor.sampling_rate, size, None, num_batches, seed)
+        collated = (building.to_model(collate(batch), student) for batch in batches)
+        return [prepare_batch(student, teacher, batch, seed, accelerator) for batch in collated]
 
     def loss(batch: PreparedBatch) -> torch.Tensor:
         return batch.loss(student, teacher)
 
-    fitness, training = MeanLoss("distillation loss", student, prepare(False, 0), loss), None
-    if arguments.report:
-        steps, seed = arguments.report_steps, arguments.seed
-        batches = prepare(True, seed, steps * size)
-        training = FurtherTraining(student, loss, batches, steps, arguments.report_learning_rate, seed)
-    return student, fitness, training
+    fitness = MeanLoss("distillation loss", student, prepare(training=False, seed=0), loss)
+    return fitness, prepare(True, arguments.seed, arguments.report_steps) if arguments.report else ()
 
 
 def find_latency_table(arguments: SearchArguments, model: LightHubertPreTrainedModel) -> LatencyTable:
@@ -261,11 +227,12 @@ def main() -> None:
     kinds = (SearchArguments, ObjectiveArguments, DataArguments)
     parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
     arguments, objective, data = parsed = parse_options(parser)
-    free = FREE_TO_CHANGE if arguments.fitness == "probe" else FREE_TO_CHANGE | TRAINING_SPEECH
+    free = FREE_TO_CHANGE | REPORT_OPTIONS | (set() if arguments.fitness == "probe" else TRAINING_SPEECH)
     settings = {name: value for part in parsed for name, value in asdict(part).items() if name not in free}
     budget, folder, cost = arguments.budget, Path(arguments.output_dir), arguments.objectives[0]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    model, fitness, training = build_measurement(arguments, objective, data)
+    fitness, batches = build_fitness(arguments, objective, data)
+    model = fitness.model
     shipped = model if arguments.fitness == "ctc" else model.base_model  # prediction heads are no part of the model
     latency = find_latency_table(arguments, shipped) if arguments.needs_latency else None
     candidates = Candidates(model.search_space, SubnetCosts(shipped, latency), budget)
@@ -285,7 +252,9 @@ def main() -> None:
         search.run()
         best = write_results(search, folder, cost)["best"]
         if arguments.report:
-            write_report(search, candidates.space, folder, cost, training, arguments.report_subnets)
+            schedule = (arguments.report_steps, arguments.report_learning_rate, arguments.seed)
+            training = FurtherTraining(model, fitness.loss, batches, *schedule) if batches else None
+            write_report(search, folder, cost, training, arguments.report_subnets)
     costs = ", ".join(f"{best[name]:,.0f} {text}" for name, text in COSTS.items() if name in best)
     print(f"{fitness.name} {best['error']:.4f}, {costs}")
     print(f"best.json, front.json, front.png and evaluations.csv are in {folder}")

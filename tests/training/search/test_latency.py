@@ -12,6 +12,7 @@ from lighthubert_training.search import latency
 from lighthubert_training.search.candidates import SubnetCosts
 from lighthubert_training.search.latency import LatencyTable, measurement_subnets, parts_of, time_parts
 from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.feature_encoder import VALUES_AT_ONCE
 
 
 SPACES = [
@@ -41,10 +42,13 @@ def test_the_latency_of_a_subnet_is_that_of_its_parts(tmp_path, norm):
     assert table.device == "cpu"
 
 
-def test_the_time_of_each_part_is_its_own(monkeypatch):
-    """By a clock that only convolutions (1 to 7 ms), layers (5 and 7 ms) and the projection (20 ms) move on."""
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_the_time_of_each_part_is_its_own(monkeypatch, pieces):
+    """By a clock that only convolutions (1 to 7 ms for a piece of audio), layers (5 and 7 ms) and the projection (20
+    ms) move on."""
+    monkeypatch.setitem(VALUES_AT_ONCE, "cpu", 2**21 if pieces == 1 else 16 * 640 // 5)
     space = replace(TWO_DEEP, hidden_size=(16,), conv_dim=((8, 16),) * 7)
-    model, now = tiny_model(search_space=space).extract_subnet("largest"), [0.0]
+    model, now = tiny_model(search_space=space, feat_extract_norm="layer").extract_subnet("largest"), [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def takes(module, seconds):
@@ -63,7 +67,10 @@ def test_the_time_of_each_part_is_its_own(monkeypatch):
     takes(model.feature_projection, 0.02)
     parts = parts_of(model.subnet)
     assert len(set(parts.layers)) == 1  # two layers with one name, and so the mean of their times
-    expected = dict(zip(parts.convolutions, range(1, 8), strict=True)) | {parts.layers[0]: 6, parts.rest: 20}
+    expected = dict(zip(parts.convolutions, range(pieces, 8 * pieces, pieces), strict=True)) | {
+        parts.layers[0]: 6,
+        parts.rest: 20,
+    }
     assert time_parts(model, seconds=0.1, repeats=3) == pytest.approx(expected)
 
 

@@ -8,7 +8,7 @@ from speech import RATE, TONE, encoded, undecoded
 
 from lighthubert_training.data import recordings
 from lighthubert_training.data.sources import DataArguments
-from lighthubert_training.search.building import read_recordings
+from lighthubert_training.search.building import read_batches
 from modeling_lighthubert.errors import UserError
 
 
@@ -29,7 +29,9 @@ def arguments(speech: Path, **options) -> DataArguments:
 
 
 def test_recordings_come_in_their_order_with_their_places_and_labels(speech):
-    read = read_recordings(arguments(speech, max_unreadable_share=0.1), False, RATE, "text")
+    batches = read_batches(arguments(speech, max_unreadable_share=0.1), False, RATE, 8, "text")
+    assert [len(batch) for batch in batches] == [8, 8, 3]
+    read = [each for batch in batches for each in batch]
     places = [0, 1, 2, *range(4, 20)]
     assert [each.item for each in read] == [(0, place) for place in places]
     assert [each.labels for each in read] == list(map(str, places))
@@ -45,13 +47,13 @@ def test_recordings_are_drawn_before_they_are_read(speech, monkeypatch, streamin
     random.Random(7).shuffle(order)
     expected = [place for place in order if place != 3][:12]
     data = arguments(speech, max_unreadable_share=0.1, streaming=streaming)
-    read = read_recordings(data, True, RATE, "text", number=12, seed=7)
-    assert [each.item[1] for each in read] == expected
+    batches = read_batches(data, True, RATE, 4, "text", num_batches=3, seed=7)
+    assert [[each.item[1] for each in batch] for batch in batches] == [expected[:4], expected[4:8], expected[8:]]
     assert len(opened) == order.index(expected[-1]) + 1 < 20
 
 
 def test_too_many_unreadable_recordings_and_no_speech_end_a_search(speech):
     with pytest.raises(UserError, match="1 of 20 recordings cannot be read"):
-        read_recordings(arguments(speech), False, RATE)
+        read_batches(arguments(speech), False, RATE, 8)
     with pytest.raises(UserError, match="name it with --validation_file or --eval_split_name"):
-        read_recordings(DataArguments(train_file=[str(speech)]), False, RATE)
+        read_batches(DataArguments(train_file=[str(speech)]), False, RATE, 8)

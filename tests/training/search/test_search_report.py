@@ -9,9 +9,9 @@ import torch
 from conftest import SIX_DEEP, TWO_DEEP, noise, tiny_model
 
 from lighthubert_training.search.candidates import Budget, Candidates, SubnetCosts
-from lighthubert_training.search.further_training import FurtherTraining
 from lighthubert_training.search.ledger import Ledger
 from lighthubert_training.search.report import (
+    FurtherTraining,
     describe_front,
     format_correlation,
     importances,
@@ -74,7 +74,7 @@ def made(tmp_path_factory) -> Search:
 
 
 def test_importance_goes_to_the_choice_that_makes_the_error(made):
-    explained = importances(made, SIX_DEEP)
+    explained = importances(made)
     assert next(iter(explained)) == "hidden_size"
     assert explained["hidden_size"] > 0.9
     assert sum(explained.values()) == pytest.approx(1.0)
@@ -98,7 +98,7 @@ def test_results_are_those_of_the_best_of_the_named_and_of_all(made, tmp_path):
 
 
 def test_thirds_of_the_front_are_means_of_their_subnets(made):
-    front, described = made.front("params"), describe_front(made, SIX_DEEP, "params")
+    front, described = made.front("params"), describe_front(made, "params")
     assert len(front) > 3
     assert list(described) == ["cheapest", "middle", "most expensive"]
     assert sum(third["num_subnets"] for third in described.values()) == len(front)
@@ -131,7 +131,7 @@ def test_the_rank_correlation_compares_errors_before_and_after_training(made, tm
     training = Reversal(tiny_model(), noise, [], 7, 0.0, 0)
     reversed_ranks = rank_correlation(made, training, 3)
     assert reversed_ranks["spearman"] == pytest.approx(-1.0)
-    write_report(made, SIX_DEEP, tmp_path, "params", training, 3)
+    write_report(made, tmp_path, "params", training, 3)
     text = (tmp_path / "report.md").read_text()
     assert "each trained alone for 7 steps: Spearman's rank correlation -1.00" in text
     for each in reversed_ranks["subnets"]:
@@ -142,7 +142,7 @@ def test_the_rank_correlation_compares_errors_before_and_after_training(made, tm
 
 
 def test_a_report_without_further_training_says_nothing_of_it(made, tmp_path):
-    write_report(made, SIX_DEEP, tmp_path, "params", None, 3)
+    write_report(made, tmp_path, "params", None, 3)
     text = (tmp_path / "report.md").read_text()
     assert "After further training" not in text
     assert "| hidden_size | 100% |" in text

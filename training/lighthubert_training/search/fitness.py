@@ -107,6 +107,10 @@ class CTCError:
                 hypotheses += self.processor.batch_decode(tokens.masked_fill(~frames, blank).cpu())
             yield character_error_rate(self.references[: len(hypotheses)], hypotheses)
 
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """CTC loss of the selected subnet on a batch with `labels`."""
+        return self.model(batch["input_values"], batch["attention_mask"], labels=batch["labels"]).loss
+
 
 @torch.no_grad()
 def conv_features(model: LightHubertPreTrainedModel, batches: Sequence[Batch]) -> list[torch.Tensor | None]:

@@ -5,14 +5,13 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -57,56 +56,32 @@ def parts_of(subnet: Subnet) -> Parts:
     return Parts(convolutions, f"rest, {last} to {width}", layers)
 
 
-@contextmanager
-def stopwatches(
-    modules: Mapping[str, Sequence[nn.Module]], synchronize: Callable[[], object] | None = None
-) -> Iterator[dict[str, float]]:
-    """Inside the block, the sum of the seconds that the modules of each name take.
-
-    Args:
-        synchronize: waits for the device, such as `torch.cuda.synchronize`.
-    """
-    seconds: dict[str, float] = defaultdict(float)
-    started: dict[nn.Module, float] = {}
-
-    def now() -> float:
-        if synchronize is not None:
-            synchronize()
-        return time.perf_counter()
-
-    def start(module: nn.Module, inputs: tuple) -> None:
-        started[module] = now()
-
-    with ExitStack() as handles:
-        for name, timed in modules.items():
-
-            def stop(module: nn.Module, inputs: tuple, output: object, name: str = name) -> None:
-                seconds[name] += now() - started[module]
-
-            for module in timed:
-                handles.callback(module.register_forward_pre_hook(start).remove)
-                handles.callback(module.register_forward_hook(stop).remove)
-        yield seconds
-
-
 @torch.inference_mode()
 def time_parts(model: LightHubertPreTrainedModel, seconds: float, repeats: int) -> dict[str, float]:
     """Milliseconds of each part of a cut model for a clip of noise, on its device and in its dtype: the median over
-    the repeats, of parts with the same name their mean."""
+    the repeats, of parts with the same name their mean. The hooks that take the times stay on the model."""
     base: Any = model.base_model
     parts, encoder = parts_of(model.subnet), base.feature_extractor
     timed = [*(encoder.conv_layers if model.subnet.conv_dim else [encoder]), *base.encoder.layers]
-    modules: dict[str, list[nn.Module]] = defaultdict(list)
-    for name, module in zip([*parts.convolutions, *parts.layers], timed, strict=True):
-        modules[name].append(module)
-    audio, runs = torch.randn(1, int(seconds * SAMPLING_RATE)).to(model.device, model.dtype), []
+    audio = torch.randn(1, int(seconds * SAMPLING_RATE)).to(model.device, model.dtype)
     synchronize = partial(torch.cuda.synchronize, model.device) if audio.is_cuda else None
-    for _ in range(1 + repeats):  # the first is a warm-up
-        with stopwatches(modules, synchronize) as times:
-            whole = time_in_turns({"model": lambda: model(audio)}, 1, warm_up=0, synchronize=synchronize)
-        run = {name: taken / len(modules[name]) for name, taken in times.items()}
-        runs.append(run | {parts.rest: whole["model"][0] - sum(times.values())})
-    return {name: 1e3 * statistics.median(run[name] for run in runs[1:]) for name in runs[0]}
+    marks: dict[nn.Module, list[float]] = {module: [] for module in timed}  # start, end, start, end ...
+
+    def mark(module: nn.Module, *_: object) -> None:
+        if synchronize is not None:
+            synchronize()
+        marks[module].append(time.perf_counter())
+
+    for module in timed:
+        module.register_forward_pre_hook(mark)
+        module.register_forward_hook(mark)
+    whole = time_in_turns({"model": lambda: model(audio)}, repeats, synchronize=synchronize)["model"]
+    # a module is called once a run, or more often: the convolutions take long audio in pieces
+    taken = [np.diff(marks[module])[::2].reshape(1 + repeats, -1).sum(axis=1)[1:] for module in timed]
+    runs = defaultdict(list, {parts.rest: [np.array(whole) - sum(taken)]})
+    for name, each in zip([*parts.convolutions, *parts.layers], taken, strict=True):
+        runs[name].append(each)
+    return {name: 1e3 * float(np.median(np.mean(each, axis=0))) for name, each in runs.items()}
 
 
 def measurement_subnets(space: SearchSpace) -> list[Subnet]:

@@ -3,20 +3,25 @@ correlation of the error in the supernet with the error after further training."
 
 import csv
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from scipy.stats import spearmanr
+from torch.nn.utils import clip_grad_norm_
+from tqdm.auto import tqdm
+from transformers import get_scheduler, set_seed
 
 from lighthubert_training.runs.plots import new_figure, save_figure
 from lighthubert_training.runs.tables import markdown_table
 from lighthubert_training.search.candidates import COSTS
-from lighthubert_training.search.further_training import FurtherTraining
+from lighthubert_training.search.fitness import Fitness
 from lighthubert_training.search.ledger import Evaluation
 from lighthubert_training.search.search import Search
-from modeling_lighthubert import SearchSpace, Subnet
+from modeling_lighthubert import LightHubertPreTrainedModel, SearchSpace, Subnet
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.files import whole_file, write_json, write_text
 
@@ -104,12 +109,12 @@ def summarise(space: SearchSpace, subnet: Subnet) -> dict[str, float]:
     return {name: float(value) for name, value in summary.items()}
 
 
-def importances(search: Search, space: SearchSpace) -> dict[str, float]:
+def importances(search: Search) -> dict[str, float]:
     """Fraction of the variance of the error that each choice explains, by Optuna's fANOVA, the largest first.
 
     Choices that are the same in all evaluations are left out. If all errors are the same, the result is empty.
     """
-    rows = [summarise(space, each.subnet) for each in search.complete]
+    rows = [summarise(search.candidates.space, each.subnet) for each in search.complete]
     ends = {name: (min(row[name] for row in rows), max(row[name] for row in rows)) for name in rows[0]}
     distributions: dict[str, optuna.distributions.BaseDistribution] = {
         name: optuna.distributions.FloatDistribution(low, high) for name, (low, high) in ends.items() if low < high
@@ -136,9 +141,9 @@ def nearest(value: float, choices: Sequence[float]) -> float:
     return min(choices, key=lambda choice: abs(choice - value))
 
 
-def describe_front(search: Search, space: SearchSpace, cost: str) -> dict[str, dict[str, Any]]:
+def describe_front(search: Search, cost: str) -> dict[str, dict[str, Any]]:
     """Thirds of the front: means of errors, costs and choices, and fractions of layers by heads and FFN ratio."""
-    front, described = search.front(cost), {}
+    space, front, described = search.candidates.space, search.front(cost), {}
     for number, name in enumerate(THIRDS):
         third = front[number * len(front) // 3 : (number + 1) * len(front) // 3]
         if not third:
@@ -159,6 +164,56 @@ def describe_front(search: Search, space: SearchSpace, cost: str) -> dict[str, d
             "ratios": fractions(ratios, space.ffn_ratio),
         }
     return described
+
+
+@dataclass
+class FurtherTraining:
+    """Training of single subnets, each from the weights of the supernet.
+
+    Attributes:
+        loss: mean loss of the selected subnet on one of `batches`.
+        steps: of each subnet; the batches are used in turn.
+        learning_rate: peak.
+        seed: of dropout and SpecAugment.
+    """
+
+    model: LightHubertPreTrainedModel
+    loss: Callable[[Any], torch.Tensor]
+    batches: Sequence[Any]
+    steps: int
+    learning_rate: float
+    seed: int
+
+    def errors(self, fitness: Fitness, subnets: Sequence[Subnet]) -> list[float]:
+        """Errors of the subnets after training, each alone. The supernet is left as it was."""
+        kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        errors = []
+        with tqdm(total=self.steps * len(subnets), desc="further training") as bar:
+            for subnet in subnets:
+                self.train(subnet, bar)
+                *_, error = fitness.errors(subnet)
+                errors.append(error)
+                self.model.load_state_dict(kept)
+        return errors
+
+    def train(self, subnet: Subnet, bar: tqdm) -> None:
+        """AdamW, with a warm-up in a tenth of the steps and a linear decay. A frozen feature encoder stays so."""
+        set_seed(self.seed)  # NumPy too: it draws the masks of SpecAugment
+        self.model.set_subnet(subnet)
+        self.model.train()
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate)
+        scheduler = get_scheduler("linear", optimizer, self.steps // 10, self.steps)
+        for step in range(self.steps):
+            loss = self.loss(self.batches[step % len(self.batches)])
+            loss.backward()
+            clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            bar.set_postfix(loss=f"{float(loss.detach()):.3g}", refresh=False)
+            bar.update()
+        self.model.eval()
 
 
 def spread_ranks(search: Search, number: int) -> list[Evaluation]:
@@ -190,9 +245,7 @@ def rank_correlation(search: Search, training: FurtherTraining, num_subnets: int
     return {"spearman": correlation, "p": probability, "steps": training.steps, "subnets": rows}
 
 
-def write_report(
-    search: Search, space: SearchSpace, folder: Path, cost: str, training: FurtherTraining | None, num_subnets: int
-) -> None:
+def write_report(search: Search, folder: Path, cost: str, training: FurtherTraining | None, num_subnets: int) -> None:
     """Writes `report.json`, `report.md` and `report.png`.
 
     Args:
@@ -203,8 +256,8 @@ def write_report(
         "fitness": search.fitness.name,
         "num_evaluations": len(search.complete),
         "cost": cost,
-        "importance": importances(search, space),
-        "front": describe_front(search, space, cost),
+        "importance": importances(search),
+        "front": describe_front(search, cost),
     }
     if training is not None:
         report["further_training"] = rank_correlation(search, training, num_subnets)
