@@ -43,7 +43,10 @@ from modeling_lighthubert.loading import load_model, parse_search_space
 
 def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHubertForPreTraining:
     """The student with its initial weights, the search space asked for, and no more width than its largest subnet."""
-    space = parse_search_space(arguments.search_space)
+    space, start = parse_search_space(arguments.search_space), arguments.student_name_or_path
+    is_random = start == "random"
+    if start is None or is_random:
+        start = arguments.teacher_name_or_path
     options = {
         "teacher_hidden_size": teacher.hidden_size,
         "num_prediction_heads": teacher.objective.num_prediction_heads,
@@ -52,13 +55,12 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
         **({} if space is None else {"search_space": space, "subnet": None}),
         **({} if arguments.feat_extract_norm is None else {"feat_extract_norm": arguments.feat_extract_norm}),
     }
-    if arguments.student_name_or_path == "random":
-        with user_error("student_name_or_path random: "):
-            config = LightHubertConfig.from_pretrained(arguments.teacher_name_or_path, **options)
+    with user_error(f"no student can be made of {start}: "):
+        config = LightHubertConfig.from_pretrained(start, **options)
+    if is_random:
         student = LightHubertForPreTraining(config)
     else:
-        start = arguments.student_name_or_path or arguments.teacher_name_or_path
-        student = load_model(start, head=LightHubertForPreTraining, dtype=torch.float32, **options)
+        student = load_model(start, head=LightHubertForPreTraining, dtype=torch.float32, config=config)
     if student.search_space is not None:
         student = student.trim()  # what no subnet uses would cost memory, and time of the optimiser
         student.set_subnet("largest")

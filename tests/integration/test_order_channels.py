@@ -1,99 +1,75 @@
-"""Ordering changes nothing in the full model, and gives narrow subnets what matters most."""
+"""The script that orders channels, run on a teacher and on generated speech."""
 
-import random
+import shutil
 
 import order_channels
 import pytest
 import torch
-from conftest import FLAVOURS, NARROW, answer, noise, tiny_model
-from order_channels import ffn_positions, measure_importance, reorder
-from scripts import TRAINING
+from conftest import answer, assert_close
+from scripts import TRAINING, distil, weights
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
-from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, feature_encoder
+from modeling_lighthubert.errors import UserError
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_the_full_model_answers_as_before(flavour, waveform):
-    model = tiny_model(LightHubertForPreTraining, NARROW, **flavour).double()
-    expected = answer(model, waveform.double())
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    reorder(model, measure_importance(model, [noise(6400).double(), noise(3200).double()]))
-    torch.testing.assert_close(answer(model, waveform.double()), expected, rtol=0, atol=1e-10)
-    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
-    for part in ("layers.0.conv", "layers.6.conv", "projection.weight", "q_proj.bias", "output_dense.weight"):
-        assert any(part in name for name in moved), part
+@pytest.fixture
+def order(workshop, monkeypatch):
+    """Runs the script on the speech of the workshop, three recordings unless told otherwise."""
+
+    def run(output, *more) -> None:
+        options = ("--train_file", workshop / "speech.parquet", "--output_dir", output, "--num_recordings", 3, *more)
+        words = [TRAINING / "order_channels.py", "--device", "cpu", *options]
+        monkeypatch.setattr("sys.argv", list(map(str, words)))
+        order_channels.main()
+
+    return run
 
 
-def test_what_was_shuffled_finds_its_way_back(waveform):
-    model, rng = tiny_model(LightHubertModel, NARROW), torch.Generator().manual_seed(0)
-    heard = [noise(6400), noise(3200, seed=1)]
-    importance = measure_importance(model, heard)
-    reorder(model, importance)
-    model.set_subnet("smallest")
-    expected = answer(model, waveform)
-    reorder(model, {name: torch.rand(len(values), generator=rng) for name, values in importance.items()})
-    assert (answer(model, waveform) - expected).abs().max() > 0.1
-    reorder(model, measure_importance(model, heard))
-    torch.testing.assert_close(answer(model, waveform), expected, rtol=0, atol=1e-5)
-
-
-def test_importance_is_that_of_activations_and_of_what_reads_them():
-    model = tiny_model(LightHubertModel, NARROW)
-    layer = model.encoder.layers[2]
-    with torch.no_grad():
-        layer.feed_forward.output_dense.weight[:, 7] = 0  # nobody listens to this unit
-        layer.attention.v_proj.weight[8:12] = 0  # head 2 says nothing
-        layer.attention.v_proj.bias[8:12] = 0
-        model.feature_extractor.conv_layers[3].conv.weight[:, 5] *= 100
-    importance = measure_importance(model, [noise(6400)])
-    assert importance["units 2"].argmin() == 7
-    assert importance["heads 2"].argmin() == 2
-    assert importance["convolution 2"].argmax() == 5
-    assert len(importance) == 7 + 2 * 6
-    assert model.subnet == NARROW.largest
-
-
-def test_pieces_in_which_a_recording_is_heard_do_not_change_what_matters(monkeypatch):
-    model = tiny_model(LightHubertModel, NARROW).double()
-    loud_end = [noise(60_000).double() * torch.linspace(0, 1, 60_000).double() ** 8]
-    whole = measure_importance(model, loud_end)
-    monkeypatch.setitem(feature_encoder.VALUES_AT_ONCE, "cpu", 8192 * model.config.conv_dim[0])  # 2.56 s
-    pieces = measure_importance(model, loud_end)
-    for name in whole:
-        torch.testing.assert_close(pieces[name], whole[name], rtol=0.05, atol=0)  # edges count twice
-
-
-def test_units_that_most_subnets_use_come_first():
-    positions = ffn_positions(NARROW, 48, 192)
-    assert sorted(positions.tolist()) == list(range(192))
-    rng, uses = random.Random(0), torch.zeros(192)
-    for _ in range(300):
-        subnet = NARROW.sample(rng)
-        width, size = subnet.hidden_size, subnet.intermediate_size[0]
-        used = [unit for unit in range(192) if unit % 48 < width][:size]
-        uses[used] += 1
-    counts = uses[positions]
-    assert torch.all(counts[:-1] >= counts[1:] - 40)  # up to chance
-    assert set(positions[:32].tolist()) == {*range(16), *range(48, 64)}  # all subnets have two blocks of 16
-
-
-def order(workshop, output, *more) -> list[str]:
-    options = ("--train_file", workshop / "speech.parquet", "--output_dir", output, "--num_recordings", 3, *more)
-    return [str(TRAINING / "order_channels.py"), *map(str, options)]
-
-
-def test_a_teacher_becomes_an_ordered_supernet(workshop, tmp_path, monkeypatch, waveform):
-    options = ("--model_name_or_path", workshop / "teacher", "--search_space", workshop / "space.json")
-    monkeypatch.setattr("sys.argv", order(workshop, tmp_path / "ordered", *options))
-    order_channels.main()
+def test_a_teacher_becomes_an_ordered_supernet(workshop, tmp_path, order, waveform):
+    order(
+        tmp_path / "ordered", "--model_name_or_path", workshop / "teacher", "--search_space", workshop / "space.json"
+    )
     ordered, teacher = (AutoModel.from_pretrained(folder) for folder in (tmp_path / "ordered", workshop / "teacher"))
-    torch.testing.assert_close(answer(ordered, waveform), answer(teacher, waveform), rtol=0, atol=1e-5)
+    assert_close(answer(ordered, waveform), answer(teacher, waveform))
     assert ordered.search_space is not None
+    name = "encoder.layers.0.attention.q_proj.weight"
+    assert not torch.equal(weights(tmp_path / "ordered")[name], weights(workshop / "teacher")[name])
     Wav2Vec2FeatureExtractor.from_pretrained(tmp_path / "ordered")
 
 
-def test_a_model_without_subnets_is_refused(workshop, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", order(workshop, tmp_path, "--model_name_or_path", workshop / "teacher"))
-    with pytest.raises(ValueError, match="is no supernet: give --search_space"):
-        order_channels.main()
+def test_a_supernet_keeps_its_prediction_heads_and_its_selected_subnet(workshop, tmp_path, order):
+    supernet = distil(workshop, "to-be-ordered", "--max_steps", 1)
+    order(tmp_path / "ordered", "--model_name_or_path", supernet)
+    before, after = weights(supernet), weights(tmp_path / "ordered")
+    assert before.keys() == after.keys()
+    assert torch.equal(before["prediction_heads.0.weight"], after["prediction_heads.0.weight"])
+    assert AutoModel.from_pretrained(tmp_path / "ordered").subnet == AutoModel.from_pretrained(supernet).subnet
+
+
+def test_a_model_without_subnets_is_refused(workshop, tmp_path, order):
+    with pytest.raises(UserError, match="is no supernet: give --search_space"):
+        order(tmp_path / "ordered", "--model_name_or_path", workshop / "teacher")
+
+
+def test_a_used_folder_is_refused_before_anything_is_computed(tmp_path, order):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="exists and is not empty: choose another --output_dir"):
+        order(tmp_path, "--model_name_or_path", "no/such-model")
+
+
+def test_a_stream_is_refused(workshop, tmp_path, order):
+    with pytest.raises(UserError, match="--streaming: recordings are drawn at random"):
+        order(tmp_path / "ordered", "--model_name_or_path", workshop / "teacher", "--streaming", True)
+
+
+def test_recordings_that_cannot_be_read_are_left_out_up_to_a_share(workshop, tmp_path, order):
+    shutil.copytree(workshop / "recordings", tmp_path / "speech")
+    (tmp_path / "speech" / "8.flac").write_bytes(b"no audio")
+    model = ("--model_name_or_path", workshop / "teacher", "--search_space", workshop / "space.json")
+    options = (*model, "--train_file", tmp_path / "speech", "--num_recordings", 9)
+    with pytest.raises(UserError, match="1 of 9 recordings cannot be read, more than .* 0.01.*8.flac"):
+        order(tmp_path / "ordered", *options)
+    order(tmp_path / "ordered", *options, "--max_unreadable_share", 0.2)
+    order(tmp_path / "expected", *model, "--num_recordings", 8)
+    for name, weight in weights(tmp_path / "expected").items():
+        assert torch.equal(weights(tmp_path / "ordered")[name], weight), name
