@@ -17,7 +17,7 @@ import statistics
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.data.strings import SAMPLING_RATE, prepare_speech, read_parquet
 from lighthubert_training.error_rates import character_error_rate, word_error_rate
 from lighthubert_training.recognition.recognizer import Recognizer
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from lighthubert_training.runs.plots import new_figure, save_figure
 from lighthubert_training.runs.tables import markdown_table
 from modeling_lighthubert import LightHubertModel, SearchSpace
@@ -56,15 +56,13 @@ ONCE_FOR_ALL = {"once for all": 0.0, "once for all, distilled in place": 0.1}
 class RecognitionArguments(SpeechArguments):
     """What is compared, and for how long."""
 
-    output_dir: str = field(
-        default=str(ROOT / "benchmarks/output/asr"), metadata={"help": "Folder for runs and results."}
-    )
-    held_out_speaker: str | None = field(default=None, metadata={"help": "Speaker to hold out in a second round."})
-    distillation_steps: int = field(default=300, metadata={"help": "Steps that make the supernet."})
-    steps: int = field(default=600, metadata={"help": "Steps of each fine-tuning."})
-    num_random_subnets: int = field(default=20, metadata={"help": "Random subnets to transcribe with, once for all."})
-    num_random_alone: int = field(default=20, metadata={"help": "How many of them are fine-tuned alone, too."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each kind for each."})
+    output_dir: str = option(str(ROOT / "benchmarks/output/asr"), "Folder for runs and results.")
+    held_out_speaker: str | None = option(None, "Speaker to hold out in a second round.")
+    distillation_steps: int = option(300, "Steps that make the supernet.")
+    steps: int = option(600, "Steps of each fine-tuning.")
+    num_random_subnets: int = option(20, "Random subnets to transcribe with, once for all.")
+    num_random_alone: int = option(20, "How many of them are fine-tuned alone, too.")
+    seeds: list[int] = option([0, 1, 2], "One run of each kind for each.")
 
 
 class Recognition:

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from lighthubert_training.data.strings import SAMPLING_RATE, prepare_speech
 from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.teacher import Teacher
 from lighthubert_training.probing import ProbeBench
-from lighthubert_training.runs.options import RECIPES, read_options
+from lighthubert_training.runs.options import RECIPES, option, read_options
 from lighthubert_training.runs.tables import mean_and_deviation
 from modeling_lighthubert import LightHubertModel, SearchSpace, Subnet
 from modeling_lighthubert.errors import UserError
@@ -47,25 +47,19 @@ Results = Mapping[str, Mapping[str, Any]]
 class SpeechArguments:
     """The speech of a benchmark."""
 
-    train_file: str = field(
-        default=str(ROOT / "demo/speech/train.parquet"), metadata={"help": "Parquet file to train on."}
-    )
-    test_file: str = field(
-        default=str(ROOT / "demo/speech/test.parquet"), metadata={"help": "Parquet file to test on."}
-    )
+    train_file: str = option(str(ROOT / "demo/speech/train.parquet"), "Parquet file to train on.")
+    test_file: str = option(str(ROOT / "demo/speech/test.parquet"), "Parquet file to test on.")
 
 
 @dataclass
 class LearningArguments(SpeechArguments):
     """What is compared, and for how long."""
 
-    output_dir: str = field(
-        default=str(ROOT / "benchmarks/output/learning"), metadata={"help": "Folder for runs and results."}
-    )
-    passes: int = field(default=300, metadata={"help": "Passes of a subnet; a quarter of them in stage 1, if any."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each variant for each."})
-    only: list[str] | None = field(default=None, metadata={"help": "Variants to run, by name. Default: all."})
-    max_probe_recordings: int = field(default=400, metadata={"help": "Recordings of each kind to measure on."})
+    output_dir: str = option(str(ROOT / "benchmarks/output/learning"), "Folder for runs and results.")
+    passes: int = option(300, "Passes of a subnet; a quarter of them in stage 1, if any.")
+    seeds: list[int] = option([0, 1, 2], "One run of each variant for each.")
+    only: list[str] | None = option(None, "Variants to run, by name. Default: all.")
+    max_probe_recordings: int = option(400, "Recordings of each kind to measure on.")
 
 
 class Learning:

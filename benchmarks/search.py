@@ -17,7 +17,7 @@ taking turns with evaluations.
 import statistics
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from lighthubert_training.data.collators import Batch
 from lighthubert_training.distillation.step import prepare_batch
 from lighthubert_training.models import computed_once
 from lighthubert_training.runs.distributed import build_accelerator
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from lighthubert_training.runs.tables import markdown_table
 from lighthubert_training.search.candidates import Budget, Candidates, SubnetCosts
 from lighthubert_training.search.fitness import MeanLoss
@@ -52,15 +52,11 @@ SIZE = 0.98
 class SearchingArguments(LearningArguments):
     """What is searched, and how long."""
 
-    output_dir: str = field(
-        default=str(ROOT / "benchmarks/output/search"), metadata={"help": "Folder for runs and results."}
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds, with a search for each."}
-    )
-    num_evaluations: int = field(default=200, metadata={"help": "Subnets that each search measures."})
-    num_timed: int = field(default=1000, metadata={"help": "Evaluations whose wall time is taken."})
-    num_batches: int = field(default=4, metadata={"help": "Batches of 16 recordings that a search measures on."})
+    output_dir: str = option(str(ROOT / "benchmarks/output/search"), "Folder for runs and results.")
+    seeds: list[int] = option([0, 1, 2, 3, 4], "Seeds, with a search for each.")
+    num_evaluations: int = option(200, "Subnets that each search measures.")
+    num_timed: int = option(1000, "Evaluations whose wall time is taken.")
+    num_batches: int = option(4, "Batches of 16 recordings that a search measures on.")
 
 
 class Searching(Learning):

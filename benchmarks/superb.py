@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from common import ROOT, SUBNETS, TEACHER, SpeechArguments, bullets, prepare_pro
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
 
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from lighthubert_training.runs.tables import markdown_table
 from lighthubert_training.superb.report import (
     COLUMNS,
@@ -43,14 +43,10 @@ CONTROL = "random weights"
 class SuperbBenchmarkArguments(SpeechArguments):
     """What is scored, and on what: the stand-ins are made of single words."""
 
-    supernets: list[str] = field(kw_only=True, metadata={"help": "Supernets, one for each seed."})
-    teacher: str = field(default=str(TEACHER), metadata={"help": "Teacher that they were distilled from."})
-    output_dir: str = field(
-        default=str(ROOT / "benchmarks/output/superb"), metadata={"help": "Folder for data, features and results."}
-    )
-    features_dtype: str = field(
-        default="float32", metadata={"help": "Dtype of kept features.", "choices": ("float32", "float16")}
-    )
+    supernets: list[str] = option(help="Supernets, one for each seed.")
+    teacher: str = option(str(TEACHER), "Teacher that they were distilled from.")
+    output_dir: str = option(str(ROOT / "benchmarks/output/superb"), "Folder for data, features and results.")
+    features_dtype: str = option("float32", "Dtype of kept features.", choices=("float32", "float16"))
 
 
 def models(arguments: SuperbBenchmarkArguments, output: Path) -> Iterator[tuple[int, dict[str, Any]]]:

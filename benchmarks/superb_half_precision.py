@@ -12,7 +12,7 @@ import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from lighthubert_training.runs.distributed import build_accelerator
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from lighthubert_training.runs.tables import markdown_table
 from lighthubert_training.superb.data import Part, TaskData
 from lighthubert_training.superb.features import FeatureCache, FeatureDataset, Upstream
@@ -40,15 +40,10 @@ WAYS = ("single", "same head, half", "trained on half", "trained on noisy")
 class HalfPrecisionArguments:
     """What is scored, and on what."""
 
-    models: list[str] = field(metadata={"help": "Models, one for each seed."})
-    subnet: str | None = field(default=None, metadata={"help": "Subnet of supernets, a name or a JSON file."})
-    retrain: bool = field(
-        default=True, metadata={"help": "Train heads on features in half precision and on noisy ones, too."}
-    )
-    superb_dir: str = field(
-        default=str(ROOT / "benchmarks/output/superb"),
-        metadata={"help": "Output folder of superb.py."},
-    )
+    models: list[str] = option(help="Models, one for each seed.")
+    subnet: str | None = option(None, "Subnet of supernets, a name or a JSON file.")
+    retrain: bool = option(True, "Train heads on features in half precision and on noisy ones, too.")
+    superb_dir: str = option(str(ROOT / "benchmarks/output/superb"), "Output folder of superb.py.")
 
 
 class NoisyFeatures(FeatureDataset):

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from lighthubert_training.decoding import text_of
 from lighthubert_training.error_rates import character_error_rate, word_error_rate
 from lighthubert_training.recognition.live import LiveTranscriber
 from lighthubert_training.recognition.recognizer import Recognizer
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from modeling_lighthubert.errors import run
 
 
@@ -43,12 +43,10 @@ PAUSE = (0.05, 0.6)
 class TranscriptionArguments(SpeechArguments):
     """What is transcribed, and with which model."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder of a fine-tuned model. Default: one is made."})
-    steps: int = field(default=600, metadata={"help": "Steps of its fine-tuning."})
-    minutes: int = field(default=60, metadata={"help": "Length of the recording."})
-    output_dir: str = field(
-        default=str(ROOT / "benchmarks/output/transcription"), metadata={"help": "Folder for what is made."}
-    )
+    model: str | None = option(None, "Folder of a fine-tuned model. Default: one is made.")
+    steps: int = option(600, "Steps of its fine-tuning.")
+    minutes: int = option(60, "Length of the recording.")
+    output_dir: str = option(str(ROOT / "benchmarks/output/transcription"), "Folder for what is made.")
 
 
 def single_words(file: str) -> Dataset:

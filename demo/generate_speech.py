@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from transformers import HfArgumentParser
 
 from lighthubert_training.data.audio import duration
 from lighthubert_training.data.strings import SAMPLING_RATE
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from modeling_lighthubert.errors import UserError, run
 from modeling_lighthubert.files import require_unused, whole_folder
 
@@ -83,13 +83,13 @@ TEST_SPEAKERS = (
 class SpeechArguments:
     """How much speech is made."""
 
-    output_dir: str = field(metadata={"help": "Folder of the two Parquet files."})
-    train_takes: int = field(default=3, metadata={"help": "Recordings of each digit by each training speaker."})
-    train_strings: int = field(default=36, metadata={"help": "Strings of digits by each training speaker."})
-    test_takes: int = field(default=8, metadata={"help": "Recordings of each digit by each test speaker."})
-    test_strings: int = field(default=18, metadata={"help": "Strings of digits by each test speaker."})
-    compression_level: float = field(default=0.97, metadata={"help": "Compression of Opus, from 0 to 1, the most."})
-    seed: int = field(default=0, metadata={"help": "Random seed."})
+    output_dir: str = option(help="Folder of the two Parquet files.")
+    train_takes: int = option(3, "Recordings of each digit by each training speaker.")
+    train_strings: int = option(36, "Strings of digits by each training speaker.")
+    test_takes: int = option(8, "Recordings of each digit by each test speaker.")
+    test_strings: int = option(18, "Strings of digits by each test speaker.")
+    compression_level: float = option(0.97, "Compression of Opus, from 0 to 1, the most.")
+    seed: int = option(0, "Random seed.")
 
 
 def speak(text: str, speaker: Speaker, rng: random.Random) -> np.ndarray:

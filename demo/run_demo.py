@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lighthubert_training.cards.subnet import FACTS_FILE, render_subnet_card, su
 from lighthubert_training.data.strings import Speech, prepare_speech
 from lighthubert_training.distillation.teacher import ObjectiveArguments, Teacher
 from lighthubert_training.probing import ProbeBench
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from lighthubert_training.runs.plots import new_figure, save_figure
 from lighthubert_training.runs.tables import markdown_table
 from modeling_lighthubert import LightHubertModel
@@ -47,29 +47,21 @@ NUM_TARGET_LAYERS = 4
 class DemoArguments:
     """What the demonstration runs on, and for how long."""
 
-    train_file: str = field(
-        default=str(ROOT / "demo/speech/train.parquet"), metadata={"help": "Parquet file to train on."}
-    )
-    test_file: str = field(
-        default=str(ROOT / "demo/speech/test.parquet"), metadata={"help": "Parquet file to test on."}
-    )
-    teacher: str = field(default=str(ROOT / "demo/teacher"), metadata={"help": "HuBERT to distil."})
-    search_space: str = field(
-        default=str(ROOT / "demo/search_space.json"), metadata={"help": "JSON file: the subnets to train."}
-    )
-    output_dir: str = field(default=str(ROOT / "demo/output"), metadata={"help": "Folder for everything it makes."})
-    stage1_steps: int = field(default=100, metadata={"help": "Steps of stage 1, the largest subnet."})
-    stage2_steps: int = field(default=300, metadata={"help": "Steps of stage 2, the supernet."})
-    ctc_steps: int = field(default=600, metadata={"help": "Fine-tuning steps, of the subnet and of its control."})
-    max_probe_recordings: int = field(
-        default=600, metadata={"help": "Training, and held-out, recordings that models are compared on."}
-    )
-    seed: int = field(default=0, metadata={"help": "Random seed."})
+    train_file: str = option(str(ROOT / "demo/speech/train.parquet"), "Parquet file to train on.")
+    test_file: str = option(str(ROOT / "demo/speech/test.parquet"), "Parquet file to test on.")
+    teacher: str = option(str(ROOT / "demo/teacher"), "HuBERT to distil.")
+    search_space: str = option(str(ROOT / "demo/search_space.json"), "JSON file: the subnets to train.")
+    output_dir: str = option(str(ROOT / "demo/output"), "Folder for everything it makes.")
+    stage1_steps: int = option(100, "Steps of stage 1, the largest subnet.")
+    stage2_steps: int = option(300, "Steps of stage 2, the supernet.")
+    ctc_steps: int = option(600, "Fine-tuning steps, of the subnet and of its control.")
+    max_probe_recordings: int = option(600, "Training, and held-out, recordings that models are compared on.")
+    seed: int = option(0, "Random seed.")
 
     def __post_init__(self) -> None:
-        for option, file in (("train_file", self.train_file), ("test_file", self.test_file)):
+        for name, file in (("train_file", self.train_file), ("test_file", self.test_file)):
             if not Path(file).is_file():
-                raise ValueError(f"--{option} {file} is not there: give a Parquet file")
+                raise ValueError(f"--{name} {file} is not there: give a Parquet file")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ as that in `demo/teacher`.
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from lighthubert_training.data.collators import pad, padded_batches
 from lighthubert_training.data.strings import SAMPLING_RATE, read_parquet
 from lighthubert_training.masks import true_frames
 from lighthubert_training.probing import pooled_features, probe_accuracy
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from modeling_lighthubert.errors import run
 from modeling_lighthubert.files import require_unused, whole_folder
 
@@ -61,23 +61,18 @@ CONFIG = HubertConfig(
 class TeacherArguments:
     """Data, units and schedule."""
 
-    output_dir: str = field(metadata={"help": "Folder of the teacher."})
-    train_file: str = field(
-        default=str(ROOT / "demo/speech/train.parquet"), metadata={"help": "Parquet file to train on."}
+    output_dir: str = option(help="Folder of the teacher.")
+    train_file: str = option(str(ROOT / "demo/speech/train.parquet"), "Parquet file to train on.")
+    test_file: str = option(str(ROOT / "demo/speech/test.parquet"), "Parquet file of the digit probe.")
+    num_units: int = option(100, "Clusters of MFCCs, as in HuBERT's first iteration.")
+    mask_time_prob: float = option(0.5, "Share of frames that are masked.")
+    mask_time_length: int = option(
+        6, "Length of a masked span in frames. HuBERT has 10; single digits have about 25 in all."
     )
-    test_file: str = field(
-        default=str(ROOT / "demo/speech/test.parquet"), metadata={"help": "Parquet file of the digit probe."}
-    )
-    num_units: int = field(default=100, metadata={"help": "Clusters of MFCCs, as in HuBERT's first iteration."})
-    mask_time_prob: float = field(default=0.5, metadata={"help": "Share of frames that are masked."})
-    mask_time_length: int = field(
-        default=6,
-        metadata={"help": "Length of a masked span in frames. HuBERT has 10; single digits have about 25 in all."},
-    )
-    max_steps: int = field(default=2500, metadata={"help": "Optimiser steps."})
-    batch_size: int = field(default=16, metadata={"help": "Recordings in a batch."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
-    seed: int = field(default=0, metadata={"help": "Random seed."})
+    max_steps: int = option(2500, "Optimiser steps.")
+    batch_size: int = option(16, "Recordings in a batch.")
+    learning_rate: float = option(2e-3, "Peak learning rate.")
+    seed: int = option(0, "Random seed.")
 
 
 def read(file: str) -> tuple[list[np.ndarray], np.ndarray]:

@@ -9,7 +9,7 @@ It is done once, before stage 2. The outputs of the full model stay as they are.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
@@ -21,7 +21,7 @@ from lighthubert_training.data.recordings import SpeechDataset, Unreadable
 from lighthubert_training.data.sources import DataArguments, load_speech
 from lighthubert_training.distillation.channel_order import measure_importance, reorder
 from lighthubert_training.runs.distributed import DEVICE_HELP, choose_device
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, LightHubertPreTrainedModel
 from modeling_lighthubert.errors import UserError, run, user_error
 from modeling_lighthubert.files import require_unused
@@ -32,15 +32,11 @@ from modeling_lighthubert.loading import is_supernet, load_config, load_model, p
 class OrderingArguments:
     """Which model is put in order, and on how much speech its activations are measured."""
 
-    model_name_or_path: str = field(metadata={"help": "Supernet, or HuBERT or wav2vec 2.0 to make one of."})
-    output_dir: str = field(metadata={"help": "Folder for the ordered supernet."})
-    search_space: str | None = field(
-        default=None, metadata={"help": "Preset or JSON file, for a model that is no supernet yet."}
-    )
-    num_recordings: int = field(
-        default=64, metadata={"help": "Number of recordings, drawn at random, to measure activations on."}
-    )
-    device: str | None = field(default=None, metadata={"help": DEVICE_HELP})
+    model_name_or_path: str = option(help="Supernet, or HuBERT or wav2vec 2.0 to make one of.")
+    output_dir: str = option(help="Folder for the ordered supernet.")
+    search_space: str | None = option(None, "Preset or JSON file, for a model that is no supernet yet.")
+    num_recordings: int = option(64, "Number of recordings, drawn at random, to measure activations on.")
+    device: str | None = option(None, DEVICE_HELP)
 
 
 def load_supernet(arguments: OrderingArguments) -> LightHubertPreTrainedModel:

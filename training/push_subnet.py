@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers import AutoConfig, HfArgumentParser
 from transformers.utils import logging
 
 from lighthubert_training.cards.subnet import FACTS_FILE, measured_speed, read_results, render_card, subnet_facts
-from lighthubert_training.runs.options import parse_recipe
+from lighthubert_training.runs.options import option, parse_recipe
 from modeling_lighthubert.export import copy_processor, torch_runner, write_export
 from modeling_lighthubert.loading import load_cut_lighthubert
 from modeling_lighthubert.search_space import search_space_from
@@ -37,40 +37,30 @@ LICENSE = Path(__file__).resolve().parent.parent / "LICENSE"
 class PushArguments:
     """What is published, where, and what its card says."""
 
-    model_name_or_path: str = field(metadata={"help": "Supernet, or a model that was cut already."})
-    repo_id: str = field(metadata={"help": "Repository on the Hub, such as me/lighthubert-27m."})
-    training_data: str = field(metadata={"help": "What the model was trained on, in words, for the card."})
-    subnet: str | None = field(
-        default=None, metadata={"help": "Name or JSON file of a subnet. Default: the selected one."}
+    model_name_or_path: str = option(help="Supernet, or a model that was cut already.")
+    repo_id: str = option(help="Repository on the Hub, such as me/lighthubert-27m.")
+    training_data: str = option(help="What the model was trained on, in words, for the card.")
+    subnet: str | None = option(None, "Name or JSON file of a subnet. Default: the selected one.")
+    format: str = option(
+        "transformers",
+        "transformers: a cut model with its code; hubert: a stock HuBERT.",
+        choices=("transformers", "hubert"),
     )
-    format: str = field(
-        default="transformers",
-        metadata={
-            "help": "transformers: a cut model with its code; hubert: a stock HuBERT.",
-            "choices": ("transformers", "hubert"),
-        },
+    dtype: str = option("float32", "Of weights.", choices=("float32", "bfloat16"))
+    license: str | None = option(None, "Default: what the supernet's card says.")
+    supernet_name: str | None = option(None, "What the card calls the supernet. Default: its Hub id, or its folder.")
+    teacher: str | None = option(None, "What the supernet was distilled from.")
+    results: list[str] = option(
+        [], "JSON files with figures: results.json of a search, eval_results.json of a training run."
     )
-    dtype: str = field(default="float32", metadata={"help": "Of weights.", "choices": ("float32", "bfloat16")})
-    license: str | None = field(default=None, metadata={"help": "Default: what the supernet's card says."})
-    supernet_name: str | None = field(
-        default=None,
-        metadata={"help": "What the card calls the supernet. Default: its Hub id, or its folder."},
-    )
-    teacher: str | None = field(default=None, metadata={"help": "What the supernet was distilled from."})
-    results: list[str] = field(
-        default_factory=list,
-        metadata={"help": "JSON files with figures: results.json of a search, eval_results.json of a training run."},
-    )
-    results_dataset: str | None = field(default=None, metadata={"help": "What the results were measured on."})
-    language: str | None = field(default=None, metadata={"help": "Language code for the card."})
-    private: bool = field(default=False, metadata={"help": "Create the repository as a private one."})
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch to push to; it is created if it is not there. Default: main."}
-    )
-    tag: str | None = field(default=None, metadata={"help": "Tag for what is pushed. Tags do not move."})
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace another model that the repository holds."})
-    repeats: int = field(default=20, metadata={"help": "Timed runs of 5 s of audio."})
+    results_dataset: str | None = option(None, "What the results were measured on.")
+    language: str | None = option(None, "Language code for the card.")
+    private: bool = option(False, "Create the repository as a private one.")
+    revision: str | None = option(None, "Branch to push to; it is created if it is not there. Default: main.")
+    tag: str | None = option(None, "Tag for what is pushed. Tags do not move.")
+    create_pr: bool = option(False, "Open a pull request instead.")
+    overwrite: bool = option(False, "Replace another model that the repository holds.")
+    repeats: int = option(20, "Timed runs of 5 s of audio.")
 
     def __post_init__(self) -> None:
         if self.create_pr and (self.tag or self.revision):

@@ -11,7 +11,7 @@ stopped. Started a second time at the same time, it makes the search with two pr
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.step import PreparedBatch, prepare_batch
 from lighthubert_training.distillation.teacher import build_teacher, check_frame_rates
 from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator, choose_device
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from lighthubert_training.search import building
 from lighthubert_training.search.candidates import COSTS, Budget, Candidates, SubnetCosts
 from lighthubert_training.search.fitness import MeanLoss
@@ -41,67 +41,52 @@ from modeling_lighthubert.errors import UserError, run, user_error
 class SearchArguments:
     """What is searched, by which error and costs, and for how long."""
 
-    model_name_or_path: str = field(metadata={"help": "Supernet to search: distilled, or fine-tuned once for all."})
-    output_dir: str = field(metadata={"help": "Folder for the search and its results."})
-    fitness: str = field(
-        default="distillation",
-        metadata={
-            "help": "Error of a subnet: the distillation loss (needs no labels), the character error rate of a CTC"
-            " model, or the error of a linear probe for --label_column_name.",
-            "choices": ("distillation", "ctc", "probe"),
-        },
+    model_name_or_path: str = option(help="Supernet to search: distilled, or fine-tuned once for all.")
+    output_dir: str = option(help="Folder for the search and its results.")
+    fitness: str = option(
+        "distillation",
+        "Error of a subnet: the distillation loss (needs no labels), the character error rate of a CTC"
+        " model, or the error of a linear probe for --label_column_name.",
+        choices=("distillation", "ctc", "probe"),
     )
-    teacher_name_or_path: str | None = field(
-        default=None, metadata={"help": "Teacher that the supernet was distilled from, for the distillation loss."}
+    teacher_name_or_path: str | None = option(
+        None, "Teacher that the supernet was distilled from, for the distillation loss."
     )
-    text_column_name: str = field(default="text", metadata={"help": "Column with the transcripts, for ctc."})
-    label_column_name: str = field(default="label", metadata={"help": "Column with the labels, for probe."})
-    algorithm: str = field(
-        default="nsga2",
-        metadata={
-            "help": "Search algorithm: nsga2 finds the least error at every cost in --objectives, evolution (the"
-            " paper's) the least error; random draws subnets.",
-            "choices": ("nsga2", "evolution", "random"),
-        },
+    text_column_name: str = option("text", "Column with the transcripts, for ctc.")
+    label_column_name: str = option("label", "Column with the labels, for probe.")
+    algorithm: str = option(
+        "nsga2",
+        "Search algorithm: nsga2 finds the least error at every cost in --objectives, evolution (the"
+        " paper's) the least error; random draws subnets.",
+        choices=("nsga2", "evolution", "random"),
     )
-    objectives: list[str] = field(
-        default_factory=lambda: ["macs"],
-        metadata={"help": "Costs that nsga2 minimises beside the error.", "choices": tuple(COSTS)},
+    objectives: list[str] = option(["macs"], "Costs that nsga2 minimises beside the error.", choices=tuple(COSTS))
+    max_params: str | None = option(None, "Most parameters of the cut model, such as 27M.")
+    min_params: str | None = option(None, "Least parameters of the cut model.")
+    max_macs: str | None = option(None, "Most MACs per second of audio, such as 2.5G.")
+    min_macs: str | None = option(None, "Least MACs per second of audio.")
+    max_latency_ms: str | None = option(None, "Most milliseconds for a clip on the device. They are measured first.")
+    min_latency_ms: str | None = option(None, "Least milliseconds for a clip on the device.")
+    latency_seconds: float = option(5.0, "Length of the clip, in seconds.")
+    hubert_exportable: bool = option(False, "Search only subnets that a stock HuBERT can hold exactly.")
+    num_evaluations: int = option(1000, "Number of subnets to measure, by all processes.")
+    population_size: int = option(50, "Number of subnets in a generation.")
+    successive_halving: bool = option(
+        False,
+        "Successive halving: drop a subnet after a quarter or half of the data if its error is above the"
+        " median of those that cost no more.",
     )
-    max_params: str | None = field(default=None, metadata={"help": "Most parameters of the cut model, such as 27M."})
-    min_params: str | None = field(default=None, metadata={"help": "Least parameters of the cut model."})
-    max_macs: str | None = field(default=None, metadata={"help": "Most MACs per second of audio, such as 2.5G."})
-    min_macs: str | None = field(default=None, metadata={"help": "Least MACs per second of audio."})
-    max_latency_ms: str | None = field(
-        default=None, metadata={"help": "Most milliseconds for a clip on the device. They are measured first."}
+    per_device_eval_batch_size: int = option(8, "Number of recordings in a batch.")
+    report: bool = option(
+        False,
+        "Write report.md: which choices matter, which subnets are on the front, and how well their error"
+        " predicts that after further training, on the training part of the data (not for probe).",
     )
-    min_latency_ms: str | None = field(default=None, metadata={"help": "Least milliseconds for a clip on the device."})
-    latency_seconds: float = field(default=5.0, metadata={"help": "Length of the clip, in seconds."})
-    hubert_exportable: bool = field(
-        default=False, metadata={"help": "Search only subnets that a stock HuBERT can hold exactly."}
-    )
-    num_evaluations: int = field(default=1000, metadata={"help": "Number of subnets to measure, by all processes."})
-    population_size: int = field(default=50, metadata={"help": "Number of subnets in a generation."})
-    successive_halving: bool = field(
-        default=False,
-        metadata={
-            "help": "Successive halving: drop a subnet after a quarter or half of the data if its error is above the"
-            " median of those that cost no more."
-        },
-    )
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Number of recordings in a batch."})
-    report: bool = field(
-        default=False,
-        metadata={
-            "help": "Write report.md: which choices matter, which subnets are on the front, and how well their error"
-            " predicts that after further training, on the training part of the data (not for probe)."
-        },
-    )
-    report_subnets: int = field(default=8, metadata={"help": "Number of subnets to train further, at least 3."})
-    report_steps: int = field(default=100, metadata={"help": "Steps of further training of each."})
-    report_learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of further training."})
-    seed: int = field(default=0, metadata={"help": "Random seed."})
-    device: str | None = field(default=None, metadata={"help": DEVICE_HELP})
+    report_subnets: int = option(8, "Number of subnets to train further, at least 3.")
+    report_steps: int = option(100, "Steps of further training of each.")
+    report_learning_rate: float = option(5e-4, "Peak learning rate of further training.")
+    seed: int = option(0, "Random seed.")
+    device: str | None = option(None, DEVICE_HELP)
 
     def __post_init__(self) -> None:
         if self.num_evaluations < 1 or self.population_size < 2:

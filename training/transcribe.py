@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lighthubert_training.recognition.live import LiveTranscriber, transcribe_li
 from lighthubert_training.recognition.recognizer import Recognizer
 from lighthubert_training.recognition.transcripts import FORMATS, Journal, as_json, format_transcript, write_results
 from lighthubert_training.runs.distributed import DEVICE_HELP, choose_device
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from modeling_lighthubert.errors import UserError, run
 
 
@@ -37,68 +37,44 @@ from modeling_lighthubert.errors import UserError, run
 class RecognitionArguments:
     """What transcribes, and how."""
 
-    model_name_or_path: str = field(
-        metadata={"help": "Model with a CTC head and its processor, or an ONNX file beside config.json and processor."}
+    model_name_or_path: str = option(
+        help="Model with a CTC head and its processor, or an ONNX file beside config.json and processor."
     )
-    subnet: str | None = field(
-        default=None, metadata={"help": "Subnet of a supernet: a name or a JSON file. Default: the selected."}
+    subnet: str | None = option(None, "Subnet of a supernet: a name or a JSON file. Default: the selected.")
+    device: str | None = option(None, DEVICE_HELP)
+    batch_size: int = option(8, "Recordings, or chunks of them, in a batch.")
+    chunk_length_s: float = option(20.0, "Length, in seconds, of the chunks that longer recordings are split into.")
+    stride_length_s: float = option(2.0, "Overlap of a chunk with each of its neighbours, in seconds.")
+    lm_path: str | None = option(None, "N-gram model (ARPA or KenLM) for beam search. Default: greedy decoding.")
+    lexicon: str | None = option(
+        None, "File with all words that beam search may write. Default: the unigrams of --lm_path."
     )
-    device: str | None = field(default=None, metadata={"help": DEVICE_HELP})
-    batch_size: int = field(default=8, metadata={"help": "Recordings, or chunks of them, in a batch."})
-    chunk_length_s: float = field(
-        default=20.0, metadata={"help": "Length, in seconds, of the chunks that longer recordings are split into."}
-    )
-    stride_length_s: float = field(
-        default=2.0, metadata={"help": "Overlap of a chunk with each of its neighbours, in seconds."}
-    )
-    lm_path: str | None = field(
-        default=None, metadata={"help": "N-gram model (ARPA or KenLM) for beam search. Default: greedy decoding."}
-    )
-    lexicon: str | None = field(
-        default=None,
-        metadata={"help": "File with all words that beam search may write. Default: the unigrams of --lm_path."},
-    )
-    beam_width: int = field(default=100, metadata={"help": "Hypotheses that beam search keeps."})
-    lm_weight: float = field(default=2.0, metadata={"help": "Weight of the language model."})
-    word_score: float = field(default=0.0, metadata={"help": "Score added for each word: positive for more words."})
+    beam_width: int = option(100, "Hypotheses that beam search keeps.")
+    lm_weight: float = option(2.0, "Weight of the language model.")
+    word_score: float = option(0.0, "Score added for each word: positive for more words.")
 
 
 @dataclass
 class TranscriptionArguments:
     """What is transcribed, and where the transcripts go."""
 
-    inputs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Recordings, folders of them, and parquet, JSON, CSV or .tsv files as for training."},
+    inputs: list[str] | None = option(
+        None, "Recordings, folders of them, and parquet, JSON, CSV or .tsv files as for training."
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    split_name: str = field(default="test", metadata={"help": "Split of the dataset."})
-    audio_column_name: str = field(default="audio", metadata={"help": "Column with the audio."})
-    max_unreadable_share: float = field(
-        default=1.0,
-        metadata={
-            "help": "Recordings that cannot be read are named and left out; a larger share of all ends the run."
-        },
+    dataset_name: str | None = option(None, "Dataset on the Hub.")
+    dataset_config_name: str | None = option(None, "Configuration of the dataset.")
+    split_name: str = option("test", "Split of the dataset.")
+    audio_column_name: str = option("audio", "Column with the audio.")
+    max_unreadable_share: float = option(
+        1.0, "Recordings that cannot be read are named and left out; a larger share of all ends the run."
     )
-    output_file: str | None = field(
-        default=None, metadata={"help": "File for all transcripts. Default: standard output, or --output_dir."}
-    )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for transcripts.jsonl, and a file for each recording."}
-    )
-    output_format: str | None = field(
-        default=None,
-        metadata={"help": "Format. Default: the suffix of --output_file, or txt.", "choices": FORMATS},
-    )
-    max_cue_words: int = field(default=12, metadata={"help": "Most words of a subtitle."})
-    max_cue_seconds: float = field(default=6.0, metadata={"help": "Most seconds of a subtitle."})
-    live: bool = field(
-        default=False, metadata={"help": "Transcribe standard input: raw samples, 16 bit, 16 kHz, mono."}
-    )
-    live_chunk_length_s: float = field(
-        default=1.0, metadata={"help": "Seconds of new audio after which --live transcribes."}
-    )
+    output_file: str | None = option(None, "File for all transcripts. Default: standard output, or --output_dir.")
+    output_dir: str | None = option(None, "Folder for transcripts.jsonl, and a file for each recording.")
+    output_format: str | None = option(None, "Format. Default: the suffix of --output_file, or txt.", choices=FORMATS)
+    max_cue_words: int = option(12, "Most words of a subtitle.")
+    max_cue_seconds: float = option(6.0, "Most seconds of a subtitle.")
+    live: bool = option(False, "Transcribe standard input: raw samples, 16 bit, 16 kHz, mono.")
+    live_chunk_length_s: float = option(1.0, "Seconds of new audio after which --live transcribes.")
 
     @property
     def dataset(self) -> DataArguments | None:

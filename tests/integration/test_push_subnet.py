@@ -184,52 +184,6 @@ def test_a_connection_that_is_lost_leaves_the_last_commit_and_the_same_command_g
     assert "model.safetensors" in hub.repositories[REPOSITORY].files()
 
 
-# The card
-
-
-@pytest.mark.parametrize("form", ["transformers", "hubert"])
-@pytest.mark.parametrize("head", [LightHubertModel, LightHubertForCTC, LightHubertForSequenceClassification])
-def test_a_card_says_what_the_model_is_and_its_metadata_is_valid(head, form):
-    model = tiny_model(head, replace(NARROW, attention_window=(9, None))).extract_subnet("smallest")
-    facts = subnet_facts(model, "me/supernet", form) | {
-        "teacher": "me/teacher",
-        "speed": SPEED,
-        "results": [{"metric": "wer", "value": 0.1234}],
-    }
-    card = render_card(facts, REPOSITORY, "mit", "Tones.", dataset="tones", language="en")
-    read = ModelCard(str(card))  # parses the metadata anew
-    assert read.data.license == "mit"
-    assert read.data.pipeline_tag == facts["pipeline_tag"]
-    assert read.data.eval_results[0].metric_value == 0.1234
-    text = " ".join(read.text.split())
-    for figure in (f"{model.num_parameters():,}", "0.0123", "3.21", "4, 4, 4", "me/supernet", "me/teacher", "Tones."):
-        assert figure in text
-    assert ("trust_remote_code" in text) is (form == "transformers")
-    assert ("modeling_lighthubert" in text) is (form == "transformers")
-
-
-def test_results_are_read_from_what_a_search_and_a_training_run_leave(tmp_path):
-    subnet = NARROW.smallest.to_dict()
-    search, run = tmp_path / "results.json", tmp_path / "eval_results.json"
-    search.write_text(json.dumps({"fitness": "distillation loss", "best": {"subnet": subnet, "error": 0.5}}))
-    run.write_text(json.dumps({"eval_wer": 0.25, "eval_runtime": 3.0, "eval_samples_per_second": 2.0, "epoch": 1.0}))
-    assert read_results([str(search), str(run)], subnet) == [
-        {"metric": "distillation loss", "value": 0.5},
-        {"metric": "wer", "value": 0.25},
-    ]
-    with pytest.raises(ValueError, match="is about another subnet"):
-        read_results([str(search)], NARROW.largest.to_dict())
-    run.write_text(json.dumps({"eval_wer": 0.25, "eval_wer_smallest": 0.3, "eval_wer_largest": 0.2}))
-    assert read_results([str(run)], subnet, ["smallest"]) == [{"metric": "wer", "value": 0.3}]
-    with pytest.raises(ValueError, match="has no figures of this subnet"):
-        read_results([str(run)], subnet, [])
-    run.write_text("{}")
-    with pytest.raises(ValueError, match="has no figures"):
-        read_results([str(run)], subnet)
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_results([str(tmp_path / "nothing.json")], subnet)
-
-
 def test_a_card_has_no_figures_of_other_subnets(hub, push, supernet):
     results = json.loads((supernet / "eval_results.json").read_text())
     assert results["eval_loss_smallest"] != results["eval_loss_largest"]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from datasets import Audio, Dataset, Features, IterableDataset, Value, concatena
 from datasets.exceptions import DatasetGenerationError
 
 from lighthubert_training.data.audio import UNREADABLE, duration, encoded_source, level
+from lighthubert_training.runs.options import option
 from modeling_lighthubert.errors import UserError, user_error
 
 
@@ -25,57 +26,34 @@ MANIFESTS = {".json": "json", ".jsonl": "json", ".csv": "csv"}
 class DataArguments:
     """Sources of speech, one or several together, and which recordings of them are used."""
 
-    dataset_name: list[str] | None = field(
-        default=None, metadata={"help": "Names of datasets on the Hub, or folders of datasets."}
+    dataset_name: list[str] | None = option(None, "Names of datasets on the Hub, or folders of datasets.")
+    dataset_config_name: list[str] | None = option(None, "Configuration of each dataset, or one for all.")
+    train_split_name: list[str] = option(["train"], "Split of each dataset to train on, or one for all.")
+    eval_split_name: list[str] | None = option(None, "Split of each dataset to evaluate on, or one for all.")
+    train_file: list[str] | None = option(
+        None,
+        "Training data in place of datasets: parquet files, JSON (lines) or CSV files with a column of"
+        " paths, manifests of fairseq (.tsv), or folders of audio. Paths in them are relative to the file.",
     )
-    dataset_config_name: list[str] | None = field(
-        default=None, metadata={"help": "Configuration of each dataset, or one for all."}
+    validation_file: list[str] | None = option(None, "Evaluation data in place of datasets, in the same forms.")
+    streaming: bool = option(False, "Whether training data are read, and downloaded, while the run goes on.")
+    audio_column_name: str = option("audio", "Name of the column with the audio.")
+    max_train_samples: int | None = option(None, "Number of recordings to train on, the first ones. Default: all.")
+    max_eval_samples: int | None = option(None, "Number of recordings to evaluate on, the first ones. Default: all.")
+    min_duration_in_seconds: float = option(0.0, "Shortest duration; shorter recordings are left out.")
+    max_duration_in_seconds: float | None = option(
+        None, "Longest duration; longer recordings are left out as a whole."
     )
-    train_split_name: list[str] = field(
-        default_factory=lambda: ["train"], metadata={"help": "Split of each dataset to train on, or one for all."}
+    min_level_in_db: float | None = option(
+        None, "Lowest RMS level relative to full scale; softer recordings are left out as silent."
     )
-    eval_split_name: list[str] | None = field(
-        default=None, metadata={"help": "Split of each dataset to evaluate on, or one for all."}
+    preprocessing_num_workers: int | None = option(
+        None, "Number of processes that measure duration and level for these options."
     )
-    train_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Training data in place of datasets: parquet files, JSON (lines) or CSV files with a column of"
-            " paths, manifests of fairseq (.tsv), or folders of audio. Paths in them are relative to the file."
-        },
-    )
-    validation_file: list[str] | None = field(
-        default=None, metadata={"help": "Evaluation data in place of datasets, in the same forms."}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "Whether training data are read, and downloaded, while the run goes on."}
-    )
-    audio_column_name: str = field(default="audio", metadata={"help": "Name of the column with the audio."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Number of recordings to train on, the first ones. Default: all."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Number of recordings to evaluate on, the first ones. Default: all."}
-    )
-    min_duration_in_seconds: float = field(
-        default=0.0, metadata={"help": "Shortest duration; shorter recordings are left out."}
-    )
-    max_duration_in_seconds: float | None = field(
-        default=None, metadata={"help": "Longest duration; longer recordings are left out as a whole."}
-    )
-    min_level_in_db: float | None = field(
-        default=None,
-        metadata={"help": "Lowest RMS level relative to full scale; softer recordings are left out as silent."},
-    )
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Number of processes that measure duration and level for these options."}
-    )
-    max_unreadable_share: float = field(
-        default=0.01,
-        metadata={
-            "help": "Largest share of the recordings, 0 to 1, that may be unreadable: each is named and left out, and"
-            " more end the run."
-        },
+    max_unreadable_share: float = option(
+        0.01,
+        "Largest share of the recordings, 0 to 1, that may be unreadable: each is named and left out, and"
+        " more end the run.",
     )
 
 
@@ -98,9 +76,9 @@ def load_speech(
     columns = [arguments.audio_column_name, *other_columns]
     for name, source in sources.items():
         there = source.column_names or list(next(iter(source), {}))
-        for column, option in zip_longest(columns, ("audio_column_name", "text_column_name")[: len(columns)]):
+        for column, flag in zip_longest(columns, ("audio_column_name", "text_column_name")[: len(columns)]):
             if column not in there:
-                advice = f"choose --{option} from {there}" if option else f"it has {there}"
+                advice = f"choose --{flag} from {there}" if flag else f"it has {there}"
                 raise UserError(f"{name} has no column {column!r}: {advice}")
     encoded = [
         source.select_columns(columns).cast_column(arguments.audio_column_name, Audio(decode=False))

@@ -13,10 +13,11 @@ their repository; what neither says is marked as our choice. The options cover w
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lighthubert_training.runs.distributed import DEVICE_HELP
+from lighthubert_training.runs.options import option
 from lighthubert_training.sampling import SAMPLING_STRATEGIES
 from modeling_lighthubert.errors import UserError
 
@@ -25,116 +26,80 @@ from modeling_lighthubert.errors import UserError
 class DistillationArguments:
     """Teacher, student and training. Defaults are the paper's where it gives them."""
 
-    output_dir: str = field(metadata={"help": "Folder for the trained student."})
-    teacher_name_or_path: str = field(metadata={"help": "HuBERT-like model to distil."})
-    teacher_dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Precision of the teacher. Default: that of its weights.",
-            "choices": ("auto", "float32", "bfloat16", "float16"),
-        },
+    output_dir: str = option(help="Folder for the trained student.")
+    teacher_name_or_path: str = option(help="HuBERT-like model to distil.")
+    teacher_dtype: str = option(
+        "auto",
+        "Precision of the teacher. Default: that of its weights.",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
-    student_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Initial weights of the student: a checkpoint (a teacher, or the result of stage 1), or 'random'."
-            " Default: the teacher's weights."
-        },
+    student_name_or_path: str | None = option(
+        None,
+        "Initial weights of the student: a checkpoint (a teacher, or the result of stage 1), or 'random'."
+        " Default: the teacher's weights.",
     )
-    search_space: str | None = field(
-        default=None,
-        metadata={
-            "help": "Search space of the student: small, base, or a JSON file with the choices. Default: that of the"
-            " checkpoint it starts from, or none: then the student is one model."
-        },
+    search_space: str | None = option(
+        None,
+        "Search space of the student: small, base, or a JSON file with the choices. Default: that of the"
+        " checkpoint it starts from, or none: then the student is one model.",
     )
-    sampling: str = field(
-        default="uniform",
-        metadata={
-            "help": "Subnets of each step: largest (stage 1), uniform (stage 2), uniform_size (sizes as likely as each"
-            " other), or sandwich (smallest, random ones, largest).",
-            "choices": SAMPLING_STRATEGIES,
-        },
+    sampling: str = option(
+        "uniform",
+        "Subnets of each step: largest (stage 1), uniform (stage 2), uniform_size (sizes as likely as each"
+        " other), or sandwich (smallest, random ones, largest).",
+        choices=SAMPLING_STRATEGIES,
     )
-    num_random_subnets: int = field(default=1, metadata={"help": "Number of random subnets in each step."})
-    subnet_per_process: bool = field(
-        default=False, metadata={"help": "Each process draws subnets of its own. Default: all train the same."}
+    num_random_subnets: int = option(1, "Number of random subnets in each step.")
+    subnet_per_process: bool = option(False, "Each process draws subnets of its own. Default: all train the same.")
+    feat_extract_norm: str | None = option(
+        None,
+        "Norm of the student's convolutions: layer (as published: outputs do not depend on padding) or"
+        " group. Default: that of the initial weights. Weights that do not fit are drawn anew, and reported.",
+        choices=("layer", "group"),
     )
-    feat_extract_norm: str | None = field(
-        default=None,
-        metadata={
-            "help": "Norm of the student's convolutions: layer (as published: outputs do not depend on padding) or"
-            " group. Default: that of the initial weights. Weights that do not fit are drawn anew, and reported.",
-            "choices": ("layer", "group"),
-        },
+    freeze_feature_encoder: bool = option(False, "Train everything but the convolutions.")
+    share_feature_encoder: bool = option(
+        False,
+        "Freeze the convolutions, which have to be the teacher's, and compute them once for both. Then the"
+        " student takes audio as the teacher does, raw or normalised.",
     )
-    freeze_feature_encoder: bool = field(default=False, metadata={"help": "Train everything but the convolutions."})
-    share_feature_encoder: bool = field(
-        default=False,
-        metadata={
-            "help": "Freeze the convolutions, which have to be the teacher's, and compute them once for both. Then the"
-            " student takes audio as the teacher does, raw or normalised."
-        },
+    max_steps: int = option(1000, "Number of optimiser steps.")
+    per_device_train_batch_size: int = option(8, "Number of recordings in a batch, on each process.")
+    per_device_train_batch_seconds: float | None = option(
+        None, "Most audio in a batch, with its padding, in seconds. Default: any."
     )
-    max_steps: int = field(default=1000, metadata={"help": "Number of optimiser steps."})
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "Number of recordings in a batch, on each process."}
+    gradient_accumulation_steps: int = option(1, "Number of batches in each step, on each process.")
+    crop_seconds: float = option(20.0, "Length to which longer recordings are cropped at random, in seconds.")
+    learning_rate: float = option(5e-4, "Peak learning rate.")
+    feature_encoder_learning_rate: float | None = option(
+        None, "Peak learning rate of the convolutions. Default: learning_rate."
     )
-    per_device_train_batch_seconds: float | None = field(
-        default=None, metadata={"help": "Most audio in a batch, with its padding, in seconds. Default: any."}
+    weight_decay: float = option(0.01, "Weight decay of AdamW.")
+    warmup_ratio: float = option(0.08, "Fraction of the steps in which the learning rate rises; then it falls.")
+    lr_scheduler_type: str = option("linear", "Shape of the fall of the learning rate.", choices=("linear", "cosine"))
+    max_grad_norm: float = option(10.0, "Norm to which gradients are clipped.")
+    dataloader_num_workers: int = option(1, "Number of processes that decode audio.")
+    mixed_precision: str = option(
+        "no", "Precision of the student's forward and backward pass.", choices=("no", "bf16", "fp16")
     )
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Number of batches in each step, on each process."}
+    torch_compile: bool = option(False, "Compile the layers of student and teacher. Pays in long runs on a GPU.")
+    eval_steps: int | None = option(None, "Steps between evaluations on held-out speech. Default: only at the end.")
+    num_eval_subnets: int = option(
+        2, "Number of random subnets to evaluate besides the named ones; they are always the same."
     )
-    crop_seconds: float = field(
-        default=20.0, metadata={"help": "Length to which longer recordings are cropped at random, in seconds."}
+    logging_steps: int = option(10, "Steps between entries of the log, which are averages.")
+    report_to: str = option(
+        "tensorboard", "Tracker of the log, besides history.json.", choices=("tensorboard", "none")
     )
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
-    feature_encoder_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of the convolutions. Default: learning_rate."}
+    save_steps: int = option(500, "Steps between checkpoints.")
+    save_total_limit: int = option(2, "Number of checkpoints that are kept, the newest; the best is kept besides.")
+    resume_from_checkpoint: str | None = option(
+        None, "Checkpoint to go on from: a folder, or 'latest', the newest in output_dir, if any."
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
-    warmup_ratio: float = field(
-        default=0.08, metadata={"help": "Fraction of the steps in which the learning rate rises; then it falls."}
-    )
-    lr_scheduler_type: str = field(
-        default="linear", metadata={"help": "Shape of the fall of the learning rate.", "choices": ("linear", "cosine")}
-    )
-    max_grad_norm: float = field(default=10.0, metadata={"help": "Norm to which gradients are clipped."})
-    dataloader_num_workers: int = field(default=1, metadata={"help": "Number of processes that decode audio."})
-    mixed_precision: str = field(
-        default="no",
-        metadata={"help": "Precision of the student's forward and backward pass.", "choices": ("no", "bf16", "fp16")},
-    )
-    torch_compile: bool = field(
-        default=False, metadata={"help": "Compile the layers of student and teacher. Pays in long runs on a GPU."}
-    )
-    eval_steps: int | None = field(
-        default=None, metadata={"help": "Steps between evaluations on held-out speech. Default: only at the end."}
-    )
-    num_eval_subnets: int = field(
-        default=2,
-        metadata={"help": "Number of random subnets to evaluate besides the named ones; they are always the same."},
-    )
-    logging_steps: int = field(default=10, metadata={"help": "Steps between entries of the log, which are averages."})
-    report_to: str = field(
-        default="tensorboard",
-        metadata={"help": "Tracker of the log, besides history.json.", "choices": ("tensorboard", "none")},
-    )
-    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
-    save_total_limit: int = field(
-        default=2, metadata={"help": "Number of checkpoints that are kept, the newest; the best is kept besides."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "Checkpoint to go on from: a folder, or 'latest', the newest in output_dir, if any."},
-    )
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the trained student to the Hub."})
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "Repository to upload to. Default: the name of output_dir."}
-    )
-    seed: int = field(default=0, metadata={"help": "Random seed."})
-    device: str | None = field(default=None, metadata={"help": DEVICE_HELP})
+    push_to_hub: bool = option(False, "Upload the trained student to the Hub.")
+    hub_model_id: str | None = option(None, "Repository to upload to. Default: the name of output_dir.")
+    seed: int = option(0, "Random seed.")
+    device: str | None = option(None, DEVICE_HELP)
 
     def __post_init__(self) -> None:
         at_least_one = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps")
@@ -154,39 +119,29 @@ class DistillationArguments:
 class ObjectiveArguments:
     """What the student predicts, and how its error is measured. Defaults are the paper's where it gives them."""
 
-    target: str = field(
-        default="feed_forward",
-        metadata={
-            "help": "Part of a teacher's layer that is predicted: its feed-forward output before the residual, or its"
-            " hidden states.",
-            "choices": ("feed_forward", "hidden_states"),
-        },
+    target: str = option(
+        "feed_forward",
+        "Part of a teacher's layer that is predicted: its feed-forward output before the residual, or its"
+        " hidden states.",
+        choices=("feed_forward", "hidden_states"),
     )
-    num_target_layers: int = field(
-        default=8, metadata={"help": "Number of teacher layers, from the top, whose mean is the target."}
+    num_target_layers: int = option(8, "Number of teacher layers, from the top, whose mean is the target.")
+    target_layers: list[int] | None = option(
+        None,
+        "Teacher layers, the first is 1, each predicted by a head of its own, in place of the mean. Hidden"
+        " states have 0 too: the input of the first layer.",
     )
-    target_layers: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Teacher layers, the first is 1, each predicted by a head of its own, in place of the mean. Hidden"
-            " states have 0 too: the input of the first layer."
-        },
+    target_norm: str = option(
+        "instance",
+        "Normalisation of each layer before the mean: over time (instance), over features (layer), none.",
+        choices=("instance", "layer", "none"),
     )
-    target_norm: str = field(
-        default="instance",
-        metadata={
-            "help": "Normalisation of each layer before the mean: over time (instance), over features (layer), none.",
-            "choices": ("instance", "layer", "none"),
-        },
-    )
-    mask_time_prob: float = field(default=0.65, metadata={"help": "Fraction of the student's frames to mask."})
-    mask_time_length: int = field(default=10, metadata={"help": "Length of a masked span, in frames."})
-    loss_frames: str = field(
-        default="masked", metadata={"help": "Frames that the loss is a mean over.", "choices": ("masked", "all")}
-    )
-    cosine_weight: float = field(default=0.0, metadata={"help": "Weight of the cosine loss beside L1."})
-    temporal_relation_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the loss between the frames' similarities, layer by layer."}
+    mask_time_prob: float = option(0.65, "Fraction of the student's frames to mask.")
+    mask_time_length: int = option(10, "Length of a masked span, in frames.")
+    loss_frames: str = option("masked", "Frames that the loss is a mean over.", choices=("masked", "all"))
+    cosine_weight: float = option(0.0, "Weight of the cosine loss beside L1.")
+    temporal_relation_weight: float = option(
+        0.0, "Weight of the loss between the frames' similarities, layer by layer."
     )
 
     def __post_init__(self) -> None:

@@ -5,11 +5,12 @@ import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import Wav2Vec2CTCTokenizer
 
+from lighthubert_training.runs.options import option
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.files import write_text
 
@@ -21,19 +22,13 @@ logger = logging.getLogger(__name__)
 class TextArguments:
     """What the transcripts are, and which characters the model writes."""
 
-    text_column_name: str = field(default="text", metadata={"help": "Column with the transcripts."})
-    text_case: str = field(
-        default="keep", metadata={"help": "Case of the letters.", "choices": ("keep", "lower", "upper")}
-    )
-    chars_to_ignore: list[str] | None = field(
-        default=None, metadata={"help": "Characters that are taken out of the transcripts."}
-    )
-    tokenizer_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Tokenizer, or a model that has one. Default: that of a fine-tuned model, else the characters of"
-            " the training transcripts are the vocabulary."
-        },
+    text_column_name: str = option("text", "Column with the transcripts.")
+    text_case: str = option("keep", "Case of the letters.", choices=("keep", "lower", "upper"))
+    chars_to_ignore: list[str] | None = option(None, "Characters that are taken out of the transcripts.")
+    tokenizer_name_or_path: str | None = option(
+        None,
+        "Tokenizer, or a model that has one. Default: that of a fine-tuned model, else the characters of"
+        " the training transcripts are the vocabulary.",
     )
 
     def normalize(self, text: str) -> str:
