@@ -1,10 +1,12 @@
 """Fine-tuning: what it does with recordings that cannot be read, checkpoints, and devices."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import tiny_model
 from recognizers import save_processor
 from run_speech_recognition_ctc import KINDS
@@ -14,7 +16,8 @@ from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from lighthubert_training.data.collators import CTCCollator
 from lighthubert_training.recognition import trainer as trainer_module
 from lighthubert_training.recognition.arguments import CTCArguments, ModelArguments, find_start
-from lighthubert_training.recognition.data import TranscribedSpeech
+from lighthubert_training.recognition.data import SHUFFLE_BUFFER, StreamedSpeech, TranscribedSpeech
+from lighthubert_training.recognition.text import TextArguments
 from lighthubert_training.recognition.trainer import CTCTrainer, begin_with_blanks, shorten_mask_spans
 from lighthubert_training.runs.checkpoints import checkpoint_damage, write_manifest
 from lighthubert_training.runs.options import parse_options
@@ -54,22 +57,30 @@ class Recorded(TrainerCallback):
         self.weights.append({name: weight.clone() for name, weight in model.state_dict().items()})
 
 
-def build_trainer(folder: Path, share: float = 1.0, torn: tuple[int, ...] = (1, 4), **options) -> CTCTrainer:
+def build_trainer(
+    folder: Path, share: float = 1.0, torn: tuple[int, ...] = (1, 4), streamed: bool = False, **options
+) -> CTCTrainer:
     """Of a tiny model and six recordings of increasing length, of which those that are `torn` cannot be read."""
     processor, texts = save_processor(folder / "processor"), ["a", "b", "ab", "ba", "c", "ca"]
     files = [encoded(TONE[: 4000 + 500 * number], format="FLAC") for number in range(6)]
     files = [file[: len(file) // 2] if number in torn else file for number, file in enumerate(files)]
-    data = undecoded([{"audio": {"path": f"{number}.flac", "bytes": file}} for number, file in enumerate(files)])
+    rows = [{"audio": {"path": f"{number}.flac", "bytes": file}} for number, file in enumerate(files)]
+    data = undecoded([row | {"text": text} for row, text in zip(rows, texts, strict=True)])
+    speech = TranscribedSpeech(data, "audio", texts, processor, share)
     model = tiny_model(LightHubertForCTC, None, mask_time_prob=0.0, ctc_loss_reduction="sum", pad_token_id=0)
     settings = {"output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     settings |= {"lr_scheduler_type": "constant", "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no"}
+    if streamed:
+        stream, frames = data.to_iterable_dataset(), model._get_feat_extract_output_lengths
+        speech = StreamedSpeech(stream, ("audio", "text"), TextArguments(), processor, frames, share)
+        settings |= {"accelerator_config": {"dispatch_batches": False}}
     arguments = TrainingArguments(**(settings | {"remove_unused_columns": False, "num_train_epochs": 1} | options))
     return CTCTrainer(
         ctc=CTCArguments(),
         model=model,
         args=arguments,
         data_collator=CTCCollator(processor),
-        train_dataset=TranscribedSpeech(data, "audio", texts, processor, share),
+        train_dataset=speech,
         processing_class=processor,
     )
 
@@ -90,13 +101,26 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 # Recordings that cannot be read
 
 
-def test_a_step_without_a_readable_recording_changes_nothing_and_no_other_step(tmp_path, monkeypatch, caplog):
+def scale_gradients(trainer: CTCTrainer, monkeypatch) -> None:
+    """Lets a trainer on the CPU scale gradients as it does in fp16 on a GPU."""
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.accelerator.native_amp = True
+    monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
+    assert trainer.accelerator.mixed_precision == "fp16"
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_without_a_readable_recording_changes_nothing_and_no_other_step(tmp_path, monkeypatch, caplog, scaled):
     trainer = build_trainer(tmp_path)
+    if scaled:
+        scale_gradients(trainer, monkeypatch)
     weights = train(trainer, monkeypatch, [0, 2], [1, 4], [3, 5])
     assert same(weights[1], weights[0]) and not same(weights[2], weights[1])
     history = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
     assert history[1] == (0.0, 0.0) and min(history[0] + history[2]) > 0
     without = build_trainer(tmp_path)
+    if scaled:
+        scale_gradients(without, monkeypatch)
     assert same(train(without, monkeypatch, [0, 2], [3, 5])[1], weights[2])
     assert [caplog.text.count(f"cannot be read: {number}.flac") for number in range(6)] == [0, 1, 0, 0, 1, 0]
 
@@ -117,6 +141,15 @@ def test_an_accumulated_batch_without_a_readable_recording_leaves_the_step_to_th
 def test_more_unreadable_recordings_than_allowed_end_training(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"2 of 6 recordings cannot be read, more than a share of 0\.2; .* 4\.flac"):
         train(build_trainer(tmp_path, share=0.2), monkeypatch, [0, 1], [2, 4], [3, 5])
+
+
+def test_recordings_of_a_stream_are_counted_with_those_read_so_far(tmp_path, caplog):
+    trainer = build_trainer(tmp_path, streamed=True, max_steps=2, per_device_train_batch_size=2, share=0.001)
+    trainer.train()
+    assert "cannot be read: 1.flac" in caplog.text and "4.flac" not in caplog.text
+    assert trainer.train_dataset.unreadable.num_recordings == SHUFFLE_BUFFER + 4
+    with pytest.raises(UserError, match="2 of 1006 recordings cannot be read"):
+        build_trainer(tmp_path, streamed=True, max_steps=3, per_device_train_batch_size=2, share=0.001).train()
 
 
 def test_a_recording_that_cannot_be_evaluated_any_more_is_no_silent_omission(tmp_path):
@@ -205,15 +238,18 @@ def test_the_cpu_can_be_chosen_and_what_is_no_device_here_is_refused():
     with pytest.raises(UserError, match="--device elsewhere is no device: give cpu, cuda, or a GPU"):
         parse_device("--device", "elsewhere")
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--device cuda: no GPU can be used here"):
+        with pytest.raises(UserError, match="--device cuda: no such GPU can be used here"):
             parse_device("--config", "ctc_small_budget", "--device", "cuda")
 
 
 def test_a_numbered_gpu_is_the_only_one_that_trainer_sees(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for visible, expected in ((None, "2"), ("5,6,7", "7")):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
-        words = ["--model_name_or_path", "model", "--device", "cuda:2"]
-        (arguments,) = parse_options(HfArgumentParser(ModelArguments), None, words)
-        assert arguments.device == "cuda:2"
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] != "")
+    words = ["--model_name_or_path", "model", "--device", "cuda:2"]
+    for visible, expected in (("0,1,2,3", "2"), ("5,6,7", "7"), ("5,6", None), ("", None)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with nullcontext() if expected else pytest.raises(UserError, match="--device cuda:2: no such GPU"):
+            (arguments,) = parse_options(HfArgumentParser(ModelArguments), None, words)
+            assert (arguments.device, os.environ["CUDA_VISIBLE_DEVICES"]) == ("cuda:2", expected)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    parse_options(HfArgumentParser(ModelArguments), None, words)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"

@@ -28,12 +28,12 @@ class ChooseDevice(argparse.Action):
             parser.error(f"--device {values} is no device: give cpu, cuda, or a GPU by its number, such as cuda:1")
         namespace.device, namespace.use_cpu = values, device.type == "cpu"
         if device.type == "cuda" and device.index is not None:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            numbers = visible.split(",") if visible else [str(number) for number in range(device.index + 1)]
-            if device.index < len(numbers):
-                os.environ["CUDA_VISIBLE_DEVICES"] = numbers[device.index]
+            every = ",".join(map(str, range(device.index + 1)))
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+            # the others are hidden, or all if there is none of this number
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[device.index : device.index + 1])
         if device.type == "cuda" and not torch.cuda.is_available():
-            parser.error(f"--device {values}: no GPU can be used here")
+            parser.error(f"--device {values}: no such GPU can be used here")
 
 
 @dataclass

@@ -55,8 +55,8 @@ def begin_with_blanks(output_layer: torch.nn.Linear, blank: int) -> None:
 
 
 def shorten_mask_spans(model: Any, speech: TranscribedSpeech | StreamedSpeech) -> None:
-    """Makes masked spans no longer than the shortest recording, because transformers' SpecAugment fails in a batch that
-    is shorter than a span. LightHuBERT shortens them itself."""
+    """Makes masked spans no longer than the shortest recording: transformers' SpecAugment fails in a batch that is
+    shorter than a span. LightHuBERT shortens them itself."""
     if isinstance(speech, TranscribedSpeech) and not hasattr(model, "subnet"):
         num_frames = int(model._get_feat_extract_output_lengths(int(min(speech.seconds) * speech.sampling_rate)))
         model.config.mask_time_length = min(model.config.mask_time_length, num_frames)
