@@ -4,6 +4,7 @@ with the package or from the user; and the file that says with which options a r
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,14 @@ from modeling_lighthubert.files import write_text
 
 RECIPES = Path(__file__).parents[1] / "configs"
 """A folder of recipes for each job."""
+
+
+def option(default: Any = MISSING, help: str = "", choices: Sequence[str] | None = None) -> Any:
+    """A field of a dataclass of options, for `HfArgumentParser`. Without a default, the option is required."""
+    metadata = {"help": help} | ({"choices": choices} if choices else {})
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def parse_options(
