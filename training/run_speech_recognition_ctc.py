@@ -161,9 +161,9 @@ def main() -> None:
     start = find_start(folder, training_arguments.resume_from_checkpoint)
     set_seed(training_arguments.seed)
 
-    columns = (data_arguments.audio_column_name, text.text_column_name)
-    data = load_parts(data_arguments, test_arguments, columns[1], training_arguments)
-    transcripts = None if data_arguments.streaming else list(map(text.normalize, data["train"][columns[1]]))
+    column = text.text_column_name
+    parts = load_parts(data_arguments, test_arguments, column, training_arguments.do_predict)
+    transcripts = None if data_arguments.streaming else list(map(text.normalize, parts["train"][column]))
     with training_arguments.main_process_first(local=training_arguments.save_on_each_node):
         if training_arguments.should_save:
             processor = build_processor(arguments, text, transcripts, folder)
@@ -171,9 +171,7 @@ def main() -> None:
         else:
             processor = Wav2Vec2Processor.from_pretrained(folder)
     model = build_model(arguments, ctc, processor)
-    speech = build_speech(
-        data, columns, text, processor, model, data_arguments.max_unreadable_share, training_arguments.seed
-    )
+    speech = build_speech(parts, data_arguments, text, processor, model, training_arguments.seed)
     shorten_mask_spans(model, speech["train"])
 
     trainer = CTCTrainer(

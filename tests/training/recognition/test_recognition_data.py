@@ -8,6 +8,7 @@ from recognizers import save_processor
 from speech import RATE, TONE, encoded, undecoded
 from transformers import Wav2Vec2Processor
 
+from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.recognition.data import (
     StreamedSpeech,
     TranscribedSpeech,
@@ -95,12 +96,11 @@ def test_data_without_one_recording_of_use_say_why(processor, model):
 
 def test_a_stream_gives_recordings_in_its_order_without_useless_ones(processor, model, caplog):
     stream = rows().to_iterable_dataset()
-    frames = model._get_feat_extract_output_lengths
-    speech = list(StreamedSpeech(stream, ("audio", "text"), TextArguments(), processor, frames))
+    speech = list(StreamedSpeech(stream, DataArguments(), TextArguments(), processor, model))
     assert [each.name for each in speech] == ["good.flac", "torn.flac", "headless.flac", "last.flac"]
     assert [each.labels for each in speech if each.waveform is not None] == [[3, 4, 5], [5]]
     for name in ("short.flac", "untold.flac", "crammed.flac"):
-        assert f"left out: {name} (no transcript, or one that is longer than the recording has frames)" in caplog.text
+        assert f"left out: {name} (no transcript, or one longer than the recording has frames)" in caplog.text
 
 
 def test_recordings_to_transcribe_are_found_once(tmp_path):

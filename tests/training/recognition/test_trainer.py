@@ -14,6 +14,7 @@ from speech import RATE, TONE, encoded, undecoded
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
 from lighthubert_training.data.collators import CTCCollator
+from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.recognition import trainer as trainer_module
 from lighthubert_training.recognition.arguments import CTCArguments, ModelArguments, find_start
 from lighthubert_training.recognition.data import SHUFFLE_BUFFER, StreamedSpeech, TranscribedSpeech
@@ -71,8 +72,8 @@ def build_trainer(
     settings = {"output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     settings |= {"lr_scheduler_type": "constant", "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no"}
     if streamed:
-        stream, frames = data.to_iterable_dataset(), model._get_feat_extract_output_lengths
-        speech = StreamedSpeech(stream, ("audio", "text"), TextArguments(), processor, frames, share)
+        arguments = DataArguments(max_unreadable_share=share)
+        speech = StreamedSpeech(data.to_iterable_dataset(), arguments, TextArguments(), processor, model)
         settings |= {"accelerator_config": {"dispatch_batches": False}}
     arguments = TrainingArguments(**(settings | {"remove_unused_columns": False, "num_train_epochs": 1} | options))
     return CTCTrainer(

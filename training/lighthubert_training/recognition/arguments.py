@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from lighthubert_training.data.sources import DataArguments, load_speech
 from lighthubert_training.runs.checkpoints import checkpoints, newest_checkpoint, require_whole
 from lighthubert_training.runs.distributed import DEVICE_HELP
+from lighthubert_training.runs.options import option
 from lighthubert_training.sampling import SAMPLING_STRATEGIES
 from modeling_lighthubert.errors import UserError
 
@@ -40,29 +41,20 @@ class ChooseDevice(argparse.Action):
 class ModelArguments:
     """What is fine-tuned, and where."""
 
-    model_name_or_path: str = field(metadata={"help": "Supernet, cut model, stock HuBERT or wav2vec 2.0."})
-    subnet: str | None = field(
-        default=None,
-        metadata={"help": "Subnet to cut out of a supernet: a name or a JSON file. Default: the selected."},
-    )
+    model_name_or_path: str = option(help="Supernet, cut model, stock HuBERT or wav2vec 2.0.")
+    subnet: str | None = option(None, "Subnet to cut out of a supernet: a name or a JSON file. Default: the selected.")
     device: str | None = field(default=None, metadata={"help": DEVICE_HELP, "action": ChooseDevice})
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Begin with a new output layer where that of the model has other tokens."}
-    )
-    freeze_feature_encoder: bool = field(
-        default=True, metadata={"help": "Do not train the convolutions of the feature encoder."}
-    )
-    mask_time_prob: float = field(
-        default=0.05, metadata={"help": "Fraction of frames that SpecAugment masks in training."}
-    )
-    mask_time_length: int = field(default=10, metadata={"help": "Length of a masked span in frames."})
-    mask_feature_prob: float = field(default=0.0, metadata={"help": "Fraction of features that SpecAugment masks."})
-    mask_feature_length: int = field(default=10, metadata={"help": "Length of a masked span of features."})
-    attention_dropout: float = field(default=0.0, metadata={"help": "Dropout of attention weights."})
-    activation_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the feed-forward layers."})
-    hidden_dropout: float = field(default=0.0, metadata={"help": "Dropout in the encoder."})
-    final_dropout: float = field(default=0.0, metadata={"help": "Dropout before the output layer."})
-    layerdrop: float = field(default=0.0, metadata={"help": "Fraction of layers that a training step leaves out."})
+    ignore_mismatched_sizes: bool = option(False, "Replace an output layer that is for other tokens by a new one.")
+    freeze_feature_encoder: bool = option(True, "Do not train the convolutions of the feature encoder.")
+    mask_time_prob: float = option(0.05, "Fraction of frames that SpecAugment masks in training.")
+    mask_time_length: int = option(10, "Length of a masked span in frames.")
+    mask_feature_prob: float = option(0.0, "Fraction of features that SpecAugment masks.")
+    mask_feature_length: int = option(10, "Length of a masked span of features.")
+    attention_dropout: float = option(0.0, "Dropout of attention weights.")
+    activation_dropout: float = option(0.0, "Dropout inside the feed-forward layers.")
+    hidden_dropout: float = option(0.0, "Dropout in the encoder.")
+    final_dropout: float = option(0.0, "Dropout before the output layer.")
+    layerdrop: float = option(0.0, "Fraction of layers that a training step leaves out.")
 
     @property
     def config_options(self) -> dict[str, Any]:
@@ -76,36 +68,22 @@ class ModelArguments:
 class CTCArguments:
     """How the model is fine-tuned, besides what Trainer asks for."""
 
-    once_for_all: bool = field(
-        default=False,
-        metadata={"help": "Fine-tune the supernet itself: every subnet of the result transcribes. Default: cut one."},
+    once_for_all: bool = option(False, "Fine-tune the supernet itself: every subnet transcribes. Default: cut one.")
+    sampling: str = option(
+        "sandwich",
+        "Subnets of each step of once_for_all: largest, uniform, uniform_size (sizes as likely as each other), or"
+        " sandwich (smallest, random ones, largest).",
+        SAMPLING_STRATEGIES,
     )
-    sampling: str = field(
-        default="sandwich",
-        metadata={
-            "help": "Subnets of each step of once_for_all: largest, uniform, uniform_size (sizes as likely as each"
-            " other), or sandwich (smallest, random ones, largest).",
-            "choices": SAMPLING_STRATEGIES,
-        },
+    num_random_subnets: int = option(4, "Random subnets of each step of once_for_all.")
+    distillation_weight: float = option(
+        0.0, "In-place distillation: weight of the divergence of a subnet's posteriors from the largest's."
     )
-    num_random_subnets: int = field(default=4, metadata={"help": "Random subnets of each step of once_for_all."})
-    distillation_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "In-place distillation: weight of the divergence of a subnet's posteriors from the largest's."
-        },
-    )
-    num_eval_subnets: int = field(
-        default=0, metadata={"help": "Random subnets to evaluate besides the named ones, always the same."}
-    )
-    freeze_encoder_steps: int = field(
-        default=0, metadata={"help": "First steps in which the output layer alone is trained."}
-    )
-    per_device_train_batch_seconds: float | None = field(
-        default=None, metadata={"help": "No more audio in a batch than this, with its padding, in seconds."}
-    )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better word error rate."}
+    num_eval_subnets: int = option(0, "Random subnets to evaluate besides the named ones, always the same.")
+    freeze_encoder_steps: int = option(0, "First steps in which the output layer alone is trained.")
+    per_device_train_batch_seconds: float | None = option(None, "Most seconds of audio in a batch, with its padding.")
+    early_stopping_patience: int | None = option(
+        None, "Number of evaluations without a better word error rate after which training stops."
     )
 
     def __post_init__(self) -> None:
@@ -123,19 +101,14 @@ class CTCArguments:
 class TestArguments:
     """What `--do_predict` transcribes after training, beside the evaluation data."""
 
-    test_file: list[str] | None = field(default=None, metadata={"help": "Test data, as --validation_file."})
-    test_split_name: list[str] | None = field(default=None, metadata={"help": "Split of each dataset to test on."})
+    test_file: list[str] | None = option(None, "Test data, as --validation_file.")
+    test_split_name: list[str] | None = option(None, "Split of each dataset to test on.")
 
 
-def load_parts(
-    data: DataArguments, test: TestArguments, text_column_name: str, training_arguments: TrainingArguments
-) -> dict[str, Any]:
-    """The encoded training data, `train`, and, as far as they are given, those to evaluate, `eval`, and to test on."""
-    parts = {
-        "train": load_speech(data, True, (text_column_name,)),
-        "eval": load_speech(data, False, (text_column_name,)),
-    }
-    if training_arguments.do_predict and (test.test_file is not None or test.test_split_name is not None):
+def load_parts(data: DataArguments, test: TestArguments, text_column_name: str, predict: bool) -> dict[str, Any]:
+    """The encoded data: `train`, and, as far as they are given, `eval` and, to `predict`, `test`."""
+    parts = {part: load_speech(data, part == "train", (text_column_name,)) for part in ("train", "eval")}
+    if predict and (test.test_file is not None or test.test_split_name is not None):
         names: dict[str, Any] = {"train_file": None} if test.test_file is None else {}
         tested = dataclasses.replace(
             data, validation_file=test.test_file, eval_split_name=test.test_split_name, max_eval_samples=None, **names

@@ -1,7 +1,7 @@
 """Speech for CTC: transcribed recordings to train and to evaluate on, and recordings to transcribe."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +35,18 @@ class TranscribedSpeech(SpeechDataset):
     Attributes:
         texts: normalised transcripts.
         seconds: of each recording, as its header says; 0 of one without.
-        unreadable: counts and names what cannot be read.
+        unreadable: counts and names what cannot be read, at most `max_share` of the recordings.
     """
 
     labels: Sequence[Sequence[int]]
 
     def __init__(
-        self,
-        dataset: Dataset,
-        audio_column_name: str,
-        texts: Sequence[str],
-        processor: Wav2Vec2Processor,
-        max_unreadable_share: float = 0.0,
+        self, dataset: Dataset, column: str, texts: Sequence[str], processor: Wav2Vec2Processor, max_share: float = 0.0
     ):
         labels = processor.tokenizer(list(texts)).input_ids if texts else []
-        super().__init__(dataset, audio_column_name, processor.feature_extractor.sampling_rate, labels)
+        super().__init__(dataset, column, processor.feature_extractor.sampling_rate, labels)
         self.texts, self.seconds = list(texts), durations(self)
-        self.unreadable = Unreadable(max_unreadable_share, len(self))
+        self.unreadable = Unreadable(max_share, len(self))
 
     def select(self, indices: Sequence[int]) -> None:
         """Keeps these recordings alone, in this order."""
@@ -92,8 +87,8 @@ def _why_useless(speech: TranscribedSpeech, index: int, model: Any, training: bo
     """Why nothing can be done with a recording, `None` if something can."""
     labels, seconds = speech.labels[index], speech.seconds[index]
     problem = NO_HEADER if seconds == 0 else ""
-    if not problem and not training:
-        problem = speech[index].problem
+    if not training:
+        problem = problem or speech[index].problem
     if problem:
         speech.unreadable.add(speech.name(index), problem)
         return NOT_READABLE
@@ -111,89 +106,73 @@ class StreamedSpeech(torch.utils.data.IterableDataset):
     """Transcribed recordings of a stream, in its order, some of which may be unreadable. Those without a transcript,
     or with one that is longer than the recording has frames, are left out and named.
 
+    Args:
+        model: a PreTrainedModel, which says how many frames it makes of a recording.
+
     Attributes:
-        unreadable: counts and names what cannot be read.
+        unreadable: counts and names what cannot be read, at most the share that `data` allows of those read so far.
     """
 
-    def __init__(
-        self,
-        stream: IterableDataset,
-        columns: tuple[str, str],
-        text: TextArguments,
-        processor: Wav2Vec2Processor,
-        num_frames: Callable[[int], Any],
-        max_unreadable_share: float = 0.0,
-    ):
-        self.stream, self.columns, self.text, self.num_frames = stream, columns, text, num_frames
-        self.tokenizer, self.rate = processor.tokenizer, processor.feature_extractor.sampling_rate
-        self.unreadable = Unreadable(max_unreadable_share, SHUFFLE_BUFFER)
+    def __init__(self, stream: Any, data: DataArguments, text: TextArguments, processor: Any, model: Any):
+        self.stream, self.text, self.num_frames = stream, text, model._get_feat_extract_output_lengths
+        self.audio_column_name, self.tokenizer = data.audio_column_name, processor.tokenizer
+        self.sampling_rate = processor.feature_extractor.sampling_rate
+        self.unreadable = Unreadable(data.max_unreadable_share, SHUFFLE_BUFFER)
 
     def set_epoch(self, epoch: int) -> None:
         self.stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Recording]:
-        audio_column, text_column = self.columns
         for index, row in enumerate(self.stream):
-            audio, labels = row[audio_column], self.tokenizer(self.text.normalize(row[text_column])).input_ids
-            recording = read_recording(audio, self.rate, recording_name(audio, index), labels)
+            audio, text = row[self.audio_column_name], self.text.normalize(row[self.text.text_column_name])
+            name, labels = recording_name(audio, index), self.tokenizer(text).input_ids
+            recording = read_recording(audio, self.sampling_rate, name, labels)
             samples = recording.waveform
-            if samples is not None and (not labels or num_frames_needed(labels) > int(self.num_frames(len(samples)))):
-                logger.warning(
-                    f"left out: {recording.name} (no transcript, or one that is longer than the recording has frames)"
-                )
-                continue
-            yield recording
+            if samples is None or (labels and num_frames_needed(labels) <= int(self.num_frames(len(samples)))):
+                yield recording
+            else:
+                logger.warning(f"left out: {name} (no transcript, or one longer than the recording has frames)")
 
 
 def build_speech(
-    data: Mapping[str, Dataset | IterableDataset],
-    columns: tuple[str, str],
-    text: TextArguments,
-    processor: Wav2Vec2Processor,
-    model: Any,
-    max_unreadable_share: float,
-    seed: int,
+    parts: Mapping[str, Any], data: DataArguments, text: TextArguments, processor: Any, model: Any, seed: int
 ) -> dict[str, TranscribedSpeech | StreamedSpeech]:
     """Every part of the data with its labels, without what is of no use.
 
     Args:
-        data: by part: train, eval, test.
+        parts: encoded train, eval and test data.
         model: a PreTrainedModel, which says how many frames it makes of a recording.
-        columns: of the audio, and of the transcripts.
         seed: of the order of a stream.
     """
     speech: dict[str, TranscribedSpeech | StreamedSpeech] = {}
-    for part, dataset in data.items():
+    for part, dataset in parts.items():
         if isinstance(dataset, IterableDataset):
-            shuffled = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-            frames = model._get_feat_extract_output_lengths
-            speech[part] = StreamedSpeech(shuffled, columns, text, processor, frames, max_unreadable_share)
+            stream = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+            speech[part] = StreamedSpeech(stream, data, text, processor, model)
             continue
-        texts = [text.normalize(transcript) for transcript in dataset[columns[1]]]
+        texts = [text.normalize(transcript) for transcript in dataset[text.text_column_name]]
         report_unknown_characters(texts, processor.tokenizer, part, text.text_case)
-        transcribed = TranscribedSpeech(dataset, columns[0], texts, processor, max_unreadable_share)
+        transcribed = TranscribedSpeech(dataset, data.audio_column_name, texts, processor, data.max_unreadable_share)
         leave_out_useless(transcribed, model, part)
         speech[part] = transcribed
     return speech
 
 
-def find_recordings(
-    inputs: Sequence[str], audio_column_name: str, dataset: DataArguments | None = None
-) -> dict[str, Any]:
+def find_recordings(inputs: Sequence[str], column: str, dataset: DataArguments | None = None) -> dict[str, Any]:
     """Encoded recordings to transcribe by name, each once: files by their paths, those inside tables by the table and
     the number of the row.
 
     Args:
-        inputs: recordings, folders of them, and tables, as for training.
+        inputs: recordings, folders of them, and tables, as for training, with the audio in `column`.
         dataset: whose evaluation part is transcribed as well.
 
     Raises:
         UserError: an input that is not there, or has no recordings.
     """
     recordings: dict[str, Any] = {}
-    for name, rows in _tables(inputs, audio_column_name, dataset):
+    for name, rows in _tables(inputs, column, dataset):
         for index, row in enumerate(rows):
-            audio = row[audio_column_name]
+            audio = row[column]
             is_path = audio.get("bytes") is None and audio.get("path")
             recordings.setdefault(str(audio["path"]) if is_path else f"{name}#{index}", audio)
     return recordings

@@ -172,11 +172,7 @@ class Recognizer:
                 f"the model gives logits of shape {logits.shape}, its config.json says {expected}: they do not belong"
                 " together"
             )
-        return [_log_softmax(each) for each in logits]
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(logits).log_softmax(dim=-1).numpy()
+        return [torch.from_numpy(each).log_softmax(dim=-1).numpy() for each in logits]
 
 
 def _pytorch(model_name_or_path: str, subnet: str | None, device: str) -> AcousticModel:

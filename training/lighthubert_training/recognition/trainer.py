@@ -82,6 +82,7 @@ class CTCTrainer(Trainer):
     model: Any
     processing_class: Any
     train_dataset: Any
+    eval_dataset: Any
 
     def __init__(self, ctc: CTCArguments, eval_subnets: Mapping[str, Subnet | None] | None = None, **options: Any):
         super().__init__(compute_metrics=self.error_rates, **options)
@@ -129,9 +130,7 @@ class CTCTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor]:
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
         """This process's batches of a step, and the number of characters in those of all processes. Recordings that
         cannot be read are named and counted, by every process alike."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
@@ -154,9 +153,7 @@ class CTCTrainer(Trainer):
         ctc, step = self.ctc, self.state.global_step
         return draw_subnets(self.search_space, ctc.sampling, self.args.seed, step, ctc.num_random_subnets)
 
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Gradients of the mean loss over the subnets of the step, on one batch; none of a batch of which no recording
         can be read.
 
@@ -172,9 +169,7 @@ class CTCTrainer(Trainer):
             sum_gradients(self.model.parameters(), self.accelerator)
         return loss * self.args.world_size  # Trainer logs the mean over processes
 
-    def loss_of_batch(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
-    ) -> torch.Tensor:
+    def loss_of_batch(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         """Sum of the losses of the step's subnets on a batch, each of which leaves its gradients in the model."""
         names, subnets = inputs.pop("names"), self.subnets_of_step()
         del inputs["unreadable"]
@@ -208,24 +203,17 @@ class CTCTrainer(Trainer):
             return computed_once(encoder, encoder(input_values))
 
     def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """CTC loss, and the divergence from the largest subnet's posteriors: in training a sum over the batch, divided
         by the characters and passes of the step, in evaluations a mean over the characters of the batch."""
         outputs = model(**inputs)
         loss = outputs["loss"]
-        if not model.training:
-            loss = loss / inputs["labels"].ne(-100).sum()
-            return (loss, outputs) if return_outputs else loss
-        if self.posteriors is not None:
+        if model.training and self.posteriors is not None:
             divergence = self.divergence(outputs["logits"], self.posteriors, inputs["attention_mask"])
             loss = loss + self.ctc.distillation_weight * divergence
-        assert num_items_in_batch is not None
-        loss = loss / (num_items_in_batch * self.num_passes)
+        in_step = num_items_in_batch * self.num_passes if model.training else inputs["labels"].ne(-100).sum()
+        loss = loss / in_step
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
@@ -246,13 +234,7 @@ class CTCTrainer(Trainer):
     def sampling_rate(self) -> int:
         return self.processing_class.feature_extractor.sampling_rate
 
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Any, Any, Any]:
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> tuple:
         """Predictions are token ids, (batch_size, num_frames), with padding after the last true frame.
 
         Raises:
@@ -274,20 +256,12 @@ class CTCTrainer(Trainer):
         if not any(hypotheses):
             logger.warning(ONLY_BLANKS.format(step=self.state.global_step))
         self.hypotheses[self.evaluated] = hypotheses
-        return {
-            "wer": word_error_rate(self.references, hypotheses),
-            "cer": character_error_rate(self.references, hypotheses),
-        }
+        rates = {"wer": word_error_rate, "cer": character_error_rate}
+        return {name: rate(self.references, hypotheses) for name, rate in rates.items()}
 
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **options: Any) -> Any:
-        dataset: Any = dataloader.dataset
-        self.references = dataset.texts
-        return super().evaluation_loop(dataloader, *args, **options)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """As Trainer does; of a supernet all of `eval_subnets`, and their mean."""
+        self.references = (eval_dataset or self.eval_dataset).texts
         if self.eval_subnets is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = {}
@@ -295,9 +269,9 @@ class CTCTrainer(Trainer):
             self.evaluated = name
             with self.model.using_subnet(subnet):
                 loader = self.get_eval_dataloader(eval_dataset)
-                output = self.evaluation_loop(loader, f"evaluating {name}", metric_key_prefix=name)
+                measured: Any = self.evaluation_loop(loader, f"evaluating {name}", metric_key_prefix=name).metrics
             for measure in ("loss", "wer", "cer"):
-                value = output.metrics[f"{name}_{measure}"]
+                value = measured[f"{name}_{measure}"]
                 metrics[f"{metric_key_prefix}_{measure}_{name}"] = value
                 total = metrics.get(f"{metric_key_prefix}_{measure}", 0.0)
                 metrics[f"{metric_key_prefix}_{measure}"] = total + value / len(self.eval_subnets)
@@ -334,8 +308,9 @@ class CTCTrainer(Trainer):
 class EpochLoader(DataLoader):
     """A DataLoader that Trainer tells which epoch begins."""
 
+    batch_sampler: Any
+
     def set_epoch(self, epoch: int) -> None:
-        assert isinstance(self.batch_sampler, EpochSampler)
         self.batch_sampler.set_epoch(epoch)
 
 

@@ -4,7 +4,7 @@ their references."""
 import html
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,8 @@ def split_into_cues(words: Sequence[Word], max_words: int, max_seconds: float, p
     cues: list[list[Word]] = []
     for word in words:
         cue = cues[-1] if cues else []
-        if (
-            cue
-            and len(cue) < max_words
-            and word.end - cue[0].start <= max_seconds
-            and word.start - cue[-1].end < pause
-        ):
+        fits = cue and len(cue) < max_words and word.end - cue[0].start <= max_seconds
+        if fits and word.start - cue[-1].end < pause:
             cue.append(word)
         else:
             cues.append([word])
@@ -128,22 +124,15 @@ def _clock(seconds: float, comma: str) -> str:
     return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}{comma}{milliseconds % 1000:03}"
 
 
-def write_results(
-    journal: Journal,
-    names: Iterable[str],
-    output: Path,
-    output_format: str,
-    max_words: int,
-    max_seconds: float,
-) -> None:
+def write_results(journal: Journal, names: Container[str], output: Path, output_format: str, *limits: Any) -> None:
     """Writes the transcripts of `names` as text or subtitles: to one file, which replaces the journal, or, if `output`
-    is a folder, to a file for each recording."""
-    wanted = set(names)
-    texts = (
-        (entry["name"], format_transcript(entry, output_format, max_words, max_seconds))
-        for entry in journal
-        if entry["name"] in wanted
-    )
+    is a folder, to a file for each recording.
+
+    Args:
+        limits: of subtitles, as `format_transcript` takes them.
+    """
+    entries = (entry for entry in journal if entry["name"] in names)
+    texts = ((entry["name"], format_transcript(entry, output_format, *limits)) for entry in entries)
     if not output.is_dir():
         write_text(output, "".join(text for _, text in texts))
         journal.path.unlink()
