@@ -4,9 +4,9 @@
     python demo/make_superb_stand_ins.py --train_file digits-train.parquet --test_file digits-test.parquet \\
         --output_dir stand-ins
 
-Words of one speaker are put together to strings, commands with slots, and mixtures of two speakers; moods are made by
-speed, pitch and tremor. They test `training/run_superb.py` and rank models; what is measured on them is no SUPERB
-result. The same seed makes the same data.
+Words of one speaker are joined to strings and to commands with slots, and strings of two speakers are mixed; emotions
+are imitated by speed, pitch and tremor. The data test `training/run_superb.py` and rank models; scores on them are no
+SUPERB results. The same seed makes the same data.
 """
 
 import csv
@@ -21,14 +21,17 @@ from typing import Any
 import numpy as np
 import soundfile
 import soxr
-from datasets import Audio, Dataset, disable_progress_bars, load_dataset
-from generate_speech import DIGITS, SAMPLING_RATE
+from datasets import Audio, Dataset, disable_progress_bars
 from transformers import HfArgumentParser
+
+from lighthubert_training.data.audio import load_waveform
+from lighthubert_training.data.strings import SAMPLING_RATE, read_parquet
+from lighthubert_training.runs.options import parse_options
+from modeling_lighthubert.errors import UserError, run
+from modeling_lighthubert.files import write_text
 
 
 ROOT = Path(__file__).resolve().parent.parent
-KEYWORDS = DIGITS[:8]
-SLOTS = {"action": DIGITS[:3], "object": DIGITS[3:6], "location": DIGITS[6:9]}
 PHONES = {
     "zero": "Z IH R OW",
     "one": "W AH N",
@@ -41,16 +44,19 @@ PHONES = {
     "eight": "EY T",
     "nine": "N AY N",
 }
-"""As in the CMU dictionary."""
+"""Of the digits, as in the CMU dictionary."""
+DIGITS = tuple(PHONES)
+KEYWORDS = DIGITS[:8]
+SLOTS = {"action": DIGITS[:3], "object": DIGITS[3:6], "location": DIGITS[6:9]}
 NUM_FOLDS = 5
 
 
 def tremor(waveform: np.ndarray) -> np.ndarray:
-    """Its loudness goes up and down seven times a second."""
+    """Amplitude modulation at 7 Hz."""
     return waveform * (0.55 + 0.45 * np.sin(2 * np.pi * 7 * np.arange(len(waveform)) / SAMPLING_RATE)).astype("f4")
 
 
-MOODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+EMOTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "neutral": lambda waveform: waveform,
     "excited": lambda waveform: soxr.resample(waveform, 1.3 * SAMPLING_RATE, SAMPLING_RATE),
     "sad": lambda waveform: soxr.resample(waveform, SAMPLING_RATE / 1.3, SAMPLING_RATE),
@@ -61,7 +67,7 @@ MOODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass
 class StandInArguments:
-    """What they are made of, and how large they are."""
+    """What the data are made of, and how much of them."""
 
     output_dir: str = field(metadata={"help": "Folder for a folder of data for each task."})
     train_file: str = field(
@@ -70,11 +76,13 @@ class StandInArguments:
     )
     test_file: str = field(
         default=str(ROOT / "demo/speech/test.parquet"),
-        metadata={"help": "Such a file for the test part, but for identifying speakers, who have to be known."},
+        metadata={
+            "help": "Such a file for the test part; speaker identification is tested on known speakers instead."
+        },
     )
-    num_train: int = field(default=320, metadata={"help": "Training recordings of each task."})
-    num_eval: int = field(default=100, metadata={"help": "Recordings of each other part."})
-    seed: int = field(default=0, metadata={"help": "Of everything random."})
+    num_train: int = field(default=320, metadata={"help": "Number of training recordings of each task."})
+    num_eval: int = field(default=100, metadata={"help": "Number of recordings of each other part."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ Row = dict[str, Any]
 
 
 class Voices:
-    """Words by their speakers."""
+    """Recorded words by their speakers, and random choices among them."""
 
     def __init__(self, words: Sequence[Word], rng: random.Random):
         self.rng = rng
@@ -101,11 +109,11 @@ class Voices:
         self.turns = itertools.cycle(self.rng.sample(sorted(self.by_speaker), len(self.by_speaker)))
 
     def speaker(self) -> str:
-        """Each in turn."""
+        """The next speaker; all of them take turns."""
         return next(self.turns)
 
-    def say(self, digits: Sequence[str], speaker: str) -> np.ndarray:
-        """Digits by one speaker, with pauses between."""
+    def joined(self, digits: Sequence[str], speaker: str) -> np.ndarray:
+        """Digits by one speaker, each with a pause behind it."""
         parts = []
         for digit in digits:
             silence = np.zeros(int(self.rng.uniform(0.05, 0.15) * SAMPLING_RATE), dtype=np.float32)
@@ -117,6 +125,7 @@ class Voices:
         return self.rng.choice(self.by_speaker[self.speaker()][digit]).waveform
 
     def digits(self, least: int, most: int) -> list[str]:
+        """Between `least` and `most` random digits."""
         return self.rng.choices(DIGITS, k=self.rng.randint(least, most))
 
 
@@ -124,24 +133,20 @@ def read_words(file: str) -> list[Word]:
     """Recordings of single digits.
 
     Raises:
-        ValueError: a speaker lacks a digit.
+        UserError: the file cannot be read, or a speaker lacks a digit.
     """
-    rows = load_dataset("parquet", data_files=file, split="train").cast_column("audio", Audio(decode=False))
-    rows = rows.filter(lambda text: text in DIGITS, input_columns="text")
-    words = []
-    for row in rows:
-        waveform, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
-        words.append(Word(row["text"], row["speaker"], soxr.resample(waveform, rate, SAMPLING_RATE)))
+    rows = read_parquet(file).filter(lambda text: text in DIGITS, input_columns="text")
+    words = [Word(row["text"], row["speaker"], load_waveform(row["audio"], SAMPLING_RATE)) for row in rows]
     said = {(word.speaker, word.digit) for word in words}
     for speaker in {word.speaker for word in words}:
         if lacking := [digit for digit in DIGITS if (speaker, digit) not in said]:
-            raise ValueError(f"{file}: {speaker} never says {', '.join(lacking)}")
+            raise UserError(f"{file}: {speaker} never says {', '.join(lacking)}")
     return words
 
 
 def string(voices: Voices) -> Row:
     speaker, digits = voices.speaker(), voices.digits(2, 5)
-    return {"audio": voices.say(digits, speaker), "text": " ".join(digits), "speaker": speaker}
+    return {"audio": voices.joined(digits, speaker), "text": " ".join(digits), "speaker": speaker}
 
 
 def keyword(voices: Voices) -> Row:
@@ -151,29 +156,29 @@ def keyword(voices: Voices) -> Row:
 
 def voice(voices: Voices, speaker: str | None = None) -> Row:
     speaker = speaker or voices.speaker()
-    return {"audio": voices.say(voices.digits(2, 3), speaker), "speaker": speaker}
+    return {"audio": voices.joined(voices.digits(2, 3), speaker), "speaker": speaker}
 
 
 def intent(voices: Voices) -> Row:
     chosen = {slot: voices.rng.choice(digits) for slot, digits in SLOTS.items()}
-    return {"audio": voices.say(list(chosen.values()), voices.speaker()), **chosen}
+    return {"audio": voices.joined(list(chosen.values()), voices.speaker()), **chosen}
 
 
 def command(voices: Voices) -> Row:
-    """One to three slots of one or two words, in any order, and the word nine anywhere between."""
+    """One to three slots of one or two words, in any order, with the word nine between some of them."""
     words, text = [], []
     for slot in voices.rng.sample(sorted(SLOTS), voices.rng.randint(1, 3)):
         if voices.rng.random() < 0.3:
             words, text = [*words, "nine"], [*text, "nine"]
         value = voices.rng.choices(SLOTS[slot], k=voices.rng.randint(1, 2))
         words, text = [*words, *value], [*text, f"B-{slot}", *value, f"E-{slot}"]
-    return {"audio": voices.say(words, voices.speaker()), "text": " ".join(text)}
+    return {"audio": voices.joined(words, voices.speaker()), "text": " ".join(text)}
 
 
 def mixture(voices: Voices) -> Row:
-    """Two speakers, the second of whom begins before or soon after the first has ended."""
+    """Two speakers; the second begins before or soon after the first has ended."""
     speakers = voices.rng.sample(sorted(voices.by_speaker), 2)
-    clips = [voices.say(voices.digits(2, 4), speaker) for speaker in speakers]
+    clips = [voices.joined(voices.digits(2, 4), speaker) for speaker in speakers]
     starts = [0, int(voices.rng.uniform(0.5, 1.1) * len(clips[0]))]
     mixed = np.zeros(max(start + len(clip) for start, clip in zip(starts, clips)), dtype=np.float32)
     segments = []
@@ -184,14 +189,15 @@ def mixture(voices: Voices) -> Row:
     return {"audio": mixed, "segments": segments}
 
 
-def mood(voices: Voices) -> Row:
-    """Folds have speakers of their own."""
-    speaker, name = voices.speaker(), voices.rng.choice(sorted(MOODS))
+def emotion(voices: Voices) -> Row:
+    """A neutral recording, or one of another imitated emotion. Each speaker belongs to one fold."""
+    speaker, name = voices.speaker(), voices.rng.choice(sorted(EMOTIONS))
     fold = 1 + sorted(voices.by_speaker).index(speaker) % NUM_FOLDS
-    return {"audio": MOODS[name](voices.say(voices.digits(1, 2), speaker)), "emotion": name, "fold": fold}
+    return {"audio": EMOTIONS[name](voices.joined(voices.digits(1, 2), speaker)), "emotion": name, "fold": fold}
 
 
 def write_part(folder: Path, name: str, rows: Sequence[Row]) -> None:
+    """Writes a Parquet file with the recordings encoded as FLAC, attenuated where they would clip."""
     encoded = []
     for row in rows:
         file = io.BytesIO()
@@ -204,18 +210,20 @@ def write_part(folder: Path, name: str, rows: Sequence[Row]) -> None:
 
 
 def write_table(file: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Writes a CSV file."""
     with file.open("w", encoding="utf-8", newline="") as table:
         csv.writer(table).writerows([header, *rows])
 
 
 def write_verification(folder: Path, train: Voices, dev: Voices, test: Voices, arguments: StandInArguments) -> None:
+    """Recordings of speaker verification, and trials, half of them of the same speaker."""
     write_part(folder, "train", [voice(train) for _ in range(arguments.num_train)])
     for name, voices in (("dev", dev), ("test", test)):
         some = itertools.cycle(sorted(voices.by_speaker)[: max(2, arguments.num_eval // 4)])  # each several times
         rows = [{"id": f"{name}-{number}", **voice(voices, next(some))} for number in range(arguments.num_eval)]
         write_part(folder, name, [{"id": row["id"], "audio": row["audio"]} for row in rows])
         trials = []
-        while len(trials) < 5 * arguments.num_eval:  # half of one speaker, half of two
+        while len(trials) < 5 * arguments.num_eval:
             one, other = voices.rng.sample(rows, 2)
             if (one["speaker"] == other["speaker"]) == (len(trials) % 2 == 0):
                 trials.append((one["id"], other["id"], int(one["speaker"] == other["speaker"])))
@@ -223,7 +231,7 @@ def write_verification(folder: Path, train: Voices, dev: Voices, test: Voices, a
 
 
 def write_queries(folder: Path, dev: Voices, test: Voices, arguments: StandInArguments) -> None:
-    """Two recordings of each digit are looked for in strings, a third as many as there are recordings elsewhere."""
+    """Two recordings of each digit as queries, and strings as documents, a third as many as recordings elsewhere."""
     for name, voices in (("dev", dev), ("test", test)):
         queries = [{"id": f"{digit}-{number}", "audio": voices.word(digit)} for digit in DIGITS for number in range(2)]
         documents = [{"id": f"document-{number}", **string(voices)} for number in range(arguments.num_eval // 3)]
@@ -239,7 +247,7 @@ def write_queries(folder: Path, dev: Voices, test: Voices, arguments: StandInArg
 
 
 def language_model() -> str:
-    """A bigram model in ARPA format, in which every digit is as likely after every other, and so is the end."""
+    """A bigram model in ARPA format, in which every digit and the end are equally likely after each digit."""
     log_prob = f"{np.log10(1 / (len(DIGITS) + 1)):.4f}"
     unigrams = ["-99\t<s>\t0", "-99\t<unk>\t0", f"{log_prob}\t</s>", *(f"{log_prob}\t{word}\t0" for word in DIGITS)]
     bigrams = [f"{log_prob}\t{one} {other}" for one in ("<s>", *DIGITS) for other in ("</s>", *DIGITS)]
@@ -249,7 +257,7 @@ def language_model() -> str:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(StandInArguments, description=__doc__).parse_args_into_dataclasses()
+    (arguments,) = parse_options(HfArgumentParser(StandInArguments, description=__doc__))
     disable_progress_bars()
     output, rng = Path(arguments.output_dir), random.Random(arguments.seed)
     words = read_words(arguments.train_file)
@@ -268,14 +276,14 @@ def main() -> None:
         for name, voices in parts.items():
             count = arguments.num_train if name == "train" else arguments.num_eval
             write_part(output / task, name, [make(voices) for _ in range(count)])
-    write_part(output / "er", "train", [mood(train) for _ in range(arguments.num_train)])
+    write_part(output / "er", "train", [emotion(train) for _ in range(arguments.num_train)])
     write_verification(output / "asv", train, dev, test, arguments)
     write_queries(output / "qbe", dev, test, arguments)
     lexicon = "".join(f"{word} {phones}\n" for word, phones in PHONES.items())
-    (output / "pr/lexicon.txt").write_text(lexicon, encoding="utf-8")
-    (output / "asr/lm.arpa").write_text(language_model(), encoding="utf-8")
+    write_text(output / "pr/lexicon.txt", lexicon)
+    write_text(output / "asr/lm.arpa", language_model())
     print(f"stand-ins for ten tasks are in {output}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,1 +1,1 @@
-"""SUPERB's ten tasks on frozen models."""
+"""Scores of frozen models on SUPERB's ten tasks."""

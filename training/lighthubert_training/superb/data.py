@@ -1,141 +1,139 @@
-"""SUPERB's recipes, and where the data of its tasks comes from: the Hub, or files that a user puts into place.
+"""The data of SUPERB's tasks: files that a user puts into place, or the Hub.
 
-A recipe is a YAML file in `training/configs/superb/`. Data lie in `DATA_DIR/TASK/PART` as .parquet, .jsonl or .csv:
-rows with the column `audio` (a path relative to the file, or an encoded recording) and the labels of the task.
+Data lie in `DATA_DIR/TASK/PART` as .parquet, .jsonl or .csv: rows with the column `audio` (a path relative to the
+file, or an encoded recording) and the labels of the task.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset, load_dataset
 
+from lighthubert_training.data.recordings import SpeechDataset, Unreadable
 from lighthubert_training.data.sources import DataArguments, load_speech
+from lighthubert_training.data.strings import SAMPLING_RATE
+from lighthubert_training.superb.recipes import TaskSettings
+from modeling_lighthubert.errors import UserError
 
 
-RECIPES = Path(__file__).parents[1] / "configs/superb"
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a task is learnt and measured.
-
-    Attributes:
-        data: what to get, and what its files have to be.
-        hub: where the Hub has it in files that need no script: `dataset`, `config`, and the split of each part.
-        eval_steps: steps between measurements of the dev part; the best head is kept.
-        max_seconds: longer training recordings are cut at random.
-        projector_size, lstm_size, embedding_size, pooled_size: of the head, where it has such a layer.
-        spec_augment: whether spans of features are masked in training.
-    """
-
-    task: str
-    data: str
-    hub: Mapping[str, Any] | None = None
-    learning_rate: float = 1e-4
-    max_steps: int = 200_000
-    batch_size: int = 32
-    eval_steps: int = 2000
-    max_seconds: float | None = None
-    projector_size: int = 256
-    lstm_size: int = 1024
-    embedding_size: int = 512
-    pooled_size: int = 1500
-    dropout: float = 0.2
-    spec_augment: bool = False
-
-
-def read_recipe(task: str, variant: str | None = None, **changes: Any) -> Recipe:
-    """The recipe of a task, with the values of one of its variants, where it has it, and with `changes` that are not
-    `None`.
-
-    Raises:
-        ValueError: no such task, or a variant that no task has.
-    """
-    known = task_names()
-    if task not in known:
-        raise ValueError(f"there is no task {task!r}: choose from {', '.join(known)}, or all")
-    values = yaml.safe_load((RECIPES / f"{task}.yaml").read_text(encoding="utf-8"))
-    variants = values.pop("variants", {})
-    if variant is not None:
-        everywhere = {name for each in known for name in _variants(each)}
-        if variant not in everywhere:
-            raise ValueError(f"no task has a variant {variant!r}: choose from {', '.join(sorted(everywhere))}")
-        values |= variants.get(variant, {})
-    values |= {name: value for name, value in changes.items() if value is not None}
-    unknown = values.keys() - {field.name for field in fields(Recipe)}
-    if unknown:
-        raise ValueError(f"{RECIPES / task}.yaml has values that no recipe has: {', '.join(sorted(unknown))}")
-    return Recipe(task=task, **values)
-
-
-def task_names() -> list[str]:
-    """In the order of the files' names."""
-    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
-
-
-def _variants(task: str) -> Mapping[str, Any]:
-    return yaml.safe_load((RECIPES / f"{task}.yaml").read_text(encoding="utf-8")).get("variants", {})
-
-
-@dataclass
 class Part:
-    """A part of the data of a task.
+    """A part of the data of a task: train, dev, test.
 
     Attributes:
         rows: labels of each recording.
         audio: the encoded recordings, in the column `audio`.
+        left_out: ids of recordings that cannot be read.
     """
 
     name: str
     rows: list[dict[str, Any]]
     audio: Dataset
+    left_out: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, indices: Sequence[int]) -> "Part":
-        return Part(self.name, [self.rows[index] for index in indices], self.audio.select(indices))
+    def select(self, indices: Sequence[int], name: str | None = None) -> "Part":
+        """The recordings at `indices`, as a part of that name."""
+        return Part(name or self.name, [self.rows[index] for index in indices], self.audio.select(indices))
+
+    def readable(self, max_unreadable_share: float) -> "Part":
+        """The recordings that can be decoded, all of which are.
+
+        Raises:
+            UserError: more than the share given cannot be.
+        """
+        speech = SpeechDataset(self.audio, "audio", SAMPLING_RATE, labels=range(len(self)))
+        recordings = map(speech.__getitem__, range(len(self)))
+        kept = [each.labels for each in Unreadable(max_unreadable_share, len(self)).readable(recordings)]
+        left_out = {str(self.rows[index].get("id")) for index in set(range(len(self))) - set(kept)}
+        return replace(self.select(kept), left_out=frozenset(left_out))
 
 
-def load_part(recipe: Recipe, data_dir: Path | None, name: str, columns: Sequence[str]) -> Part:
-    """A part as it lies in `data_dir`, or as the Hub has it where no part lies there.
+@dataclass(frozen=True)
+class TaskData:
+    """Where the data of a task are.
 
-    Raises:
-        ValueError: there is none; the message says what to get, and where to put it.
+    Attributes:
+        data_dir: folder with a folder for each task.
+        max_unreadable_share: recordings that cannot be read are left out of each part, up to this share of it. 0 does
+            not read them in advance: the first one ends the run when its features are computed.
     """
-    folder = (data_dir or Path("DATA_DIR")) / recipe.task
-    there = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
-    found = [file for file in there if file.stem == name]
-    if found:
-        arguments = DataArguments(validation_file=[str(found[0])])
-    elif recipe.hub is not None and not there:
-        arguments = DataArguments(
-            dataset_name=[recipe.hub["dataset"]],
-            dataset_config_name=[recipe.hub["config"]],
-            eval_split_name=[recipe.hub[name]],
-        )
-    else:
-        asked = " or ".join(f"{folder / name}{suffix}" for suffix in SUFFIXES)
-        raise ValueError(f"{recipe.task}: there is no {asked}. {recipe.data}")
-    speech = load_speech(arguments, training=False, other_columns=columns)
-    labels = speech.select_columns(list(columns)).to_list() if columns else [{} for _ in range(len(speech))]
-    return Part(name, labels, speech)
 
+    settings: TaskSettings
+    data_dir: Path | None = None
+    max_unreadable_share: float = 0.0
 
-def load_table(recipe: Recipe, data_dir: Path | None, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a CSV file.
+    @property
+    def folder(self) -> Path:
+        return (self.data_dir or Path("DATA_DIR")) / self.settings.task
 
-    Raises:
-        ValueError: there is none, or it has other columns.
-    """
-    file = (data_dir or Path("DATA_DIR")) / recipe.task / f"{name}.csv"
-    if not file.exists():
-        raise ValueError(f"{recipe.task}: there is no {file}. {recipe.data}")
-    rows = load_dataset("csv", data_files=str(file), split="train")
-    if missing := set(columns) - set(rows.column_names):
-        raise ValueError(f"{file} has the columns {rows.column_names}, and lacks {', '.join(sorted(missing))}")
-    return rows.to_list()
+    def file(self, name: str) -> Path:
+        """A file beside the parts.
+
+        Raises:
+            UserError: it is not there; the message says what to get, and where to put it.
+        """
+        if not (self.folder / name).exists():
+            raise UserError(f"{self.settings.task}: there is no {self.folder / name}. {self.settings.data}")
+        return self.folder / name
+
+    def part(self, name: str, columns: Sequence[str]) -> Part:
+        """A part as it lies in the folder, or as the Hub has it if no part lies there.
+
+        Raises:
+            UserError: there is none; the message says what to get, and where to put it.
+        """
+        hub = self.settings.hub
+        there = sorted(file for file in self.folder.glob("*") if file.suffix in SUFFIXES)
+        found = [file for file in there if file.stem == name]
+        if found:
+            arguments = DataArguments(validation_file=[str(found[0])])
+        elif hub is not None and not there:
+            arguments = DataArguments(
+                dataset_name=[hub["dataset"]], dataset_config_name=[hub["config"]], eval_split_name=[hub[name]]
+            )
+        else:
+            asked = " or ".join(f"{self.folder / name}{suffix}" for suffix in SUFFIXES)
+            raise UserError(f"{self.settings.task}: there is no {asked}. {self.settings.data}")
+        speech: Any = load_speech(arguments, training=False, other_columns=columns)
+        rows = speech.select_columns(list(columns)).to_list() if columns else [{} for _ in range(len(speech))]
+        part = Part(name, rows, speech)
+        return part.readable(self.max_unreadable_share) if self.max_unreadable_share else part
+
+    def pairs(self, name: str, parts: Mapping[str, Part], labels: Sequence[str] = ()) -> list[tuple[int, ...]]:
+        """Pairs of recordings in the file `name`.csv, without those that are left out of the parts.
+
+        Args:
+            parts: where the ids in a column are from, by the name of the column.
+            labels: other columns, of integers.
+
+        Returns:
+            The positions of both recordings in their parts, and the labels.
+
+        Raises:
+            UserError: no such file, it has other columns, or it names a recording that its part lacks.
+        """
+        file = self.file(f"{name}.csv")
+        rows = load_dataset("csv", data_files=str(file), split="train")
+        if missing := {*parts, *labels} - set(rows.column_names):
+            raise UserError(f"{file} has the columns {rows.column_names}, and lacks {', '.join(sorted(missing))}")
+        known = {column: {str(row["id"]): at for at, row in enumerate(part.rows)} for column, part in parts.items()}
+        pairs = []
+        for row in rows.to_list():
+            if any(str(row[column]) in part.left_out for column, part in parts.items()):
+                continue
+            for column, part in parts.items():
+                if str(row[column]) not in known[column]:
+                    raise UserError(
+                        f"{self.settings.task}: {file.name} names {row[column]}, which the {part.name} part lacks"
+                    )
+            positions = [known[column][str(row[column])] for column in parts]
+            pairs.append((*positions, *(int(row[label]) for label in labels)))
+        return pairs

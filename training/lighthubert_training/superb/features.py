@@ -1,79 +1,76 @@
-"""Hidden states of a frozen model for recordings, computed once and kept on disk, or computed each time.
+"""Features: the hidden states of a frozen model for recordings, computed once and kept on disk, or each time anew.
 
-A recording is heard alone: what it is batched with changes nothing, and what is kept is what would be computed.
+A recording is encoded alone, so that its features do not depend on a batch, and kept ones are those that would be
+computed.
 """
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
+import sys
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel, SequenceFeatureExtractor
 
-from lighthubert_training.data.audio import UNREADABLE, duration, load_waveform
-from lighthubert_training.data.recordings import recording_name
-from modeling_lighthubert import LightHubertPreTrainedModel, Subnet
+from lighthubert_training.data.recordings import SpeechDataset, Unreadable, durations
+from modeling_lighthubert.errors import UserError, user_error
+from modeling_lighthubert.files import whole_file
+from modeling_lighthubert.loading import SubnetLike, load_cut_model
 
 
 class Upstream:
-    """A frozen model of speech, any that transformers loads and that gives hidden states.
+    """A frozen model of speech: any that transformers loads and that returns hidden states.
 
     Attributes:
-        num_layers: hidden states of a frame, the input of the first layer among them.
-        samples_per_frame: of frames, one after another.
+        num_layers: hidden states of a frame: the input of the first layer, and the output of each.
+        samples_per_frame: hop between frames, in samples.
 
     Raises:
-        ValueError: the model gives no hidden states.
+        UserError: the model returns no hidden states.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, feature_extractor: SequenceFeatureExtractor, name: str, device: str = "cpu"
-    ):
-        self.model = model.eval().requires_grad_(False).to(device)
-        self.feature_extractor, self.name = feature_extractor, name
+    def __init__(self, model: PreTrainedModel, feature_extractor: SequenceFeatureExtractor, name: str):
+        self.model = model.eval().requires_grad_(False)
+        self.feature_extractor: Any = feature_extractor
+        self.name = name
         self.sampling_rate: int = feature_extractor.sampling_rate
         self.num_parameters = model.num_parameters()
         one, two = (self(np.random.default_rng(0).standard_normal(seconds * self.sampling_rate)) for seconds in (1, 2))
         self.num_layers, _, self.hidden_size = one.shape
         self.samples_per_frame = round(self.sampling_rate / (two.shape[1] - one.shape[1]))
+        self.seconds_per_frame = self.samples_per_frame / self.sampling_rate
 
     @classmethod
-    def from_pretrained(cls, model_name_or_path: str, subnet: str | None = None, device: str = "cpu") -> "Upstream":
+    def from_pretrained(
+        cls, model_name_or_path: str, subnet: SubnetLike | None = None, device: str | torch.device | None = None
+    ) -> "Upstream":
         """
         Args:
-            subnet: of a supernet: a name or a JSON file. Default: the selected.
+            subnet: of a supernet: see `modeling_lighthubert.loading.parse_subnet`. Default: the selected one.
 
         Raises:
-            ValueError: a subnet of what is no supernet, or no such subnet.
+            UserError: no model that transformers loads, one without hidden states, or no such subnet.
         """
-        model = AutoModel.from_pretrained(model_name_or_path)
-        extractor = AutoFeatureExtractor.from_pretrained(model_name_or_path)
+        model = load_cut_model(model_name_or_path, subnet, head=AutoModel, device=device)
+        with user_error(f"{model_name_or_path} has no feature extractor: "):
+            extractor = AutoFeatureExtractor.from_pretrained(model_name_or_path)
         name = Path(model_name_or_path).name
-        is_supernet = isinstance(model, LightHubertPreTrainedModel) and model.search_space is not None
-        if subnet is not None:
-            if not is_supernet:
-                raise ValueError(f"subnet {subnet}: {model_name_or_path} is no supernet to choose one from")
-            name = f"{name}, {Path(subnet).stem}"
-        if is_supernet:
-            is_file = subnet is not None and subnet.endswith(".json")
-            model = model.extract_subnet(Subnet.from_json_file(subnet) if is_file else subnet)
-        return cls(model, extractor, name, device)
+        return cls(model, extractor, name if subnet is None else f"{name}, {Path(str(subnet)).stem}")
 
     @cached_property
     def key(self) -> str:
-        """What the hidden states depend on besides the recording: weights, configuration, feature extractor."""
+        """Digest of what features depend on besides the recording: weights, configuration, feature extractor."""
         digest = hashlib.sha256(json.dumps(self.feature_extractor.to_dict(), sort_keys=True, default=str).encode())
         settings = self.model.config.to_diff_dict() | {"_name_or_path": None, "transformers_version": None}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -86,26 +83,25 @@ class Upstream:
         """Hidden states (num_layers, num_frames, hidden_size) of mono samples (num_samples), in fp32 on the CPU."""
         inputs = self.feature_extractor(waveform, sampling_rate=self.sampling_rate, return_tensors="pt")
         name = self.feature_extractor.model_input_names[0]
-        heard = inputs[name].to(self.model.device, self.model.dtype)
         try:
-            outputs = self.model(heard, output_hidden_states=True)
+            outputs = self.model(inputs[name].to(self.model.device, self.model.dtype), output_hidden_states=True)
         except TypeError as error:
-            raise ValueError(f"{self.name} cannot be scored: {error}") from error
+            raise UserError(f"{self.name} cannot be scored: {error}") from error
         hidden_states = getattr(outputs, "hidden_states", None)
         if hidden_states is None:
-            raise ValueError(
-                f"{self.name}, a {type(self.model).__name__}, gives no hidden states: they are what is scored"
+            raise UserError(
+                f"{self.name}, a {type(self.model).__name__}, returns no hidden states, which are what is scored"
             )
         return torch.stack(hidden_states)[:, 0].float().cpu()
 
 
 class FeatureCache:
-    """Hidden states on disk, a safetensors file for each recording. Processes may share it: a file is whole from the
-    moment it is there. One that is damaged is computed and written anew.
+    """Features on disk, a safetensors file for each recording. Files are whole from the moment they are there, so
+    several processes may use the same cache; one with a wrong checksum is written anew.
 
     Args:
         folder: of all caches; each model, subnet and dtype has a folder in it.
-        dtype: what is kept: fp32, or half the size in fp16.
+        dtype: of kept features: fp32, or fp16, half the size.
     """
 
     def __init__(self, upstream: Upstream, folder: Path, dtype: torch.dtype = torch.float32):
@@ -116,35 +112,39 @@ class FeatureCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def read(self, key: str) -> torch.Tensor | None:
-        """What is kept of a recording; `None` if there is nothing whole."""
+        """The features that are kept of a recording; `None` if there is no whole file.
+
+        Raises:
+            UserError: the file is there, and may not be read.
+        """
         try:
+            self.file(key).open("rb").close()  # safetensors does not tell a file without permission from none
             with safe_open(self.file(key), framework="pt") as kept:
                 hidden_states, checksum = kept.get_tensor("hidden_states"), kept.metadata()["crc32"]
-        except (OSError, SafetensorError, KeyError, TypeError):
+        except PermissionError as error:
+            raise UserError(f"kept features may not be read ({error}): choose another --cache_dir") from error
+        except (FileNotFoundError, SafetensorError, KeyError, TypeError):
             return None
         return hidden_states.float() if checksum == _checksum(hidden_states) else None
 
     def write(self, key: str, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Keeps hidden states, and returns them as `read` will.
+        """Keeps features, and returns them as `read` will.
 
         Raises:
-            ValueError: they are too large for the dtype.
+            UserError: they are too large for the dtype.
         """
         if (largest := float(hidden_states.abs().max())) > torch.finfo(self.dtype).max:
-            raise ValueError(
+            raise UserError(
                 f"{self.upstream.name} has features of {largest:.3g}, more than {self.dtype} can hold: choose"
                 " --features_dtype float32"
             )
         hidden_states = hidden_states.to(self.dtype).contiguous()
-        file = self.file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        content = save({"hidden_states": hidden_states}, metadata={"crc32": _checksum(hidden_states)})
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as scratch:
-            scratch.write(content)
-        os.replace(scratch.name, file)
+        with whole_file(self.file(key)) as unfinished:
+            save_file({"hidden_states": hidden_states}, unfinished, metadata={"crc32": _checksum(hidden_states)})
         return hidden_states.float()
 
     def bytes_for(self, seconds: float) -> int:
+        """Size of the features of that much audio."""
         frames = seconds * self.upstream.sampling_rate / self.upstream.samples_per_frame
         return int(frames * self.upstream.num_layers * self.upstream.hidden_size * self.dtype.itemsize)
 
@@ -153,60 +153,66 @@ def _checksum(tensor: torch.Tensor) -> str:
     return str(zlib.crc32(tensor.numpy().tobytes()))
 
 
-class Recordings(torch.utils.data.Dataset):
-    """Hidden states of a part of the data: item i is (num_layers, num_frames, hidden_size), fp32.
+class FeatureDataset(torch.utils.data.Dataset):
+    """Features of a part of the data: item i is (num_layers, num_frames, hidden_size), fp32.
 
     Args:
-        audio: undecoded, in the column `audio`.
-        cache: where they are kept. Default: nowhere, each is computed whenever it is asked for.
+        audio: encoded, in the column `audio`.
+        cache: where features are kept. Default: they are computed whenever they are asked for.
     """
 
     def __init__(self, audio: Dataset, upstream: Upstream, cache: FeatureCache | None = None):
-        self.audio, self.upstream, self.cache = audio.select_columns(["audio"]), upstream, cache
-        rows = tqdm(self.audio, desc="reading recordings", disable=len(audio) < 10_000 or cache is None)
-        self.keys: list[str] = [_content(row["audio"]) for row in rows] if cache else []
+        self.speech = SpeechDataset(audio, "audio", upstream.sampling_rate)
+        self.upstream, self.cache, self.keys = upstream, cache, list[str]()
+        if cache:
+            rows = tqdm(range(len(audio)), desc="reading recordings", disable=len(audio) < 10_000)
+            self.keys = [self._digest(index) for index in rows]
 
     def __len__(self) -> int:
-        return len(self.audio)
+        return len(self.speech)
 
     @cached_property
     def seconds(self) -> list[float]:
         """Of each recording, from its header."""
-        return [duration(row["audio"]) for row in self.audio]
-
-    def name(self, index: int) -> str:
-        return recording_name(self.audio[index]["audio"], index)
+        return durations(self.speech)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """
         Raises:
-            ValueError: the recording cannot be read, or is shorter than a frame.
+            UserError: the recording cannot be read, or is shorter than a frame.
         """
         if self.cache is None:
-            return self._hear(index)
+            return self._compute(index)
         kept = self.cache.read(self.keys[index])
-        return self.cache.write(self.keys[index], self._hear(index)) if kept is None else kept
+        return self.cache.write(self.keys[index], self._compute(index)) if kept is None else kept
 
-    def _hear(self, index: int) -> torch.Tensor:
+    def _compute(self, index: int) -> torch.Tensor:
+        recording = self.speech[index]
+        if recording.waveform is None:
+            Unreadable(0.0, len(self)).add(recording.name, recording.problem)
+        assert recording.waveform is not None  # a share of 0 allows no other
         try:
-            return self.upstream(load_waveform(self.audio[index]["audio"], self.upstream.sampling_rate))
-        except (*UNREADABLE, RuntimeError) as error:
-            length = self.seconds[index]
-            raise ValueError(
-                f"{self.name(index)} ({length:.3f} s) gives no features: {error}. Mend it, or leave it out of the data"
+            return self.upstream(recording.waveform)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{recording.name} ({self.seconds[index]:.3f} s) gives no features: {error}. Mend it, or leave it out"
+                " of the data"
             ) from error
 
+    def _digest(self, index: int) -> str:
+        audio = self.speech.encoded(index) or {}
+        try:
+            content = audio.get("bytes") or Path(audio.get("path") or "").read_bytes()
+        except OSError:  # is named when its features are to be computed
+            content = b""
+        return hashlib.sha256(content).hexdigest()
 
-def _content(audio: dict) -> str:
-    content = audio["bytes"] if audio.get("bytes") else Path(audio["path"]).read_bytes()
-    return hashlib.sha256(content).hexdigest()
 
-
-def fill(parts: Sequence[Recordings], accelerator: Accelerator) -> None:
-    """Computes what the cache lacks of all `parts`; each process takes its share. The size is shown first.
+def fill_cache(parts: Sequence[FeatureDataset], accelerator: Accelerator) -> None:
+    """Computes the features that the cache lacks of all `parts`, split among processes. Says first how large they are.
 
     Raises:
-        OSError: the disk has no room for it.
+        UserError: the disk has no room for them.
     """
     cache = parts[0].cache
     if cache is not None:
@@ -216,14 +222,15 @@ def fill(parts: Sequence[Recordings], accelerator: Accelerator) -> None:
         free = shutil.disk_usage(cache.folder).free
         accelerator.print(
             f"features of {len(missing)} recordings will take {needed / 2**20:,.0f} MiB in {cache.folder}"
-            f" ({free / 2**30:,.0f} GiB are free)"
+            f" ({free / 2**30:,.0f} GiB are free)",
+            file=sys.stderr,
         )
         if needed > 0.95 * free:
-            raise OSError(
+            raise UserError(
                 f"{needed / 2**30:,.1f} GiB of features do not fit in the {free / 2**30:,.1f} GiB that are free in"
                 f" {cache.folder}: choose another --cache_dir, --features_dtype float16, or leave --cache_dir out"
             )
-        share = missing[accelerator.process_index :: accelerator.num_processes]
-        for part, at in tqdm(share, desc="features", disable=not accelerator.is_main_process or not missing):
+        ours = missing[accelerator.process_index :: accelerator.num_processes]
+        for part, at in tqdm(ours, desc="features", disable=not accelerator.is_main_process or not missing):
             part[at]
     accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""What learns on top of a frozen model: a weighted sum of its layers, and SUPERB's light head for each kind of task.
+"""Trained parts on top of a frozen model: a weighted sum of its layers, and SUPERB's light head for each kind of task.
 
 Each head takes `features` (batch_size, num_frames, hidden_size) and `lengths`, the true frames of each recording
 (batch_size). Sizes and shapes are those of the SUPERB paper and of s3prl.
@@ -16,7 +16,7 @@ from lighthubert_training.masks import frame_mask
 
 
 class WeightedSum(nn.Module):
-    """The sum of all layers, weighted by a softmax over one number for each, which begin equal."""
+    """Learned softmax-weighted sum of layers, initialised uniformly."""
 
     def __init__(self, num_layers: int):
         super().__init__()
@@ -28,7 +28,7 @@ class WeightedSum(nn.Module):
 
 
 class Downstream(nn.Module):
-    """A weighted sum of layers with a head on top: what is trained."""
+    """A weighted sum of layers with a head on top: everything that is trained."""
 
     def __init__(self, num_layers: int, head: nn.Module):
         super().__init__()
@@ -39,13 +39,14 @@ class Downstream(nn.Module):
 
 
 def mean_over_frames(features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Mean of the true frames: (batch_size, num_frames, size) -> (batch_size, size)."""
     mask = frame_mask(lengths, features.shape[1]).unsqueeze(-1)
     return (features * mask).sum(dim=1) / lengths[:, None]
 
 
 class UtteranceClassifier(nn.Module):
-    """Projection, mean over frames, and a linear layer; several labels side by side are one after another in the
-    logits (batch_size, sum of num_labels)."""
+    """Projection, mean over frames, and a linear layer: logits (batch_size, num_labels); those of several labels are
+    concatenated."""
 
     def __init__(self, hidden_size: int, num_labels: int, projector_size: int):
         super().__init__()
@@ -69,9 +70,9 @@ class FrameClassifier(nn.Module):
 
 
 class RecurrentLayer(nn.Module):
-    """An LSTM in one direction, or one in each; padding on the right changes nothing of the true frames.
+    """An LSTM in one direction, or one in each; the outputs of true frames do not depend on padding, on the right.
 
-    The same as torch's on packed sequences, whose training steps take ten times as long on a CPU.
+    It computes what torch's LSTM does on packed sequences, whose training steps take ten times as long on a CPU.
     """
 
     def __init__(self, input_size: int, lstm_size: int, bidirectional: bool):
@@ -88,9 +89,9 @@ class RecurrentLayer(nn.Module):
 
 
 def reversed_in_time(features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The true frames of each recording from the last to the first, padding where it was."""
+    """The true frames of each recording from the last to the first; padding stays where it is."""
     frames = torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
-    order = torch.where(frames < lengths[:, None], lengths[:, None] - 1 - frames, frames)
+    order = torch.where(frame_mask(lengths, features.shape[1]), lengths[:, None] - 1 - frames, frames)
     return features.take_along_dim(order.unsqueeze(-1), dim=1)
 
 
@@ -98,7 +99,7 @@ class RecurrentClassifier(nn.Module):
     """LSTM layers, in one direction or in both, and a linear layer: logits (batch_size, num_frames, num_labels).
 
     Args:
-        projector_size: of a projection before. Default: none.
+        projector_size: of a linear projection in front. Default: there is none.
     """
 
     def __init__(
@@ -127,7 +128,8 @@ class RecurrentClassifier(nn.Module):
 
 
 class SpeakerEmbedder(nn.Module):
-    """X-vectors: time-delay layers, mean and deviation over frames, a linear layer: (batch_size, embedding_size)."""
+    """X-vectors: time-delay layers, mean and standard deviation over frames, a linear layer: (batch_size,
+    embedding_size)."""
 
     def __init__(self, hidden_size: int, embedding_size: int, pooled_size: int):
         super().__init__()
@@ -136,13 +138,13 @@ class SpeakerEmbedder(nn.Module):
         )
         self.projector = nn.Linear(hidden_size, embedding_size)
         self.layers = nn.ModuleList(TDNNLayer(config, number) for number in range(5))
-        self.context = sum((layer.kernel_size - 1) * layer.dilation for layer in self.layers)
+        self.context = sum((size - 1) * dilation for size, dilation in zip(config.tdnn_kernel, config.tdnn_dilation))
         self.embedding = nn.Linear(2 * pooled_size, embedding_size)
 
     def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         hidden = self.projector(features)
         short = self.context + 1 - hidden.shape[1]
-        if short > 0:  # a clip shorter than what the layers see at once
+        if short > 0:  # shorter than the context of the layers
             hidden = nn.functional.pad(hidden, (0, 0, 0, short))
         for layer in self.layers:
             hidden = layer(hidden)
@@ -153,13 +155,13 @@ class SpeakerEmbedder(nn.Module):
 
 
 def spans_masked(features: torch.Tensor, lengths: Sequence[int], rngs: Sequence[random.Random]) -> torch.Tensor:
-    """SpecAugment of features, as SUPERB's recognisers have it but for the warping of time: of each recording two
-    spans of at most 40 frames, and four of at most 50 features, are zeros. Each recording has its own of `rngs`."""
+    """SpecAugment as in SUPERB's speech recognition, but without time warping: two spans of at most 40 frames and four
+    of at most 50 features become zeros. Each recording has its own of `rngs`, and no span takes more than a fifth of
+    its frames or features."""
     masked = features.clone()
     for row, (length, rng) in enumerate(zip(lengths, rngs, strict=True)):
         for dim, (count, most, size) in enumerate(((2, 40, int(length)), (4, 50, features.shape[2]))):
             for _ in range(count):
-                # no span takes more than a fifth of what there is, where that is short
                 width = rng.randint(0, min(most, size // 5))
                 start = rng.randint(0, size - width)
                 masked[row].narrow(dim, start, width).zero_()

@@ -1,13 +1,12 @@
-"""Query by example: where a spoken word occurs, without learning. Every layer's frames are aligned, and the layer that
-does best on the dev part is measured on the test part.
+"""Query by example: in which documents a spoken query occurs. Nothing is trained: the frames of every layer are
+aligned, and the layer that is best on the dev part is scored on the test part.
 
-As in s3prl: features normalised over all recordings, exp(cosine distance) - 1 scaled to 0 ... 1 for each frame of the
-query, and the cheapest path through any part of the document that moves by one frame in the query and by none to two
-in the document; scores are normalised for each query.
+As in s3prl: features are normalised over all recordings; the cost of two frames is exp(cosine distance) - 1, scaled to
+0 ... 1 for each frame of the query; the cheapest path through any part of the document moves by one frame in the query
+and by 0 to 2 in the document; scores are normalised for each query.
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,14 @@ from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from lighthubert_training.superb.data import Part, Recipe, load_part, load_table
-from lighthubert_training.superb.features import Recordings
+from lighthubert_training.masks import frame_mask
+from lighthubert_training.superb.data import TaskData
+from lighthubert_training.superb.features import FeatureDataset
 from lighthubert_training.superb.metrics import maximum_term_weighted_value
 
 
 SHORTEST_QUERY = 5
-"""Frames; a shorter query is not looked for."""
+"""Frames; shorter queries are not searched for."""
 DOCUMENTS_AT_ONCE = 64
 
 
@@ -36,81 +36,69 @@ class QueryByExample:
         relevant: of dev and test, bool (num_queries, num_documents).
     """
 
-    higher_is_better = {"mtwv": True}
-
-    def __init__(self, recipe: Recipe, data_dir: Path | None):
-        self.recipe = recipe
-        self.parts: dict[str, Part] = {}
+    def __init__(self, data: TaskData):
+        names = [f"{part}_{kind}" for part in ("dev", "test") for kind in ("queries", "documents")]
+        self.parts = {name: data.part(name, ("id",)) for name in names}
         self.relevant: dict[str, np.ndarray] = {}
         for name in ("dev", "test"):
-            for kind in ("queries", "documents"):
-                self.parts[f"{name}_{kind}"] = load_part(recipe, data_dir, f"{name}_{kind}", ("id",))
-            queries, documents = (
-                {str(row["id"]): at for at, row in enumerate(self.parts[f"{name}_{kind}"].rows)}
-                for kind in ("queries", "documents")
-            )
+            queries, documents = self.parts[f"{name}_queries"], self.parts[f"{name}_documents"]
             self.relevant[name] = np.zeros((len(queries), len(documents)), dtype=bool)
-            for row in load_table(recipe, data_dir, f"{name}_pairs", ("query", "document")):
-                for column, known in (("query", queries), ("document", documents)):
-                    if str(row[column]) not in known:
-                        raise ValueError(f"{recipe.task}: {name}_pairs.csv names {row[column]}, which is no {column}")
-                self.relevant[name][queries[str(row["query"])], documents[str(row["document"])]] = True
+            for query, document in data.pairs(f"{name}_pairs", {"query": queries, "document": documents}):
+                self.relevant[name][query, document] = True
 
-    def scores(self, recordings: dict[str, Recordings], accelerator: Accelerator) -> dict[str, Any]:
-        """`mtwv` of the `test` and of the `dev` part, and the `layer` that is best on the latter: for all processes,
-        which share the documents."""
+    def scores(self, features: dict[str, FeatureDataset], accelerator: Accelerator) -> dict[str, Any]:
+        """`mtwv` of the `test` and of the `dev` part, and the `layer` that is best on the latter. Processes split the
+        documents, and return the same."""
 
         def values(name: str, layers: Sequence[int]) -> list[float]:
-            queries, documents = recordings[f"{name}_queries"], recordings[f"{name}_documents"]
+            queries, documents = features[f"{name}_queries"], features[f"{name}_documents"]
             scores = detection_scores(queries, documents, layers, accelerator)
             return [maximum_term_weighted_value(self.relevant[name], of_layer) for of_layer in scores]
 
-        on_dev = values("dev", range(recordings["dev_queries"].upstream.num_layers))
+        on_dev = values("dev", range(features["dev_queries"].upstream.num_layers))
         layer = int(np.argmax(on_dev))
         (on_test,) = values("test", [layer])
         return {"test": {"mtwv": on_test}, "dev": {"mtwv": on_dev[layer]}, "layer": layer}
 
 
 def detection_scores(
-    queries: Sequence[torch.Tensor],
-    documents: Sequence[torch.Tensor],
+    queries: Sequence[torch.Tensor] | FeatureDataset,
+    documents: Sequence[torch.Tensor] | FeatureDataset,
     layers: Sequence[int],
     accelerator: Accelerator,
 ) -> np.ndarray:
     """How likely each query is in each document, by each of `layers`: (num_layers, num_queries, num_documents).
 
     Args:
-        queries: hidden states, each (all layers, num_frames, hidden_size); they are all kept in memory.
-        documents: likewise, but each is read twice, and few are kept at a time. Processes share them.
+        queries: hidden states, each (all layers, num_frames, hidden_size). All of them are kept in memory.
+        documents: likewise, but each is read twice, and few are kept at a time. They are split among processes.
     """
     chosen = list(layers)
-    mean, deviation = moments(
-        states[chosen] for part in (queries, documents) for states in map(part.__getitem__, range(len(part)))
-    )
+    mean, deviation = moments(part[at][chosen] for part in (queries, documents) for at in range(len(part)))
 
     def unit_vectors(states: torch.Tensor) -> torch.Tensor:
         return F.normalize((states[chosen] - mean) / deviation, dim=-1)
 
-    asked = [unit_vectors(queries[at]) for at in range(len(queries))]
-    share = np.array_split(np.arange(len(documents)), accelerator.num_processes)[accelerator.process_index].tolist()
-    of_share = torch.zeros(len(chosen), len(queries), len(share))
-    starts = range(0, len(share), DOCUMENTS_AT_ONCE)
+    query_vectors = [unit_vectors(queries[at]) for at in range(len(queries))]
+    shards = np.array_split(np.arange(len(documents)), accelerator.num_processes)
+    shard = shards[accelerator.process_index].tolist()
+    scores = torch.zeros(len(chosen), len(queries), len(shard))
+    starts = range(0, len(shard), DOCUMENTS_AT_ONCE)
     for start in tqdm(starts, desc="aligning", leave=False, disable=not accelerator.is_main_process):
-        some = [unit_vectors(documents[at]) for at in share[start : start + DOCUMENTS_AT_ONCE]]
-        lengths = torch.tensor([each.shape[1] for each in some])
-        padded = pad_sequence([each.transpose(0, 1) for each in some], batch_first=True)
-        frames = torch.arange(padded.shape[1]) < lengths[:, None]
-        for number, query in enumerate(asked):
+        vectors = [unit_vectors(documents[at]) for at in shard[start : start + DOCUMENTS_AT_ONCE]]
+        padded = pad_sequence([each.transpose(0, 1) for each in vectors], batch_first=True)
+        frames = frame_mask(torch.tensor([each.shape[1] for each in vectors]), padded.shape[1])
+        for number, query in enumerate(query_vectors):
             for layer in range(len(chosen)) if query.shape[1] >= SHORTEST_QUERY else ():
                 cost = subsequence_cost(query[layer], padded[:, :, layer], frames)
-                of_share[layer, number, start : start + len(some)] = -cost
-    scores = torch.cat(gather_object([of_share]), dim=-1)
+                scores[layer, number, start : start + len(vectors)] = -cost
+    scores = torch.cat(gather_object([scores]), dim=-1)
     centred = scores - scores.mean(dim=-1, keepdim=True)
     return (centred / scores.std(dim=-1, keepdim=True, correction=0).clamp(min=1e-9)).numpy()
 
 
 def moments(hidden_states: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of every feature over all frames, each (num_layers, 1, hidden_size)."""
+    """Mean and standard deviation of every feature over all frames, each (num_layers, 1, hidden_size)."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for states in hidden_states:
         states, count = states.double(), count + states.shape[1]
@@ -126,7 +114,7 @@ def subsequence_cost(query: torch.Tensor, documents: torch.Tensor, frames: torch
     Args:
         query: unit vectors, (num_query_frames, hidden_size).
         documents: unit vectors, (num_documents, num_frames, hidden_size).
-        frames: which of these are no padding, bool (num_documents, num_frames).
+        frames: which of them are true, not padding, bool (num_documents, num_frames).
     """
     costs = (1 - documents @ query.t()).exp() - 1  # (num_documents, num_frames, num_query_frames)
     lowest = costs.masked_fill(~frames[..., None], float("inf")).amin(dim=1, keepdim=True)

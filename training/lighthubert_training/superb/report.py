@@ -1,5 +1,4 @@
-"""SUPERB's table of what was measured: Markdown, CSV, and a plot; beside the published rows where the data are
-SUPERB's own."""
+"""SUPERB's table of scores: Markdown, CSV and a plot; with the published rows if the data are SUPERB's own."""
 
 import csv
 import json
@@ -7,12 +6,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from lighthubert_training.runs.plots import new_figure, save_figure
+from lighthubert_training.runs.tables import markdown_table, mean_and_deviation
+from lighthubert_training.superb.recipes import RECIPES
+from modeling_lighthubert.files import whole_file, write_text
 
 
 COLUMNS = {
@@ -29,21 +28,21 @@ COLUMNS = {
     ("sf", "slot_value_cer"): ("SF CER", False),
     ("er", "accuracy"): ("ER", True),
 }
-"""Title of each task's metric, and whether more is better."""
+"""Title of each metric of a task, and whether higher is better."""
 TITLES = dict(COLUMNS.values())
 SCORED = [title for title in TITLES if title != "ASR, LM"]
-"""What the mean and the SUPERB score are of."""
-PUBLISHED = Path(__file__).parents[1] / "configs/superb/published.json"
+"""The eleven metrics of ten tasks that totals are of; slot filling has two."""
+PUBLISHED = RECIPES / "published.json"
 
 Scores = Mapping[str, Sequence[float]]
 """Of a model: values in percent by title, one for each seed."""
 
 
 def read_scores(output_dir: Path, variant: str | None) -> dict[str, dict[str, list[float]]]:
-    """Of each model, in the order of their names."""
+    """Scores of each model, in the order of their names."""
     found: dict[str, dict[str, list[float]]] = {}
     for file in sorted(output_dir.glob("*/*/seed-*/result.json")):
-        result = json.loads(file.read_text())
+        result = json.loads(file.read_text(encoding="utf-8"))
         if result["variant"] != variant:
             continue
         for (task, metric), (title, _) in COLUMNS.items():
@@ -52,85 +51,88 @@ def read_scores(output_dir: Path, variant: str | None) -> dict[str, dict[str, li
     return found
 
 
-def goodness(title: str, value: float) -> float:
-    """A value in percent as more is better: an error counts as what it leaves of 100."""
+def higher_is_better_score(title: str, value: float) -> float:
+    """Score in percent, higher is better: error rates become 100 - error."""
     return value if TITLES[title] else 100 - value
 
 
-def overall(scores: Scores) -> float | None:
-    """Mean over all tasks, errors as 100 - x; slot filling counts once. `None` if a task is missing."""
-    if any(title not in scores for title in SCORED):
-        return None
-    values = {title: goodness(title, statistics.mean(scores[title])) for title in SCORED}
-    slots = (values.pop("SF F1") + values.pop("SF CER")) / 2
-    return statistics.mean([*values.values(), slots])
+def mean_over_tasks(values: Mapping[str, float]) -> float:
+    """Mean of the values of `SCORED` over the ten tasks: slot filling counts once, by the mean of its two metrics."""
+    slots = (values["SF F1"] + values["SF CER"]) / 2
+    return statistics.mean([*(values[title] for title in SCORED if not title.startswith("SF ")), slots])
 
 
-def superb_score(scores: Scores, lowest: Mapping[str, float], highest: Mapping[str, float]) -> float | None:
-    """1000 times the mean over tasks of how far a model is from `lowest` (0) to `highest` (1), as the leaderboard has
-    it (arXiv 2210.08634): from log mel filter banks to the best model."""
-    if any(title not in scores for title in SCORED):
-        return None
+def superb_score(means: Mapping[str, float], lowest: Mapping[str, float], highest: Mapping[str, float]) -> float:
+    """The leaderboard's score (arXiv 2210.08634): 1000 times the mean over tasks of the position of a value
+    between `lowest` (0) and `highest` (1)."""
+    positions = {title: (means[title] - lowest[title]) / (highest[title] - lowest[title]) for title in SCORED}
+    return 1000 * mean_over_tasks(positions)
 
-    def share(title: str) -> float:
-        return (statistics.mean(scores[title]) - lowest[title]) / (highest[title] - lowest[title])
 
-    shares = {title: share(title) for title in SCORED}
-    slots = (shares.pop("SF F1") + shares.pop("SF CER")) / 2
-    return 1000 * statistics.mean([*shares.values(), slots])
+def totals(scores: Scores, ends: Mapping[str, Mapping[str, float]] | None = None) -> dict[str, float]:
+    """What a model is worth on all tasks, by title; nothing if a task is missing.
+
+    `mean` is over tasks, errors as 100 - error. `overall` is that of the papers, over the eleven metrics: slot filling
+    counts twice. `SUPERB score` needs the `lowest` and `highest` values of the leaderboard in `ends`.
+    """
+    if any(not scores.get(title) for title in SCORED):
+        return {}
+    means = {title: statistics.mean(scores[title]) for title in SCORED}
+    values = {title: higher_is_better_score(title, mean) for title, mean in means.items()}
+    found = {"mean": mean_over_tasks(values), "overall": statistics.mean(values.values())}
+    return found | ({"SUPERB score": superb_score(means, ends["lowest"], ends["highest"])} if ends else {})
 
 
 def rows_of(scores: Mapping[str, Scores], published: bool) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table."""
-    known = json.loads(PUBLISHED.read_text()) if published else {"models": {}}
+    """Header and cells of the table.
+
+    Args:
+        published: whether the published rows and the leaderboard's score belong to it.
+    """
+    known = json.loads(PUBLISHED.read_text(encoding="utf-8")) if published else {"models": {}}
     everything: dict[str, Scores] = {
         f"{name} (published)": {title: [value] for title, value in row.items()}
         for name, row in known["models"].items()
     } | dict(scores)
     titles = [title for title in TITLES if any(title in row for row in everything.values())]
-    header = ["model", *(f"{title} {'↑' if TITLES[title] else '↓'}" for title in titles), "mean"]
-    header += ["SUPERB score"] if published else []
+    summary = ["mean", "overall", *(["SUPERB score"] if published else [])]
+    header = ["model", *(f"{title} {'↑' if TITLES[title] else '↓'}" for title in titles), *summary]
     rows = []
     for name, row in everything.items():
-        cells = [name, *(summary(row.get(title, [])) for title in titles)]
-        totals = [overall(row)] + ([superb_score(row, known["lowest"], known["highest"])] if published else [])
-        rows.append([*cells, *("" if total is None else f"{total:.1f}" for total in totals)])
+        found = totals(row, known if published else None)
+        cells = [mean_and_deviation(row.get(title, []), 2) for title in titles]
+        rows.append([name, *cells, *(f"{found[title]:.1f}" if found else "" for title in summary)])
     return header, rows
 
 
-def summary(values: Sequence[float]) -> str:
-    """Mean and deviation over seeds."""
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
-
-
-def plot(scores: Mapping[str, Scores], file: Path) -> None:
-    """A bar for each model in a panel for each metric, the higher the better."""
+def plot_scores(scores: Mapping[str, Scores], file: Path) -> None:
+    """A bar for each model and metric, the higher the better, with the deviation over seeds."""
     titles = [title for title in TITLES if any(title in row for row in scores.values())]
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.1 * len(titles) + 2), 4))
+    figure, (axes,) = new_figure(size=(max(6.0, 1.1 * len(titles) + 2), 4))
     width, at = 0.8 / len(scores), np.arange(len(titles))
     for number, (name, row) in enumerate(scores.items()):
-        means = [goodness(title, statistics.mean(row[title])) if title in row else np.nan for title in titles]
+        means = [
+            higher_is_better_score(title, statistics.mean(row[title])) if title in row else np.nan for title in titles
+        ]
         spread = [statistics.stdev(row[title]) if len(row.get(title, [])) > 1 else 0.0 for title in titles]
         axes.bar(at + (number - (len(scores) - 1) / 2) * width, means, width, yerr=spread, label=name)
     axes.set_xticks(at, [title if TITLES[title] else f"100 - {title}" for title in titles], rotation=30)
     axes.set(ylabel="%", ylim=(0, 100))
-    axes.grid(axis="y", alpha=0.3)
+    axes.grid(visible=False, axis="x")
     axes.legend(fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.18))
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, file)
 
 
 def write_report(output_dir: Path, variant: str | None, published: bool) -> str:
     """Writes `table.md`, `table.csv` and `table.png` of all results in `output_dir`, and returns the first."""
     scores = read_scores(output_dir, variant)
     header, rows = rows_of(scores, published)
-    table = "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
-    (output_dir / "table.md").write_text(table + "\n", encoding="utf-8")
-    with (output_dir / "table.csv").open("w", encoding="utf-8", newline="") as file:
+    table = markdown_table(header, rows)
+    write_text(output_dir / "table.md", table + "\n")
+    with (
+        whole_file(output_dir / "table.csv") as unfinished,
+        unfinished.open("w", encoding="utf-8", newline="") as file,
+    ):
         csv.writer(file).writerows([header, *rows])
-    plot(scores, output_dir / "table.png")
+    plot_scores(scores, output_dir / "table.png")
     return table
