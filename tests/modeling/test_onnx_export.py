@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import answer, noise, tiny_model
+from conftest import answer, assert_close, noise, tiny_model
 from transformers import AutoConfig
 
 from modeling_lighthubert import LightHubertForCTC, LightHubertModel, SearchSpace, onnx_export
@@ -53,7 +53,7 @@ def test_answers_are_those_of_torch_for_twenty_lengths_and_three_batch_sizes(exp
         if found.ndim == 3:
             kept = (torch.arange(found.shape[1]) < frames[:, None]).numpy()
             found, expected = found[kept], expected[kept]
-        np.testing.assert_allclose(found, expected, atol=1e-4 * max(1, expected.std()))
+        assert_close(found, expected)
 
 
 def test_a_folder_has_the_configuration_and_nothing_half_written(exported):

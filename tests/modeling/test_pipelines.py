@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import TWO_DEEP, noise, run_without_package, tiny_config, tiny_model
+from conftest import TWO_DEEP, assert_close, noise, run_without_package, tiny_config, tiny_model
 from transformers import AutoModelForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor, pipeline
 from transformers.utils import is_torchaudio_available
 
@@ -187,9 +187,7 @@ def test_a_classified_batch_is_classified_like_its_recordings(classifier):
     for answer, recording in zip(together, recordings, strict=True):
         alone = classifier(recording)
         assert [entry["label"] for entry in answer] == [entry["label"] for entry in alone]
-        np.testing.assert_allclose(
-            [entry["score"] for entry in answer], [entry["score"] for entry in alone], atol=2e-5
-        )
+        assert_close([entry["score"] for entry in answer], [entry["score"] for entry in alone])
 
 
 def test_another_sampling_rate_is_resampled_or_refused_by_the_classifier(classifier):
@@ -248,7 +246,7 @@ def test_pipelines_answer_alike_without_the_package(folders, remote, form):
     classifier = pipeline("audio-classification", model=str(folders / f"classifier-{form}"), device="cpu")
     for ours, theirs in zip(classifier(speech(12)), remote[form]["labels"], strict=True):
         assert ours["label"] == theirs["label"]
-        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-6)
+        assert_close(theirs["score"], ours["score"])
 
 
 def test_a_cut_recogniser_transcribes_like_the_selected_subnet(remote):
@@ -270,6 +268,6 @@ def test_frames_of_padding_are_blanks_because_a_pipeline_reads_them_too():
     together = model(**inputs).logits
     for row, waveform in enumerate(waveforms):
         alone = model(**extractor(waveform, sampling_rate=16_000, return_tensors="pt")).logits[0]
-        torch.testing.assert_close(together[row, : len(alone)], alone, rtol=1e-4, atol=1e-4)
+        assert_close(together[row, : len(alone)], alone)
         assert (together[row, len(alone) :].argmax(dim=-1) == model.config.pad_token_id).all()
         assert (alone.argmax(dim=-1) != model.config.pad_token_id).any()
