@@ -41,7 +41,7 @@ from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
 from lighthubert_training.distillation.step import evaluate
 from lighthubert_training.runs.distributed import build_accelerator
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from lighthubert_training.runs.plots import new_figure, save_figure
 from lighthubert_training.runs.tables import markdown_table
 from lighthubert_training.sampling import draw_subnets
@@ -70,13 +70,8 @@ HALF = "half of the channels"
 class NarrowArguments(LearningArguments):
     """What is compared, and for how long."""
 
-    output_dir: str = dataclasses.field(
-        default=str(ROOT / "benchmarks/output/narrow_feature_encoder"),
-        metadata={"help": "Folder for runs and results."},
-    )
-    num_candidates: int = dataclasses.field(
-        default=40, metadata={"help": "Random subnets to choose the best within the budget from."}
-    )
+    output_dir: str = option(str(ROOT / "benchmarks/output/narrow_feature_encoder"), "Folder for runs and results.")
+    num_candidates: int = option(40, "Random subnets to choose the best within the budget from.")
 
 
 class NarrowFeatureEncoders(Learning):
@@ -251,7 +246,7 @@ def plot(narrow: NarrowFeatureEncoders, results: Results, seed: int, path: Path)
     for axes, measure in zip(panels, measures, strict=True):
         axes.plot(1, mean(results, "controls", "teacher", measure), "k*", markersize=11, label="teacher")
         axes.set(xlabel="speed, times that of the teacher", ylabel=labels[measure])
-        axes.margins(x=0.25)
+        axes.margins(x=0.4)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="upper center", ncols=3)
     save_figure(figure, path, rect=(0, 0, 1, 0.93))
 

@@ -14,7 +14,7 @@ import io
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.data.strings import SAMPLING_RATE, read_parquet
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from modeling_lighthubert.errors import UserError, run
 from modeling_lighthubert.files import write_text
 
@@ -69,20 +69,18 @@ EMOTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class StandInArguments:
     """What the data are made of, and how much of them."""
 
-    output_dir: str = field(metadata={"help": "Folder for a folder of data for each task."})
-    train_file: str = field(
-        default=str(ROOT / "demo/speech/train.parquet"),
-        metadata={"help": "Parquet file with the columns audio, text and speaker, for the parts train and dev."},
+    output_dir: str = option(help="Folder for a folder of data for each task.")
+    train_file: str = option(
+        str(ROOT / "demo/speech/train.parquet"),
+        "Parquet file with the columns audio, text and speaker, for the parts train and dev.",
     )
-    test_file: str = field(
-        default=str(ROOT / "demo/speech/test.parquet"),
-        metadata={
-            "help": "Such a file for the test part; speaker identification is tested on known speakers instead."
-        },
+    test_file: str = option(
+        str(ROOT / "demo/speech/test.parquet"),
+        "Such a file for the test part; speaker identification is tested on known speakers instead.",
     )
-    num_train: int = field(default=320, metadata={"help": "Number of training recordings of each task."})
-    num_eval: int = field(default=100, metadata={"help": "Number of recordings of each other part."})
-    seed: int = field(default=0, metadata={"help": "Random seed."})
+    num_train: int = option(320, "Number of training recordings of each task.")
+    num_eval: int = option(100, "Number of recordings of each other part.")
+    seed: int = option(0, "Random seed.")
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ Stand-ins have the structure of SUPERB's data and none of its recordings: scores
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
 
 from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import option, parse_options
 from lighthubert_training.superb.features import FeatureCache, Upstream
 from lighthubert_training.superb.recipes import read_settings, task_names
 from lighthubert_training.superb.report import write_report
@@ -31,39 +31,28 @@ from modeling_lighthubert.errors import run
 class SuperbArguments:
     """What is scored, on what, and how."""
 
-    model_name_or_path: list[str] = field(metadata={"help": "Models that transformers loads, folders or Hub ids."})
-    output_dir: str = field(metadata={"help": "Folder for results."})
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with a folder of data for each task; see configs/superb/README.md."}
+    model_name_or_path: list[str] = option(help="Models that transformers loads, folders or Hub ids.")
+    output_dir: str = option(help="Folder for results.")
+    data_dir: str | None = option(None, "Folder with a folder of data for each task; see configs/superb/README.md.")
+    tasks: list[str] = option(["all"], "Names of tasks, or all.")
+    subnets: list[str] | None = option(
+        None, "Subnets of supernets: names or JSON files, with commas or spaces between."
     )
-    tasks: list[str] = field(default_factory=lambda: ["all"], metadata={"help": "Names of tasks, or all."})
-    subnets: list[str] | None = field(
-        default=None, metadata={"help": "Subnets of supernets: names or JSON files, with commas or spaces between."}
+    variant: str | None = option(
+        None,
+        "Variant of the recipes: lighthubert_base, lighthubert_small or lighthubert_stage1 (the authors'"
+        " learning rates), stand_in (small data).",
     )
-    variant: str | None = field(
-        default=None,
-        metadata={
-            "help": "Variant of the recipes: lighthubert_base, lighthubert_small or lighthubert_stage1 (the authors'"
-            " learning rates), stand_in (small data)."
-        },
+    cache_dir: str | None = option(None, "Folder that keeps features. Default: they are computed whenever needed.")
+    features_dtype: str = option("float32", "Dtype of kept features.", choices=("float32", "float16"))
+    max_unreadable_share: float = option(
+        0.0, "Share of each part that may be unreadable, and is left out. Default: none may."
     )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder that keeps features. Default: they are computed whenever needed."}
-    )
-    features_dtype: str = field(
-        default="float32", metadata={"help": "Dtype of kept features.", "choices": ("float32", "float16")}
-    )
-    max_unreadable_share: float = field(
-        default=0.0,
-        metadata={"help": "Share of each part that may be unreadable, and is left out. Default: none may."},
-    )
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Random seeds: a head for each."})
-    learning_rate: float | None = field(default=None, metadata={"help": "Learning rate in place of the recipe's."})
-    sweep: list[float] | None = field(
-        default=None, metadata={"help": "Learning rates to try; the best on the dev part is tested."}
-    )
-    max_steps: int | None = field(default=None, metadata={"help": "Optimiser steps in place of the recipe's."})
-    device: str | None = field(default=None, metadata={"help": DEVICE_HELP})
+    seeds: list[int] = option([0], "Random seeds: a head for each.")
+    learning_rate: float | None = option(None, "Learning rate in place of the recipe's.")
+    sweep: list[float] | None = option(None, "Learning rates to try; the best on the dev part is tested.")
+    max_steps: int | None = option(None, "Optimiser steps in place of the recipe's.")
+    device: str | None = option(None, DEVICE_HELP)
 
     def __post_init__(self) -> None:
         if self.cache_dir is None and self.features_dtype != "float32":
