@@ -12,7 +12,9 @@ def train(self: Distiller, start: int) -> bool:
     finished, digest = TRAIN(self, start), hashlib.sha256()
     for weight in self.student.state_dict().values():
         digest.update(weight.numpy().tobytes())
-    print(f"weights of rank {self.accelerator.process_index}: {digest.hexdigest()}", flush=True)
+    line = f"weights of rank {self.accelerator.process_index}: {digest.hexdigest()}\n"
+    sys.stdout.write(line)  # in one piece, which print does not promise: processes share the pipe
+    sys.stdout.flush()
     return finished
 
 

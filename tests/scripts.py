@@ -140,21 +140,26 @@ def distillation(workshop: Path, output: str, *options: object) -> list[object]:
     ]
 
 
-def distil(workshop: Path, output: str, *options: object, processes: int = 1) -> Path:
-    """One process is this one: a new one takes seconds to import what it needs."""
-    command = distillation(workshop, output, *options)
-    if processes > 1:
-        run(*command, processes=processes)
-        return workshop / output
+def call(main: Callable[[], object], *command: object) -> None:
+    """Runs the `main` of a script in this process, with its command line: a new process takes seconds to import."""
     AcceleratorState._reset_state(reset_partial_state=True)  # else it is still that of the run before
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", list(map(str, command)))
-            run_distillation.main()
+            main()
     finally:
         torch.set_num_threads(threads)
+
+
+def distil(workshop: Path, output: str, *options: object, processes: int = 1) -> Path:
+    """Distils the teacher of the workshop, and returns the folder of the student."""
+    command = distillation(workshop, output, *options)
+    if processes > 1:
+        run(*command, processes=processes)
+    else:
+        call(run_distillation.main, *command)
     return workshop / output
 
 

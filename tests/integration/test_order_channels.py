@@ -6,21 +6,19 @@ import order_channels
 import pytest
 import torch
 from conftest import answer, assert_close
-from scripts import TRAINING, distil, weights
+from scripts import TRAINING, call, distil, weights
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
 from modeling_lighthubert.errors import UserError
 
 
 @pytest.fixture
-def order(workshop, monkeypatch):
+def order(workshop):
     """Runs the script on the speech of the workshop, three recordings unless told otherwise."""
 
     def run(output, *more) -> None:
         options = ("--train_file", workshop / "speech.parquet", "--output_dir", output, "--num_recordings", 3, *more)
-        words = [TRAINING / "order_channels.py", "--device", "cpu", *options]
-        monkeypatch.setattr("sys.argv", list(map(str, words)))
-        order_channels.main()
+        call(order_channels.main, TRAINING / "order_channels.py", "--device", "cpu", *options)
 
     return run
 

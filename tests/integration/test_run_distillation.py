@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import run_distillation
 import torch
+import yaml
 from conftest import stock_settings
 from hub_server import loopback_hub
 from safetensors.torch import load_file
-from scripts import SPACE, TESTS, TRAINING, distil, distillation, fails, run, weights
+from scripts import SPACE, TESTS, TRAINING, call, distil, distillation, fails, run, weights
 from transformers import (
     AutoModel,
     HubertConfig,
@@ -24,6 +25,10 @@ from transformers import (
 )
 
 from modeling_lighthubert.errors import UserError
+
+
+def losses(output: Path) -> dict[str, float]:
+    return json.loads((output / "eval_results.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +65,17 @@ def test_a_supernet_stores_no_more_width_than_its_space_needs(workshop):
 
 def test_a_student_without_a_search_space_is_one_model(workshop):
     output = workshop / "one-model"
-    run(
-        TRAINING / "run_distillation.py",
-        *("--train_file", workshop / "speech.parquet", "--teacher_name_or_path", workshop / "teacher"),
+    call(
+        run_distillation.main,
+        *(TRAINING / "run_distillation.py", "--teacher_name_or_path", workshop / "teacher"),
+        *("--train_file", workshop / "speech.parquet", "--validation_file", workshop / "speech.parquet"),
         *("--student_name_or_path", "random", "--num_target_layers", 2, "--loss_frames", "all", "--max_steps", 1),
         *("--dataloader_num_workers", 0, "--device", "cpu", "--output_dir", output),
     )
+    assert list(losses(output)) == ["eval_loss_model"]
+    start = load_file(workshop / "teacher" / "model.safetensors")
+    name = "encoder.layers.0.attention.q_proj.weight"
+    assert not torch.allclose(weights(output)[f"hubert.{name}"], start[name], atol=0.01)
     assert AutoModel.from_pretrained(output).search_space is None
 
 
@@ -100,10 +110,6 @@ def test_processes_with_subnets_of_their_own_end_with_one_supernet(workshop, pro
     shared = distil(workshop, f"same-subnets-{processes}", "--max_steps", 3, *options)
     name = "hubert.encoder.layers.0.attention.q_proj.weight"
     assert not torch.equal(weights(workshop / f"own-subnets-{processes}")[name], weights(shared)[name])
-
-
-def losses(output: Path) -> dict[str, float]:
-    return json.loads((output / "eval_results.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -251,11 +257,10 @@ def odd_teachers(workshop) -> Path:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_input_to_distillation_ends_with_its_reason(workshop, odd_teachers, monkeypatch, options, message):
+def test_bad_input_to_distillation_ends_with_its_reason(workshop, odd_teachers, options, message):
     options = [str(option).format(workshop) for option in options]
-    monkeypatch.setattr("sys.argv", list(map(str, distillation(workshop, "bad-input", "--max_steps", 2, *options))))
     with pytest.raises((UserError, FloatingPointError), match=re.escape(message)):
-        run_distillation.main()
+        distil(workshop, "bad-input", "--max_steps", 2, *options)
 
 
 def test_a_mistake_of_the_user_is_one_line_and_exit_status_2(workshop):
@@ -265,10 +270,14 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_status_2(workshop):
     assert message.count("\n") == 1
 
 
-def test_recipes_are_found_by_name(workshop, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["run_distillation.py", "--config", "stage3", "--output_dir", str(workshop / "s")])
-    with pytest.raises(UserError, match="stage3 .*small_budget, stage1, stage2_base, stage2_small"):
-        run_distillation.main()
+def test_recipes_are_found_by_name(workshop):
+    with pytest.raises(UserError, match="--config stage3 .*small_budget, stage1, stage2_base, stage2_small"):
+        distil(workshop, "recipe", "--config", "stage3")
+    nowhere = workshop / "nowhere"
+    with pytest.raises(UserError, match="no student can be made of .*nowhere"):
+        distil(workshop, "by-name", "--config", "stage2_small", "--student_name_or_path", nowhere)
+    options = yaml.safe_load((workshop / "by-name" / "recipe.yaml").read_text())
+    assert (options["feat_extract_norm"], options["max_steps"]) == ("layer", 400000)
 
 
 def test_the_student_is_pushed_to_the_hub_without_its_checkpoints(workshop, monkeypatch):
