@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -190,6 +191,12 @@ class Subnet(JsonValue):
     def layer_windows(self) -> tuple[int | None, ...]:
         """Attention window of each layer, `None` for everything."""
         return self.attention_window or (None,) * self.num_hidden_layers
+
+    @property
+    def num_matrix_weights(self) -> int:
+        """Number of weights of the matrices in the layers: nearly all that subnets differ in."""
+        attention = 4 * self.head_dim * sum(self.num_attention_heads)
+        return self.hidden_size * (attention + 2 * sum(self.intermediate_size))
 
     @property
     def hubert_obstacle(self) -> str | None:
@@ -470,6 +477,40 @@ class SearchSpace(JsonValue):
         ratios = [rng.choice(self.ffn_ratio) for _ in range(depth)]
         conv_dim = self.sample_conv_dim(rng)
         return self._assemble(width, heads, ratios, conv_dim, self.sample_attention_window(depth, rng))
+
+    def sample_by_size(self, rng: random.Random) -> Subnet:
+        """Draws a subnet whose size is uniform between the smallest and the largest.
+
+        With every choice uniform and independent, sizes pile up around those of each width, and the ends are almost
+        never trained. Here a size is drawn first, then one of the widths and depths that can have it. Heads and ratios
+        rise together from least to most, each along its own random path (a binomial quantile of the common level), up
+        to the level at which the size is met. Channels of convolutions and windows hardly change the size and are
+        drawn independently.
+        """
+        size = rng.uniform(self.smallest.num_matrix_weights, self.largest.num_matrix_weights)
+
+        def subnet(width: int, level: float, at_layers: list[tuple[float, float]]) -> Subnet:
+            heads = [_quantile(self.num_attention_heads, level, at) for at, _ in at_layers]
+            ratios = [_quantile(self.ffn_ratio, level, at) for _, at in at_layers]
+            return self._assemble(width, heads, ratios, None, None)
+
+        def distance(width: int, depth: int) -> float:
+            least, most = (subnet(width, level, [(0.5, 0.5)] * depth).num_matrix_weights for level in (0.0, 1.0))
+            return max(least - size, size - most, 0.0)
+
+        shapes = {shape: distance(*shape) for shape in product(self.hidden_size, self.num_hidden_layers)}
+        nearest = min(shapes.values())
+        width, depth = rng.choice([shape for shape, gap in shapes.items() if gap == nearest])
+        at_layers = [(rng.random(), rng.random()) for _ in range(depth)]
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            too_small = subnet(width, middle, at_layers).num_matrix_weights < size
+            low, high = (middle, high) if too_small else (low, middle)
+        candidates = [subnet(width, level, at_layers) for level in (low, high)]
+        drawn = min(candidates, key=lambda candidate: abs(candidate.num_matrix_weights - size))
+        conv_dim = self.sample_conv_dim(rng)
+        return replace(drawn, conv_dim=conv_dim, attention_window=self.sample_attention_window(depth, rng))
 
     def sample_conv_dim(self, rng: random.Random) -> tuple[int, ...] | None:
         """Draws channels of all convolutions, each way to choose them as likely as the others."""

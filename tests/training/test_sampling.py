@@ -5,7 +5,7 @@ import random
 import pytest
 from conftest import NARROW, SIX_DEEP, TWO_DEEP, WINDOWED
 
-from lighthubert_training.sampling import draw_subnets, evaluation_subnets, num_matrix_weights, sample_by_size
+from lighthubert_training.sampling import draw_subnets, evaluation_subnets, num_matrix_weights
 from modeling_lighthubert import SearchSpace
 
 
@@ -53,20 +53,20 @@ def test_sizes_are_uniform_between_the_ends(space):
     least, most = num_matrix_weights(space.smallest), num_matrix_weights(space.largest)
     fifths = [0] * 5
     for _ in range(1000):
-        subnet = sample_by_size(space, rng)
+        subnet = space.sample_by_size(rng)
         assert subnet in space
-        fifths[min(4, int(5 * (num_matrix_weights(subnet) - least) / (most - least)))] += 1
+        fifths[min(4, int(5 * (subnet.num_matrix_weights - least) / (most - least)))] += 1
     assert all(100 < count < 300 for count in fifths), fifths
 
 
 @pytest.mark.parametrize(("space", "part"), [(NARROW, "conv_dim"), (WINDOWED, "attention_window")])
 def test_sizes_leave_convolutions_and_windows_to_chance(space, part):
     rng = random.Random(0)
-    drawn = [sample_by_size(space, rng) for _ in range(100)]
+    drawn = [space.sample_by_size(rng) for _ in range(100)]
     assert all(subnet in space for subnet in drawn)
     assert len({getattr(subnet, part) for subnet in drawn}) > 10
 
 
 def test_a_size_counts_the_matrices_of_the_layers():
     subnet = SearchSpace.small().named["a_small"]
-    assert num_matrix_weights(subnet) == 12 * (4 * 384 * 384 + 2 * 384 * 1536)
+    assert subnet.num_matrix_weights == 12 * (4 * 384 * 384 + 2 * 384 * 1536)
