@@ -16,7 +16,8 @@ from modeling_lighthubert import Subnet
 
 
 NUM_PROPOSALS = 100
-"""Proposals in a row that may be known already; after them, everything that the budget allows counts as measured."""
+"""Bred subnets in a row that may be measured already. After them as many are drawn at random, and if those are
+measured too, everything that the budget allows counts as measured."""
 NUM_RIVALS = 8
 """Least number of evaluations that one is compared with, before it is stopped for being worse than their median."""
 
@@ -88,10 +89,11 @@ class Search:
         parents = self.selection.get_parent_population(self.study, generation)
         subnets = [self.evaluations[number].subnet for number in sorted(parent.number for parent in parents)]
         rng = random.Random(f"{self.seed}-{len(self.ledger)}")
-        for _ in range(NUM_PROPOSALS):
-            subnet = self.candidates.child(subnets, rng) if subnets else self.candidates.draw(rng)
-            if (number := self.ledger.claim(subnet, self.num_evaluations)) is not None:
-                return number, subnet
+        for number in range(2 * NUM_PROPOSALS):
+            breeds = subnets and number < NUM_PROPOSALS
+            subnet = self.candidates.child(subnets, rng) if breeds else self.candidates.draw(rng)
+            if (claimed := self.ledger.claim(subnet, self.num_evaluations)) is not None:
+                return claimed, subnet
         return None
 
     def measure(self, number: int, subnet: Subnet) -> None:
