@@ -83,6 +83,16 @@ def _check_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
+def _quantile(choices: tuple[T, ...], level: float, at: float) -> T:
+    """Entry of `choices` at the quantile `at` of a binomial distribution with success probability `level`."""
+    trials, cumulated = len(choices) - 1, 0.0
+    for successes in range(trials):
+        cumulated += math.comb(trials, successes) * level**successes * (1 - level) ** (trials - successes)
+        if at < cumulated:
+            return choices[successes]
+    return choices[-1]
+
+
 class JsonValue(ABC):
     """JSON for a frozen dataclass of numbers and tuples."""
 

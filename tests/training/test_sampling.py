@@ -5,7 +5,7 @@ import random
 import pytest
 from conftest import NARROW, SIX_DEEP, TWO_DEEP, WINDOWED
 
-from lighthubert_training.sampling import draw_subnets, evaluation_subnets, num_matrix_weights
+from lighthubert_training.sampling import draw_subnets, evaluation_subnets
 from modeling_lighthubert import SearchSpace
 
 
@@ -50,7 +50,7 @@ def test_evaluations_measure_the_named_subnets_and_the_same_random_ones_every_ti
 def test_sizes_are_uniform_between_the_ends(space):
     """Each fifth of the range gets a fifth of 1000 draws, up to chance; independent choices leave the ends empty."""
     rng = random.Random(0)
-    least, most = num_matrix_weights(space.smallest), num_matrix_weights(space.largest)
+    least, most = space.smallest.num_matrix_weights, space.largest.num_matrix_weights
     fifths = [0] * 5
     for _ in range(1000):
         subnet = space.sample_by_size(rng)

@@ -24,9 +24,9 @@ def draw_subnets(
     Args:
         search_space: `None` for a student that is one model; then the only entry is `None`.
         sampling: `"largest"` (stage 1), `"uniform"` (`num_random` at random, each choice independent: with one of
-            them, stage 2 of the paper), `"uniform_size"` (the same, by `SearchSpace.sample_by_size`), or `"sandwich"` (smallest,
-            `num_random` by `"uniform"`, and the largest last; from slimmable networks, arXiv 1903.05134, not in the
-            paper).
+            them, stage 2 of the paper), `"uniform_size"` (the same, by `SearchSpace.sample_by_size`), or `"sandwich"`
+            (smallest, `num_random` by `"uniform"`, and the largest last; from slimmable networks, arXiv 1903.05134,
+            not in the paper).
         num_random: number of random subnets in a step.
         process_index: draws for this process alone. By default all processes draw the same.
 
