@@ -1,40 +1,51 @@
 """`lighthubert`, the console command: one verb for each thing that a user does, which runs the script of that job.
 
-What the verbs import is heavy, and is imported when one of them runs.
+The scripts import heavy packages, and are loaded when their verb runs.
 """
 
 import runpy
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """A verb of the command.
+
+    Attributes:
+        target: name of a script, or of a module of the library.
+        extras: what has to be installed for it.
+    """
+
+    target: str
+    help: str
+    extras: str = ""
 
 
 VERBS = {
-    "convert": ("modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch", "Convert a checkpoint of the authors."),
-    "order": ("order_channels.py", "Make a supernet, its most important channels, heads and FFN units first."),
-    "distill": ("run_distillation.py", "Distil a HuBERT-like teacher into a supernet."),
-    "search": ("run_subnet_search.py", "Find the best subnet of a supernet for a budget."),
-    "profile": ("modeling_lighthubert.profiling", "Show parameters, MACs and latency of a subnet."),
-    "superb": ("run_superb.py", "Score frozen models on the ten tasks of SUPERB."),
-    "finetune": ("run_speech_recognition_ctc.py", "Fine-tune a subnet, or a supernet once for all, with CTC."),
-    "transcribe": ("transcribe.py", "Transcribe recordings, or a live stream."),
-    "export": ("modeling_lighthubert.export", "Export a subnet: a cut model, a stock HuBERT, or an ONNX file."),
-    "push": ("push_subnet.py", "Publish a subnet on the Hub, with its card."),
-}  # fmt: skip
-"""What each verb runs, a script or a module, and its help; in the order in which a user meets them."""
+    "convert": Verb(
+        "modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch",
+        "Convert a checkpoint of LightHuBERT's authors.",
+    ),
+    "profile": Verb("modeling_lighthubert.profiling", "Show parameters, MACs and latency of a subnet."),
+    "distill": Verb("run_distillation.py", "Distil a HuBERT-like teacher into a supernet.", "train"),
+    "order": Verb("order_channels.py", "Put the most important channels, heads and FFN units first.", "train"),
+    "search": Verb("run_subnet_search.py", "Find the best subnet of a supernet for a budget.", "train,search"),
+    "superb": Verb("run_superb.py", "Score frozen models on the ten tasks of SUPERB.", "train,superb"),
+    "finetune": Verb("run_speech_recognition_ctc.py", "Fine-tune a subnet, or all of them, with CTC.", "train"),
+    "transcribe": Verb("transcribe.py", "Transcribe recordings, or a live stream.", "train"),
+    "export": Verb("modeling_lighthubert.export", "Export a subnet: cut model, stock HuBERT or ONNX file."),
+    "push": Verb("push_subnet.py", "Publish a subnet on the Hub, with its card.", "train"),
+}
+"""In the order in which a user meets them."""
 
 
 def usage() -> str:
     """What `lighthubert --help` prints."""
-    lines = [f"  {verb:<12}{text}" for verb, (_, text) in VERBS.items()]
-    return "\n".join(
-        [
-            "usage: lighthubert [--help] [--version] VERB ...",
-            "",
-            *lines,
-            "",
-            "`lighthubert VERB --help` lists its options.",
-        ]
+    verbs = "\n".join(f"  {name:<12}{verb.help}" for name, verb in VERBS.items())
+    return (
+        f"usage: lighthubert [--help] [--version] VERB ...\n\n{verbs}\n\n`lighthubert VERB --help` lists its options."
     )
 
 
@@ -44,20 +55,29 @@ def find_script(name: str) -> Path:
     return installed if installed.exists() else Path(__file__).parents[1] / name
 
 
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main() -> None:
     """Runs the verb that the command line names, as if its script had been called."""
-    words = sys.argv[1:]
-    if not words or words[0] in ("--help", "-h"):
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in ("--help", "-h"):
         print(usage())
-    elif words[0] == "--version":
+    elif name == "--version":
         print(f"lighthubert {version('lighthubert-transformers')}")
-    elif words[0] not in VERBS:
-        print(f"error: lighthubert has no verb {words[0]!r}: choose from {', '.join(VERBS)}", file=sys.stderr)
-        sys.exit(2)
+    elif name not in VERBS:
+        fail(f"lighthubert has no verb {name!r}: choose from {', '.join(VERBS)}")
     else:
-        target, _ = VERBS[words[0]]
-        sys.argv = [f"lighthubert {words[0]}", *words[1:]]
-        if target.endswith(".py"):
-            runpy.run_path(str(find_script(target)), run_name="__main__")
-        else:
-            runpy.run_module(target, run_name="__main__", alter_sys=False)
+        verb, sys.argv = VERBS[name], [f"lighthubert {name}", *words]
+        try:
+            if verb.target.endswith(".py"):
+                runpy.run_path(str(find_script(verb.target)), run_name="__main__")
+            else:
+                runpy.run_module(verb.target, run_name="__main__")
+        except ModuleNotFoundError as error:
+            if not verb.extras:
+                raise
+            extras = f"pip install 'lighthubert-transformers[{verb.extras}]'"
+            fail(f"lighthubert {name} needs {error.name}, which is not installed: {extras}")
