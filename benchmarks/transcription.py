@@ -73,7 +73,7 @@ def fine_tune(train_file: str, output: Path, steps: int) -> Path:
 
 def make_recording(file: str, minutes: int) -> tuple[list[np.ndarray], list[str]]:
     """Utterances of speakers who take turns of a minute, until there are `minutes` of them, and their texts."""
-    strings = join_words(single_words(file), 20 * minutes, random.Random(1), num_words=(1, 12), pause=PAUSE)
+    strings = join_words(single_words(file), max(200, 20 * minutes), random.Random(1), num_words=(1, 12), pause=PAUSE)
     by_speaker = defaultdict(list)
     for row in strings:
         by_speaker[row["speaker"]].append((load_waveform(row["audio"], SAMPLING_RATE), row["text"]))
