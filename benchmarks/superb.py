@@ -39,7 +39,7 @@ from modeling_lighthubert.loading import load_model
 CONTROL = "random weights"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SuperbBenchmarkArguments(SpeechArguments):
     """What is scored, and on what: the stand-ins are made of single words."""
 
