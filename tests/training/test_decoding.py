@@ -183,7 +183,7 @@ def test_files_of_another_kind_are_refused(alphabet, arpa, tmp_path):
 
 
 def test_a_model_or_tokenizer_that_beam_search_cannot_use_is_refused(alphabet, arpa):
-    with pytest.raises(UserError, match="no token that separates them .* decode greedily"):
+    with pytest.raises(UserError, match="no token that separates words .* decode greedily"):
         BeamSearch(Alphabet(alphabet.blank, None, alphabet.letters), arpa)
     with pytest.raises(UserError, match="the model knows 5 tokens, the tokenizer more"):
         BeamSearch(alphabet, arpa)(ambiguous()[:, :5])

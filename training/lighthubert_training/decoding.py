@@ -1,8 +1,8 @@
 """From the logits of a recording to words with times: a decoder, `greedy` or a `BeamSearch`, chooses a token for each
-frame, the path, and `words_of` reads the words from it.
-"""
+frame, the path, and `words_of` reads the words from it."""
 
 import importlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +68,8 @@ class Alphabet:
         vocabulary = tokenizer.get_vocab()
         delimiter = vocabulary.get(tokenizer.word_delimiter_token)
         special = {*tokenizer.all_special_ids, tokenizer.pad_token_id, delimiter}
-        lower = getattr(tokenizer, "do_lower_case", False)
-        letters = {
-            index: token.lower() if lower else token for token, index in vocabulary.items() if index not in special
-        }
+        case = str.lower if getattr(tokenizer, "do_lower_case", False) else str
+        letters = {index: case(token) for token, index in vocabulary.items() if index not in special}
         return cls(tokenizer.pad_token_id, delimiter, letters)
 
 
@@ -91,27 +89,15 @@ def words_of(
         first_frame: of the recording that `path` begins with.
     """
     starts = np.flatnonzero(np.diff(path, prepend=-1)).tolist()
-    words: list[Word] = []
-    letters: list[str] = []
-    peaks: list[np.float32] = []
-    first, last = 0, 0
-
-    def end_word() -> None:
+    runs = [(int(path[start]), start, end) for start, end in zip(starts, [*starts[1:], len(path)])]
+    words = []
+    for _, group in itertools.groupby(runs, key=lambda run: run[0] == alphabet.delimiter):
+        letters = [run for run in group if run[0] in alphabet.letters]
         if letters:
-            begin, end = ((first_frame + frame) * seconds_per_frame for frame in (first, last))
-            words.append(Word("".join(letters), begin, end, float(np.exp(peaks).mean())))
-        letters.clear()
-        peaks.clear()
-
-    for start, end in zip(starts, [*starts[1:], len(path)]):
-        token = int(path[start])
-        if token == alphabet.delimiter:
-            end_word()
-        elif token in alphabet.letters:
-            first, last = (first if letters else start), end
-            letters.append(alphabet.letters[token])
-            peaks.append(log_probs[start:end, token].max())
-    end_word()
+            begin, end = ((first_frame + frame) * seconds_per_frame for frame in (letters[0][1], letters[-1][2]))
+            peaks = [log_probs[start:stop, token].max() for token, start, stop in letters]
+            text = "".join(alphabet.letters[token] for token, *_ in letters)
+            words.append(Word(text, begin, end, float(np.exp(peaks).mean())))
     return words
 
 
@@ -147,16 +133,11 @@ class BeamSearch:
         self.flashlight = optional_module("flashlight.lib.text.decoder", "decode", "beam search with a language model")
         self.alphabet, self.beam_width = alphabet, beam_width
         self.lm_weight, self.word_score = lm_weight, word_score
-        if self.alphabet.delimiter is None:
-            raise UserError(
-                "beam search is over words, and the tokenizer has no token that separates them (word_delimiter_token):"
-                " decode greedily"
-            )
+        if alphabet.delimiter is None:
+            raise UserError("the tokenizer has no token that separates words (word_delimiter_token): decode greedily")
         for path in (lm_path, lexicon_path):
             if path is not None and not Path(path).is_file():
-                raise UserError(
-                    f"{path} is no file: give an n-gram model (ARPA or KenLM), a lexicon as a list of words"
-                )
+                raise UserError(f"{path} is no file: give an n-gram model (ARPA or KenLM), a lexicon as list of words")
         words = read_unigrams(lm_path) if lexicon_path is None else read_words(lexicon_path)
         self.decoder = self._build(str(lm_path), self._spell(words, lexicon_path or lm_path))
 
@@ -180,33 +161,29 @@ class BeamSearch:
             language_model = kenlm.KenLM(lm_path, dictionary)
         except RuntimeError as error:
             raise UserError(f"{lm_path} is no n-gram model, ARPA or KenLM: {error}") from error
-        trie = self.flashlight.Trie(max(self.alphabet.letters) + 1, self.alphabet.delimiter)
+        flashlight, alphabet = self.flashlight, self.alphabet
+        trie = flashlight.Trie(max(alphabet.letters) + 1, alphabet.delimiter)
         beginning = language_model.start(False)
         for word, spelling in spellings.items():
             index = dictionary.get_index(word)
-            trie.insert([*spelling, self.alphabet.delimiter], index, language_model.score(beginning, index)[1])
-        trie.smear(self.flashlight.SmearingMode.MAX)
-        options = self.flashlight.LexiconDecoderOptions(
+            trie.insert([*spelling, alphabet.delimiter], index, language_model.score(beginning, index)[1])
+        trie.smear(flashlight.SmearingMode.MAX)
+        options = flashlight.LexiconDecoderOptions(
             beam_size=self.beam_width,
-            beam_size_token=len(self.alphabet.letters) + 2,
+            beam_size_token=len(alphabet.letters) + 2,
             beam_threshold=self.BEAM_THRESHOLD,
             lm_weight=self.lm_weight,
             word_score=self.word_score,
             unk_score=-np.inf,
             sil_score=0.0,
             log_add=False,
-            criterion_type=self.flashlight.CriterionType.CTC,
+            criterion_type=flashlight.CriterionType.CTC,
         )
-        alphabet = self.alphabet
-        return self.flashlight.LexiconDecoder(
-            options, trie, language_model, alphabet.delimiter, alphabet.blank, unknown, [], False
-        )
+        tokens = (alphabet.delimiter, alphabet.blank, unknown)
+        return flashlight.LexiconDecoder(options, trie, language_model, *tokens, [], False)
 
     def __call__(self, log_probs: np.ndarray) -> np.ndarray:
-        """
-        Raises:
-            UserError: fewer logits than the tokenizer has letters.
-        """
+        """The path (see `Decoder`). Raises `UserError` where there are fewer logits than the tokenizer has letters."""
         num_frames, vocab_size = log_probs.shape
         if vocab_size <= max(self.alphabet.letters):
             raise UserError(f"the model knows {vocab_size} tokens, the tokenizer more: they do not belong together")
@@ -222,11 +199,7 @@ class BeamSearch:
 
 
 def read_unigrams(lm_path: str | Path) -> list[str]:
-    """The words of a language model in ARPA format.
-
-    Raises:
-        UserError: another format.
-    """
+    """The words of a language model in ARPA format. Another format raises `UserError`."""
     words, inside = [], False
     with Path(lm_path).open(encoding="utf-8", errors="replace") as lines:
         if next(lines, "").strip() != "\\data\\":
