@@ -109,7 +109,8 @@ def test_processes_with_subnets_of_their_own_end_with_one_supernet(workshop, pro
     options = ("--per_device_train_batch_size", 2 * processes)
     shared = distil(workshop, f"same-subnets-{processes}", "--max_steps", 3, *options)
     name = "hubert.encoder.layers.0.attention.q_proj.weight"
-    assert not torch.equal(weights(workshop / f"own-subnets-{processes}")[name], weights(shared)[name])
+    own = weights(workshop / f"own-subnets-{processes}")
+    assert (own[name] - weights(shared)[name]).abs().max() > 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def distiller(accelerator, tmp_path) -> Distiller:
         **{"sampling": "sandwich", "max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2},
         **{"eval_steps": 3, "logging_steps": 2, "dataloader_num_workers": 0},
     )
-    student = tiny_student()
+    student = tiny_student(hidden_dropout=0.1).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     rows = [{"audio": {"bytes": encoded(TONE[: 4000 + 400 * at], format="WAV"), "path": None}} for at in range(4)]
     common = (arguments, undecoded(rows), "audio", DistillationCollator(EXTRACTOR, EXTRACTOR, 400), accelerator)
