@@ -31,19 +31,11 @@ from modeling_lighthubert.errors import UserError, run
 from modeling_lighthubert.files import write_text
 
 
-ROOT = Path(__file__).resolve().parent.parent
+SPEECH = Path(__file__).resolve().parent / "speech"
 PHONES = {
-    "zero": "Z IH R OW",
-    "one": "W AH N",
-    "two": "T UW",
-    "three": "TH R IY",
-    "four": "F AO R",
-    "five": "F AY V",
-    "six": "S IH K S",
-    "seven": "S EH V AH N",
-    "eight": "EY T",
-    "nine": "N AY N",
-}
+    "zero": "Z IH R OW", "one": "W AH N", "two": "T UW", "three": "TH R IY", "four": "F AO R", "five": "F AY V",
+    "six": "S IH K S", "seven": "S EH V AH N", "eight": "EY T", "nine": "N AY N",
+}  # fmt: skip
 """Of the digits, as in the CMU dictionary."""
 DIGITS = tuple(PHONES)
 KEYWORDS = DIGITS[:8]
@@ -70,14 +62,8 @@ class StandInArguments:
     """What the data are made of, and how much of them."""
 
     output_dir: str = option(help="Folder for a folder of data for each task.")
-    train_file: str = option(
-        str(ROOT / "demo/speech/train.parquet"),
-        "Parquet file with the columns audio, text and speaker, for the parts train and dev.",
-    )
-    test_file: str = option(
-        str(ROOT / "demo/speech/test.parquet"),
-        "Such a file for the test part; speaker identification is tested on known speakers instead.",
-    )
+    train_file: str = option(str(SPEECH / "train.parquet"), "Parquet file with the columns audio, text and speaker.")
+    test_file: str = option(str(SPEECH / "test.parquet"), "Such a file, of other speakers, for the test parts.")
     num_train: int = option(320, "Number of training recordings of each task.")
     num_eval: int = option(100, "Number of recordings of each other part.")
     seed: int = option(0, "Random seed.")
@@ -203,8 +189,7 @@ def write_part(folder: Path, name: str, rows: Sequence[Row]) -> None:
         soundfile.write(file, row["audio"] / loudest, SAMPLING_RATE, format="FLAC")
         encoded.append(row | {"audio": {"bytes": file.getvalue(), "path": None}})
     folder.mkdir(parents=True, exist_ok=True)
-    dataset = Dataset.from_list(encoded).cast_column("audio", Audio(decode=False))
-    dataset.to_parquet(folder / f"{name}.parquet")
+    Dataset.from_list(encoded).cast_column("audio", Audio(decode=False)).to_parquet(folder / f"{name}.parquet")
 
 
 def write_table(file: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -277,8 +262,7 @@ def main() -> None:
     write_part(output / "er", "train", [emotion(train) for _ in range(arguments.num_train)])
     write_verification(output / "asv", train, dev, test, arguments)
     write_queries(output / "qbe", dev, test, arguments)
-    lexicon = "".join(f"{word} {phones}\n" for word, phones in PHONES.items())
-    write_text(output / "pr/lexicon.txt", lexicon)
+    write_text(output / "pr/lexicon.txt", "".join(f"{word} {phones}\n" for word, phones in PHONES.items()))
     write_text(output / "asr/lm.arpa", language_model())
     print(f"stand-ins for ten tasks are in {output}")
 

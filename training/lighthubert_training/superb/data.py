@@ -44,16 +44,12 @@ class Part:
         return Part(name or self.name, [self.rows[index] for index in indices], self.audio.select(indices))
 
     def readable(self, max_unreadable_share: float) -> "Part":
-        """The recordings that can be decoded, all of which are.
-
-        Raises:
-            UserError: more than the share given cannot be.
-        """
+        """The recordings that can be decoded, all of which are. More than the share given end the run."""
         speech = SpeechDataset(self.audio, "audio", SAMPLING_RATE, labels=range(len(self)))
         recordings = map(speech.__getitem__, range(len(self)))
         kept = [each.labels for each in Unreadable(max_unreadable_share, len(self)).readable(recordings)]
-        left_out = {str(self.rows[index].get("id")) for index in set(range(len(self))) - set(kept)}
-        return replace(self.select(kept), left_out=frozenset(left_out))
+        others = set(range(len(self))) - set(kept)
+        return replace(self.select(kept), left_out=frozenset(str(self.rows[index].get("id")) for index in others))
 
 
 @dataclass(frozen=True)
@@ -124,16 +120,16 @@ class TaskData:
         rows = load_dataset("csv", data_files=str(file), split="train")
         if missing := {*parts, *labels} - set(rows.column_names):
             raise UserError(f"{file} has the columns {rows.column_names}, and lacks {', '.join(sorted(missing))}")
-        known = {column: {str(row["id"]): at for at, row in enumerate(part.rows)} for column, part in parts.items()}
+        known = {
+            column: dict.fromkeys(part.left_out, -1) | {str(row["id"]): at for at, row in enumerate(part.rows)}
+            for column, part in parts.items()
+        }
         pairs = []
         for row in rows.to_list():
-            if any(str(row[column]) in part.left_out for column, part in parts.items()):
-                continue
-            for column, part in parts.items():
-                if str(row[column]) not in known[column]:
-                    raise UserError(
-                        f"{self.settings.task}: {file.name} names {row[column]}, which the {part.name} part lacks"
-                    )
-            positions = [known[column][str(row[column])] for column in parts]
-            pairs.append((*positions, *(int(row[label]) for label in labels)))
+            try:
+                positions = [known[column][str(row[column])] for column in parts]
+            except KeyError as error:
+                raise UserError(f"{self.settings.task}: {file.name} names {error}, which its part lacks") from error
+            if -1 not in positions:
+                pairs.append((*positions, *(int(row[label]) for label in labels)))
         return pairs

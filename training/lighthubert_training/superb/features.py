@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel, SequenceFeatureExtractor
 
-from lighthubert_training.data.recordings import SpeechDataset, Unreadable, durations
+from lighthubert_training.data.audio import duration
+from lighthubert_training.data.recordings import SpeechDataset, Unreadable
 from modeling_lighthubert.errors import UserError, user_error
 from modeling_lighthubert.files import whole_file
 from modeling_lighthubert.loading import SubnetLike, load_cut_model
@@ -55,13 +56,7 @@ class Upstream:
     def from_pretrained(
         cls, model_name_or_path: str, subnet: SubnetLike | None = None, device: str | torch.device | None = None
     ) -> "Upstream":
-        """
-        Args:
-            subnet: of a supernet: see `modeling_lighthubert.loading.parse_subnet`. Default: the selected one.
-
-        Raises:
-            UserError: no model that transformers loads, one without hidden states, or no such subnet.
-        """
+        """A checkpoint, or a subnet that is cut out of it: see `load_cut_model`, also for what is raised."""
         model = load_cut_model(model_name_or_path, subnet, head=AutoModel, device=device)
         with user_error(f"{model_name_or_path} has no feature extractor: "):
             extractor = AutoFeatureExtractor.from_pretrained(model_name_or_path)
@@ -171,22 +166,21 @@ class FeatureDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.speech)
 
-    @cached_property
-    def seconds(self) -> list[float]:
-        """Of each recording, from its header."""
-        return durations(self.speech)
+    def seconds(self, index: int) -> float:
+        """Length of a recording, from its header."""
+        return duration(self.speech.encoded(index))
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """
-        Raises:
-            UserError: the recording cannot be read, or is shorter than a frame.
-        """
         if self.cache is None:
             return self._compute(index)
         kept = self.cache.read(self.keys[index])
         return self.cache.write(self.keys[index], self._compute(index)) if kept is None else kept
 
     def _compute(self, index: int) -> torch.Tensor:
+        """
+        Raises:
+            UserError: the recording cannot be read, or is shorter than a frame.
+        """
         recording = self.speech[index]
         if recording.waveform is None:
             Unreadable(0.0, len(self)).add(recording.name, recording.problem)
@@ -195,7 +189,7 @@ class FeatureDataset(torch.utils.data.Dataset):
             return self.upstream(recording.waveform)
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"{recording.name} ({self.seconds[index]:.3f} s) gives no features: {error}. Mend it, or leave it out"
+                f"{recording.name} ({self.seconds(index):.3f} s) gives no features: {error}. Mend it, or leave it out"
                 " of the data"
             ) from error
 
@@ -208,6 +202,10 @@ class FeatureDataset(torch.utils.data.Dataset):
         return hashlib.sha256(content).hexdigest()
 
 
+Features = dict[str, FeatureDataset]
+"""Of each part of a task."""
+
+
 def fill_cache(parts: Sequence[FeatureDataset], accelerator: Accelerator) -> None:
     """Computes the features that the cache lacks of all `parts`, split among processes. Says first how large they are.
 
@@ -217,7 +215,7 @@ def fill_cache(parts: Sequence[FeatureDataset], accelerator: Accelerator) -> Non
     cache = parts[0].cache
     if cache is not None:
         missing = [(part, at) for part in parts for at, key in enumerate(part.keys) if not cache.file(key).exists()]
-        needed = cache.bytes_for(sum(part.seconds[at] for part, at in missing))
+        needed = cache.bytes_for(sum(part.seconds(at) for part, at in missing))
         cache.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache.folder).free
         accelerator.print(

@@ -44,19 +44,6 @@ def mean_over_frames(features: torch.Tensor, lengths: torch.Tensor) -> torch.Ten
     return (features * mask).sum(dim=1) / lengths[:, None]
 
 
-class UtteranceClassifier(nn.Module):
-    """Projection, mean over frames, and a linear layer: logits (batch_size, num_labels); those of several labels are
-    concatenated."""
-
-    def __init__(self, hidden_size: int, num_labels: int, projector_size: int):
-        super().__init__()
-        self.projector = nn.Linear(hidden_size, projector_size)
-        self.classifier = nn.Linear(projector_size, num_labels)
-
-    def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        return self.classifier(mean_over_frames(self.projector(features), lengths))
-
-
 class FrameClassifier(nn.Module):
     """Projection and a linear layer: logits (batch_size, num_frames, num_labels)."""
 
@@ -67,6 +54,14 @@ class FrameClassifier(nn.Module):
 
     def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.projector(features))
+
+
+class UtteranceClassifier(FrameClassifier):
+    """The same with the mean over frames between: logits (batch_size, num_labels); those of several labels are
+    concatenated."""
+
+    def forward(self, features: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.classifier(mean_over_frames(self.projector(features), lengths))
 
 
 class RecurrentLayer(nn.Module):

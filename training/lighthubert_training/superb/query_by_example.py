@@ -19,13 +19,14 @@ from tqdm.auto import tqdm
 
 from lighthubert_training.masks import frame_mask
 from lighthubert_training.superb.data import TaskData
-from lighthubert_training.superb.features import FeatureDataset
+from lighthubert_training.superb.features import FeatureDataset, Features
 from lighthubert_training.superb.metrics import maximum_term_weighted_value
 
 
 SHORTEST_QUERY = 5
 """Frames; shorter queries are not searched for."""
 DOCUMENTS_AT_ONCE = 64
+States = Sequence[torch.Tensor] | FeatureDataset
 
 
 class QueryByExample:
@@ -39,14 +40,14 @@ class QueryByExample:
     def __init__(self, data: TaskData):
         names = [f"{part}_{kind}" for part in ("dev", "test") for kind in ("queries", "documents")]
         self.parts = {name: data.part(name, ("id",)) for name in names}
-        self.relevant: dict[str, np.ndarray] = {}
+        self.relevant = {}
         for name in ("dev", "test"):
             queries, documents = self.parts[f"{name}_queries"], self.parts[f"{name}_documents"]
             self.relevant[name] = np.zeros((len(queries), len(documents)), dtype=bool)
             for query, document in data.pairs(f"{name}_pairs", {"query": queries, "document": documents}):
                 self.relevant[name][query, document] = True
 
-    def scores(self, features: dict[str, FeatureDataset], accelerator: Accelerator) -> dict[str, Any]:
+    def scores(self, features: Features, accelerator: Accelerator) -> dict[str, Any]:
         """`mtwv` of the `test` and of the `dev` part, and the `layer` that is best on the latter. Processes split the
         documents, and return the same."""
 
@@ -62,10 +63,7 @@ class QueryByExample:
 
 
 def detection_scores(
-    queries: Sequence[torch.Tensor] | FeatureDataset,
-    documents: Sequence[torch.Tensor] | FeatureDataset,
-    layers: Sequence[int],
-    accelerator: Accelerator,
+    queries: States, documents: States, layers: Sequence[int], accelerator: Accelerator
 ) -> np.ndarray:
     """How likely each query is in each document, by each of `layers`: (num_layers, num_queries, num_documents).
 

@@ -18,7 +18,7 @@ class TaskSettings:
     """How a task is trained and measured.
 
     Attributes:
-        data: instructions for a user: which corpus to get, and how its files have to look.
+        data: which corpus to get, and how its files have to look, in words for a user.
         hub: `dataset`, `config`, and the split of each part, if the Hub has the corpus in files that need no script.
         eval_steps: steps between evaluations on the dev part.
         max_seconds: longer training recordings are cropped at random.

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from lighthubert_training.superb.data import Part, TaskData
-from lighthubert_training.superb.features import FeatureCache, FeatureDataset, Upstream, fill_cache
+from lighthubert_training.superb.features import FeatureCache, FeatureDataset, Features, Upstream, fill_cache
 from lighthubert_training.superb.query_by_example import QueryByExample
 from lighthubert_training.superb.recipes import TaskSettings
 from lighthubert_training.superb.tasks import TASKS, Task
@@ -20,21 +20,14 @@ from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.files import write_json
 
 
-Features = dict[str, FeatureDataset]
-"""Of each part of a task."""
-
-
 @dataclass
 class Scoring:
-    """Scores one frozen model.
+    """Scores one frozen model, and leaves `MODEL/TASK/seed-SEED/result.json` in `output_dir`.
 
     Attributes:
-        output_dir: folder of results: `MODEL/TASK/seed-SEED/result.json`.
         data_dir, max_unreadable_share: see `TaskData`.
-        cache: where features are kept. Default: nowhere.
-        seeds: a head is trained for each.
-        sweep: learning rates to try, in place of the one in the settings; the best on the dev part is tested.
-        variant: of the recipes, for the results.
+        sweep: learning rates to try in place of that of the settings; the best on the dev part is tested.
+        variant: of the recipes, a fact for the results.
     """
 
     upstream: Upstream

@@ -4,7 +4,7 @@ was killed and resumed or not."""
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from lighthubert_training.runs.distributed import sum_gradients
-from lighthubert_training.superb.features import FeatureDataset
+from lighthubert_training.superb.features import Features
 from lighthubert_training.superb.heads import Downstream, spans_masked
 from lighthubert_training.superb.tasks import Task
 from modeling_lighthubert.files import whole_file
@@ -46,21 +46,14 @@ class HeadTraining:
     """
 
     def __init__(
-        self,
-        task: Task,
-        features: Mapping[str, FeatureDataset],
-        folder: Path,
-        accelerator: Accelerator,
-        setting: Mapping[str, Any],
+        self, task: Task, features: Features, folder: Path, accelerator: Accelerator, setting: dict[str, Any]
     ):
         self.task, self.settings, self.upstream, self.features = task, task.settings, task.upstream, features
         self.folder, self.accelerator, self.seed = folder, accelerator, setting["seed"]
         set_seed(self.seed)
         self.downstream = Downstream(self.upstream.num_layers, task.build_head()).to(accelerator.device)
         self.optimizer = torch.optim.Adam(self.downstream.parameters(), lr=self.settings.learning_rate)
-        self.step = 0
-        self.best: dict[str, Any] | None = None
-        self.history: list[dict[str, float]] = []
+        self.step, self.best, self.history = 0, dict[str, Any](), list[dict[str, float]]()
         self.setting = json.dumps(setting, sort_keys=True)
 
     def run(self) -> dict[str, Any]:
@@ -88,7 +81,6 @@ class HeadTraining:
         bar.close()
         if not is_main:
             return {}
-        assert self.best is not None  # the last step ends with an evaluation
         self.downstream.load_state_dict(self.best["head"])
         test = self.task.scores(self.outputs("test"), self.task.parts["test"])
         return {"test": test, "dev": self.best["scores"], "step": self.best["step"], "history": self.history}
@@ -157,7 +149,7 @@ class HeadTraining:
         step."""
         scores = self.task.scores(self.outputs("dev"), self.task.parts["dev"])
         self.history.append({"step": self.step, "loss": loss, **scores})
-        if self.best is None or self.task.selection_score(scores) > self.task.selection_score(self.best["scores"]):
+        if not self.best or self.task.selection_score(scores) > self.task.selection_score(self.best["scores"]):
             head = {name: tensor.detach().cpu().clone() for name, tensor in self.downstream.state_dict().items()}
             self.best = {"scores": scores, "step": self.step, "head": head}
 

@@ -60,13 +60,7 @@ class Task(ABC):
     def loss(
         self, head: nn.Module, outputs: torch.Tensor, lengths: torch.Tensor, rows: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Mean over recordings, a scalar.
-
-        Args:
-            outputs: of the head.
-            lengths: true frames, (batch_size).
-            rows: labels of each recording.
-        """
+        """Mean over recordings of the loss of the head's `outputs`, a scalar; `rows` are labels of each recording."""
 
     @abstractmethod
     def scores(self, outputs: Sequence[torch.Tensor], part: Part) -> dict[str, float]:

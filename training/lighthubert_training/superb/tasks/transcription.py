@@ -1,7 +1,7 @@
 """Tasks that write down what is said, with CTC: phones, characters, and characters with slots."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +38,9 @@ class Transcription(Task):
     def units_of(self, row: Mapping[str, Any]) -> list[str]:
         """The units of the transcript of a recording."""
 
-    @abstractmethod
     def text_of(self, units: Sequence[str]) -> str:
         """Units as words with spaces between."""
+        return " ".join(units)
 
     def loss(self, head, outputs, lengths, rows) -> torch.Tensor:
         targets = [torch.tensor([self.unit_ids[unit] for unit in self.units_of(row)]) for row in rows]
@@ -71,9 +71,6 @@ class PhoneRecognition(Transcription):
         except KeyError as error:
             raise UserError(f"{self.settings.task}: the word {error} is not in lexicon.txt") from error
 
-    def text_of(self, units) -> str:
-        return " ".join(units)
-
     def build_head(self) -> nn.Module:
         return FrameClassifier(self.upstream.hidden_size, len(self.units), self.settings.projector_size)
 
@@ -94,16 +91,10 @@ class CharacterRecognition(Transcription):
         return " ".join("".join(units).replace("|", " ").split())
 
     def build_head(self) -> nn.Module:
-        settings = self.settings
         return RecurrentClassifier(
-            self.upstream.hidden_size,
-            len(self.units),
-            settings.lstm_size,
-            num_layers=2,
-            bidirectional=True,
-            projector_size=settings.projector_size,
-            dropout=settings.dropout,
-        )
+            self.upstream.hidden_size, len(self.units), self.settings.lstm_size, num_layers=2, bidirectional=True,
+            projector_size=self.settings.projector_size, dropout=self.settings.dropout,
+        )  # fmt: skip
 
 
 class SpeechRecognition(CharacterRecognition):
@@ -113,25 +104,22 @@ class SpeechRecognition(CharacterRecognition):
 
     def prepare(self) -> None:
         super().prepare()
-        self.decoder: Callable[[torch.Tensor], str] | None = None
-        lm_path = self.data.folder / "lm.arpa"
-        if lm_path.exists():
-            delimiter = self.unit_ids["|"]
-            letters = {index: unit for index, unit in enumerate(self.units) if index > delimiter}
-            search = BeamSearch(Alphabet(blank=0, delimiter=delimiter, letters=letters), lm_path)
+        lm_path, delimiter = self.data.folder / "lm.arpa", self.unit_ids["|"]
+        letters = {index: unit for index, unit in enumerate(self.units) if index > delimiter}
+        self.search = BeamSearch(Alphabet(0, delimiter, letters), lm_path) if lm_path.exists() else None
 
-            def decode(logits: torch.Tensor) -> str:
-                log_probs = logits.float().log_softmax(dim=-1).numpy()
-                return text_of(words_of(search(log_probs), log_probs, search.alphabet, 1.0))
-
-            self.decoder = decode
+    def with_language_model(self, logits: torch.Tensor) -> str:
+        """The text that beam search finds."""
+        assert self.search is not None
+        log_probs = logits.float().log_softmax(dim=-1).numpy()
+        return text_of(words_of(self.search(log_probs), log_probs, self.search.alphabet, 1.0))
 
     def scores(self, outputs, part) -> dict[str, float]:
         references = [" ".join(row["text"].split()) for row in part.rows]
-        found = {"wer": word_error_rate(references, list(map(self.greedy, outputs)))}
-        if part.name == "test" and self.decoder is not None:
-            found["wer_lm"] = word_error_rate(references, list(map(self.decoder, outputs)))
-        return found
+        decoders = {"wer": self.greedy}
+        if part.name == "test" and self.search is not None:
+            decoders["wer_lm"] = self.with_language_model
+        return {name: word_error_rate(references, list(map(decode, outputs))) for name, decode in decoders.items()}
 
 
 class SlotFilling(CharacterRecognition):
@@ -144,9 +132,5 @@ class SlotFilling(CharacterRecognition):
         return [unit for number, word in enumerate(words) for unit in (["|", *word] if number else word)]
 
     def scores(self, outputs, part) -> dict[str, float]:
-        references = [" ".join(row["text"].split()) for row in part.rows]
-        hypotheses = list(map(self.greedy, outputs))
-        return {
-            "slot_f1": slot_f1(references, hypotheses),
-            "slot_value_cer": slot_value_error_rate(references, hypotheses),
-        }
+        texts = [" ".join(row["text"].split()) for row in part.rows], list(map(self.greedy, outputs))
+        return {"slot_f1": slot_f1(*texts), "slot_value_cer": slot_value_error_rate(*texts)}
