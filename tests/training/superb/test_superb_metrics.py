@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from lighthubert_training.error_rates import word_error_rate
 from lighthubert_training.superb.metrics import (
     FALSE_ALARM_WEIGHT,
     Turn,
@@ -97,20 +96,6 @@ def test_diarization_errors_of_recordings_count_by_their_seconds():
 def test_silence_has_no_diarization_error_rate():
     with pytest.raises(ValueError, match="nobody speaks"):
         diarization_error_rate([[]], [[Turn("0", 0, 1)]], [1.0])
-
-
-@pytest.mark.parametrize(
-    ("references", "hypotheses", "expected"),
-    [
-        (["one two three"], ["one two three"], 0.0),
-        (["one two three four"], ["one three five four"], 0.5),
-        (["one two"], [""], 1.0),
-        (["one", "two three four"], ["one", ""], 0.75),
-        (["one"], ["one one one"], 2.0),
-    ],
-)
-def test_word_error_rate(references, hypotheses, expected):
-    assert word_error_rate(references, hypotheses) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

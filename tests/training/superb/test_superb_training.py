@@ -1,0 +1,65 @@
+"""Training of heads: which recordings a step has, and which part of them."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import noise
+
+from lighthubert_training.superb.data import Part, TaskData
+from lighthubert_training.superb.recipes import TaskSettings
+from lighthubert_training.superb.tasks import TASKS
+from lighthubert_training.superb.training import HeadTraining, epoch_order
+
+
+UPSTREAM = SimpleNamespace(
+    num_layers=2, hidden_size=4, sampling_rate=16_000, samples_per_frame=320, seconds_per_frame=0.02
+)
+
+
+@pytest.fixture
+def training(tmp_path) -> HeadTraining:
+    """Of ten recordings of 30 frames, in batches of three, cropped to 20 frames."""
+    part = Part("train", [{"label": str(number)} for number in range(10)], None)
+    settings = TaskSettings("ks", "", batch_size=3, max_seconds=0.4)
+    task = TASKS["ks"](TaskData(settings), {"train": part}, UPSTREAM)
+    features = {"train": [noise(2, 30, 4, seed=number) for number in range(10)]}
+    return HeadTraining(task, features, tmp_path, Accelerator(cpu=True), {"seed": 5})
+
+
+def test_an_epoch_is_in_an_order_of_its_own_that_is_drawn_once(training):
+    epoch_order.cache_clear()
+    epochs = [[training.indices(step) for step in range(first, first + 3)] for first in (0, 3)]
+    assert epoch_order.cache_info().misses == 2
+    for epoch in epochs:
+        assert [len(indices) for indices in epoch] == [3, 3, 3]
+        assert len(set(sum(epoch, []))) == 9
+    assert epochs[0] != epochs[1]
+    order = random.Random("5-1").sample(range(10), 10)
+    assert epochs[1] == [order[:3], order[3:6], order[6:9]]
+    assert training.indices(1) == epochs[0][1]
+
+
+def test_recordings_are_cropped_alike_whatever_process_they_fall_to(training):
+    whole = training.features["train"][3]
+    crops = [training.crop(3, random.Random(seed)) for seed in ("0-0-3", "0-0-3", "0-1-3")]
+    firsts = [row["first_frame"] for _, row in crops]
+    assert firsts[0] == firsts[1] != firsts[2]
+    for states, row in crops:
+        assert states.shape[1] == 20 and row["label"] == "3"
+        assert torch.equal(states, whole[:, row["first_frame"] : row["first_frame"] + 20])
+
+
+def test_the_head_that_is_best_on_the_dev_part_is_kept_the_first_of_equals(training):
+    training.task.parts["dev"] = training.task.parts["train"]
+    training.outputs = lambda part: []
+    given = iter([0.5, 0.75, 0.75, 0.25])
+    training.task.scores = lambda outputs, part: {"accuracy": next(given)}
+    for step in range(4):
+        training.step = step
+        training.downstream.weighted_sum.weights.data.fill_(step)
+        training.evaluate(loss=0.0)
+    assert (training.best["step"], training.best["scores"]) == (1, {"accuracy": 0.75})
+    assert training.best["head"]["weighted_sum.weights"].tolist() == [1, 1]
