@@ -19,17 +19,11 @@ from transformers import HfArgumentParser, Wav2Vec2FeatureExtractor, get_schedul
 
 from lighthubert_training.cards.supernet import write_supernet_card
 from lighthubert_training.data.collators import DistillationCollator
-from lighthubert_training.data.recordings import Unreadable
 from lighthubert_training.data.sources import DataArguments, load_speech
 from lighthubert_training.distillation.arguments import DistillationArguments, ObjectiveArguments
-from lighthubert_training.distillation.loaders import build_eval_loader, build_train_loader
+from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.loop import Distiller, compile_layers, prepare_output
-from lighthubert_training.distillation.teacher import (
-    Teacher,
-    build_teacher,
-    check_frame_rates,
-    check_same_feature_encoder,
-)
+from lighthubert_training.distillation.teacher import Teacher, build_teacher, check_feature_encoder, check_frame_rates
 from lighthubert_training.runs.distributed import build_accelerator
 from lighthubert_training.runs.hub import push_folder
 from lighthubert_training.runs.log import RunLog
@@ -96,9 +90,8 @@ def save_student(distiller: Distiller, feature_extractor: Wav2Vec2FeatureExtract
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        (DistillationArguments, ObjectiveArguments, DataArguments), description=__doc__.splitlines()[0]
-    )
+    kinds = (DistillationArguments, ObjectiveArguments, DataArguments)
+    parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
     arguments, objective, data_arguments = parsed = parse_options(parser, "distillation")
     recipe = {name: value for options in parsed for name, value in asdict(options).items()}
     accelerator = build_accelerator(
@@ -116,7 +109,7 @@ def main() -> None:
     student = build_student(arguments, teacher)
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     if arguments.share_feature_encoder:
-        check_same_feature_encoder(student, teacher)
+        check_feature_encoder(student, teacher)
         extractor = teacher_extractor
     check_frame_rates(student, teacher, (extractor, teacher_extractor))
     collator = DistillationCollator(extractor, teacher_extractor, student.base_model.samples_per_first_frame)
@@ -138,8 +131,6 @@ def main() -> None:
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
 
-    column = data_arguments.audio_column_name
-    unreadable, eval_unreadable = (Unreadable(data_arguments.max_unreadable_share) for _ in range(2))
     distiller = Distiller(
         arguments=arguments,
         student=student,
@@ -147,14 +138,9 @@ def main() -> None:
         optimizer=optimizer,
         scheduler=scheduler,
         accelerator=accelerator,
-        loader=build_train_loader(
-            arguments, train_data, column, collator, accelerator, unreadable, state["step"], state["sampler"]
-        ),
-        eval_loader=eval_data
-        and build_eval_loader(arguments, eval_data, column, collator, accelerator, eval_unreadable),
+        loader=SpeechLoader(arguments, data_arguments, train_data, collator, accelerator, state),
+        eval_loader=eval_data and SpeechLoader(arguments, data_arguments, eval_data, collator, accelerator, None),
         sampling_rate=extractor.sampling_rate,
-        unreadable=unreadable,
-        eval_unreadable=eval_unreadable,
         log=RunLog(accelerator, arguments.logging_steps, state["log"]),
         recipe=recipe,
     )

@@ -8,9 +8,9 @@ from speech import RATE, TONE, broken_speech, encoded, undecoded
 from transformers import Wav2Vec2FeatureExtractor
 
 from lighthubert_training.data.collators import DistillationCollator
-from lighthubert_training.data.recordings import Unreadable
+from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.distillation.arguments import DistillationArguments
-from lighthubert_training.distillation.loaders import build_eval_loader, build_train_loader
+from lighthubert_training.distillation.loaders import SpeechLoader
 from modeling_lighthubert.errors import UserError
 
 
@@ -34,11 +34,14 @@ def arguments(**options) -> DistillationArguments:
     return DistillationArguments("output", "teacher", dataloader_num_workers=0, **options)
 
 
-def train_batches(accelerator, options, count: int, start: int = 0, unreadable=None, data=None) -> list[dict]:
-    loader = build_train_loader(
-        *(arguments(**options), data or tones(), "audio", COLLATOR, accelerator),
-        *(unreadable or Unreadable(0.0), start, None),
-    )
+def build(accelerator, start: int | None, max_unreadable_share: float = 0.0, data=None, **options) -> SpeechLoader:
+    data_arguments = DataArguments(max_unreadable_share=max_unreadable_share)
+    state = None if start is None else {"step": start, "sampler": None}
+    return SpeechLoader(arguments(**options), data_arguments, data or tones(), COLLATOR, accelerator, state)
+
+
+def train_batches(accelerator, options, count: int, start: int = 0) -> list[dict]:
+    loader = build(accelerator, start, **options)
     return [batch for batch, _ in zip(loader, range(count))]
 
 
@@ -61,28 +64,17 @@ def test_seconds_and_crops_bound_a_batch(accelerator):
 
 
 def test_evaluation_reads_every_recording_once_and_the_same_every_time(accelerator):
-    loader = build_eval_loader(
-        *(arguments(per_device_train_batch_size=4), tones(), "audio", COLLATOR, accelerator, Unreadable(0.0))
-    )
+    loader = build(accelerator, None, per_device_train_batch_size=4)
     first, second = list(loader), list(loader)
     assert [item for batch in first for item in batch["items"].tolist()] == [[0, index] for index in range(10)]
     for batch, again in zip(first, second, strict=True):
         assert torch.equal(batch["input_values"], again["input_values"])
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_recordings_without_a_header_are_counted_before_the_first_batch(accelerator, training):
-    data, unreadable = broken_speech().audio, Unreadable(0.1)
-
-    def build(unreadable: Unreadable) -> None:
-        common = (arguments(), data, "audio", COLLATOR, accelerator, unreadable)
-        if training:
-            build_train_loader(*common, 0, None)
-        else:
-            build_eval_loader(*common)
-
-    build(unreadable)
+@pytest.mark.parametrize("start", [0, None], ids=["training", "evaluation"])
+def test_recordings_without_a_header_are_counted_before_the_first_batch(accelerator, start):
+    unreadable = build(accelerator, start, 0.1, broken_speech().audio).unreadable
     assert unreadable.names == {"tone-7.flac"}
     assert unreadable.num_recordings == 10
     with pytest.raises(UserError, match="1 of 10 recordings cannot be read"):
-        build(Unreadable(0.05))
+        build(accelerator, start, 0.05, broken_speech().audio)

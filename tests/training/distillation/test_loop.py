@@ -15,10 +15,10 @@ from tiny_distillation import tiny_student, tiny_teacher
 from transformers import Wav2Vec2FeatureExtractor
 
 from lighthubert_training.data.collators import DistillationCollator
-from lighthubert_training.data.recordings import Unreadable
+from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.distillation.arguments import DistillationArguments
-from lighthubert_training.distillation.loaders import build_eval_loader, build_train_loader
-from lighthubert_training.distillation.loop import Distiller, mean_by_class, prepare_output, stop_on_sigterm
+from lighthubert_training.distillation.loaders import SpeechLoader
+from lighthubert_training.distillation.loop import Distiller, prepare_output, stop_on_sigterm
 from lighthubert_training.runs.checkpoints import checkpoint_damage
 from lighthubert_training.runs.log import RunLog
 from modeling_lighthubert.errors import UserError
@@ -44,8 +44,8 @@ def distiller(accelerator, tmp_path) -> Distiller:
     student = tiny_student(hidden_dropout=0.1).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     rows = [{"audio": {"bytes": encoded(TONE[: 4000 + 400 * at], format="WAV"), "path": None}} for at in range(4)]
-    common = (arguments, undecoded(rows), "audio", DistillationCollator(EXTRACTOR, EXTRACTOR, 400), accelerator)
-    unreadable, eval_unreadable = Unreadable(0.5), Unreadable(0.5)
+    collator = DistillationCollator(EXTRACTOR, EXTRACTOR, 400)
+    common = (arguments, DataArguments(max_unreadable_share=0.5), undecoded(rows), collator, accelerator)
     return Distiller(
         arguments=arguments,
         student=student,
@@ -53,11 +53,9 @@ def distiller(accelerator, tmp_path) -> Distiller:
         optimizer=accelerator.prepare_optimizer(optimizer),
         scheduler=torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=4),
         accelerator=accelerator,
-        loader=build_train_loader(*common, unreadable, 0, None),
-        eval_loader=build_eval_loader(*common, eval_unreadable),
+        loader=SpeechLoader(*common, {"step": 0, "sampler": None}),
+        eval_loader=SpeechLoader(*common, None),
         sampling_rate=16_000,
-        unreadable=unreadable,
-        eval_unreadable=eval_unreadable,
         log=RunLog(accelerator, arguments.logging_steps),
         recipe={"seed": 0},
     )
@@ -68,13 +66,21 @@ def state(distiller: Distiller) -> dict[str, torch.Tensor]:
 
 
 def next_batches(distiller: Distiller) -> list[dict]:
-    return [next(iter(distiller.readable(distiller.loader, distiller.unreadable)))]
+    return [next(distiller.loader.readable(distiller.loader))]
 
 
-def test_losses_are_averaged_by_class_of_subnet():
-    subnets = [SIX_DEEP.smallest, SIX_DEEP.sample(0), SIX_DEEP.sample(1), SIX_DEEP.largest]
-    assert mean_by_class(SIX_DEEP, subnets, [4.0, 1.0, 2.0, 3.0]) == {"smallest": 4.0, "random": 1.5, "largest": 3.0}
-    assert mean_by_class(None, [None], [4.0]) == {}
+@pytest.mark.parametrize(
+    ("space", "losses", "expected"),
+    [
+        (SIX_DEEP, [4.0, 1.0, 2.0, 3.0], {"loss": 2.5, "loss_smallest": 4.0, "loss_random": 1.5, "loss_largest": 3.0}),
+        (None, [4.0], {"loss": 4.0}),
+    ],
+)
+def test_losses_are_averaged_by_class_of_subnet(distiller, monkeypatch, space, losses, expected):
+    monkeypatch.setattr("lighthubert_training.distillation.loop.training_step", lambda *_: losses)
+    distiller.arguments, distiller.student = replace(distiller.arguments, num_random_subnets=2), tiny_student(space)
+    shown = distiller.step(0, next_batches(distiller))
+    assert {name: value for name, value in shown.items() if "loss" in name} == expected
 
 
 def test_a_step_depends_on_its_number_and_its_batches_only(distiller):
@@ -112,10 +118,10 @@ def test_a_step_without_recordings_logs_no_loss(distiller):
 
 def test_what_cannot_be_read_is_counted_and_left_out(distiller):
     batches = [{"unreadable": [("a.wav", "cut off")]}, {"unreadable": [], "items": torch.zeros(1, 2)}]
-    distiller.unreadable.num_recordings = 4
-    (left,) = distiller.readable(batches, distiller.unreadable)
+    (left,) = distiller.loader.readable(batches)
     assert "items" in left
-    assert distiller.unreadable.names == {"a.wav"}
+    assert distiller.loader.unreadable.names == {"a.wav"}
+    assert not distiller.eval_loader.unreadable.names
 
 
 def test_an_evaluation_is_logged_and_changes_nothing(distiller):

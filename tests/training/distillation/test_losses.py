@@ -6,9 +6,7 @@ import torch
 from conftest import assert_close
 from tiny_distillation import padded_batch, tiny_student, tiny_teacher
 
-from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.losses import (
-    count_frames,
     matching_layers,
     prediction_loss,
     student_loss,
@@ -87,9 +85,3 @@ def test_features_that_are_given_are_not_computed_again():
     batch["input_values"] = torch.zeros_like(batch["input_values"])
     assert torch.equal(student_loss(student, batch, outputs, mask, teacher.objective, features), expected)
     assert not torch.equal(student_loss(student, batch, outputs, mask, teacher.objective), expected)
-
-
-def test_a_loss_counts_masked_frames_or_all():
-    mask = torch.tensor([[True, False, True], [True, False, False]])
-    assert count_frames(ObjectiveArguments(loss_frames="masked"), mask, [3, 2]) == 3
-    assert count_frames(ObjectiveArguments(loss_frames="all"), mask, [3, 2]) == 5

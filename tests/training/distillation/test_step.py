@@ -51,6 +51,14 @@ def test_the_gradient_of_a_sandwich_is_the_mean_over_its_subnets(accelerator):
     assert_same_gradients(gradients(student), expected)
 
 
+def test_a_loss_counts_masked_frames_or_all(accelerator):
+    for loss_frames, probability in (("masked", 0.65), ("all", 0.65), ("all", 0.0)):
+        teacher = tiny_teacher(loss_frames=loss_frames, mask_time_prob=probability)
+        prepared = prepare_batch(tiny_student(), teacher, padded_batch(), 0, accelerator)
+        assert prepared.num_frames == (prepared.mask.sum() if loss_frames == "masked" else 18 + 9)
+        assert 0 < prepared.mask.sum() < 18 + 9 or probability == 0.0
+
+
 @pytest.mark.parametrize("loss_frames", ["masked", "all"])
 def test_accumulated_batches_give_the_gradient_of_one(accelerator, loss_frames):
     student, teacher, batch = tiny_student(), tiny_teacher(loss_frames=loss_frames), padded_batch()

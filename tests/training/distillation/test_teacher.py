@@ -22,8 +22,8 @@ from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.teacher import (
     Teacher,
     build_teacher,
+    check_feature_encoder,
     check_frame_rates,
-    check_same_feature_encoder,
     instance_norm,
     normalise,
 )
@@ -175,10 +175,10 @@ def test_student_and_teacher_have_to_take_the_same_audio():
 def test_a_feature_encoder_is_shared_by_models_that_have_the_same():
     teacher, student = tiny_teacher(), tiny_student(feat_extract_norm="layer", conv_bias=False)
     with pytest.raises(UserError, match="differ in weights"):
-        check_same_feature_encoder(student, teacher)
+        check_feature_encoder(student, teacher)
     student.hubert.feature_extractor.load_state_dict(teacher.model.feature_extractor.state_dict())
-    check_same_feature_encoder(student, teacher)
+    check_feature_encoder(student, teacher)
     with pytest.raises(UserError, match="differ in feat_extract_norm, layers"):
-        check_same_feature_encoder(tiny_student(feat_extract_norm="group"), teacher)
+        check_feature_encoder(tiny_student(feat_extract_norm="group"), teacher)
     with pytest.raises(UserError, match="subnets choose their own part"):
-        check_same_feature_encoder(tiny_student(NARROW), teacher)
+        check_feature_encoder(tiny_student(NARROW), teacher)

@@ -1,12 +1,14 @@
 """Batches of a distillation: of training without end, from any step on, and of held-out speech."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
-from lighthubert_training.data.batches import BatchSampler, RandomAccessSampler, StreamSampler
+from lighthubert_training.data.batches import RandomAccessSampler, StreamSampler
 from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.recordings import (
     NO_HEADER,
@@ -16,70 +18,68 @@ from lighthubert_training.data.recordings import (
     Unreadable,
     durations,
 )
+from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.distillation.arguments import DistillationArguments
 
 
-def read_headers(speech: SpeechDataset, unreadable: Unreadable) -> list[float]:
-    """Seconds of each recording. `unreadable` is told how many there are, and which of them have no header."""
-    seconds, unreadable.num_recordings = durations(speech), len(speech)
-    for index in (index for index, length in enumerate(seconds) if length == 0):
-        unreadable.add(speech.name(index), NO_HEADER)
-    return seconds
+class SpeechLoader(DataLoader):
+    """This process's batches: of training `gradient_accumulation_steps` for each step, without end; of held-out speech
+    every recording once, the same batches every time.
 
+    Args:
+        start: the `step` to begin with and the state of the `sampler` there; `None` for held-out speech.
 
-def build_train_loader(
-    arguments: DistillationArguments,
-    data: Dataset | IterableDataset,
-    audio_column_name: str,
-    collator: DistillationCollator,
-    accelerator: Accelerator,
-    unreadable: Unreadable,
-    start: int,
-    sampler_state: dict[str, Any] | None,
-) -> DataLoader:
-    """This process's batches from step `start` on, without end: `gradient_accumulation_steps` for each step."""
-    accumulated = arguments.gradient_accumulation_steps
-    first = accelerator.process_index * accumulated
-    options = {
-        "batch_size": arguments.per_device_train_batch_size,
-        "max_batch_seconds": arguments.per_device_train_batch_seconds,
-        "crop_seconds": arguments.crop_seconds,
-        "seed": arguments.seed,
-        "slices": range(first, first + accumulated),
-        "num_slices": accelerator.num_processes * accumulated,
-        "start": start,
-    }
-    rate, speech = collator.student_feature_extractor.sampling_rate, None
-    if isinstance(data, IterableDataset):
-        sampler: BatchSampler = StreamSampler(data, audio_column_name, unreadable, sampler_state or None, **options)
-    else:
-        speech = SpeechDataset(data, audio_column_name, rate)
-        sampler = RandomAccessSampler(read_headers(speech, unreadable), **options)
-    return DataLoader(
-        CroppedRecordings(speech, rate, arguments.crop_seconds, arguments.seed),
-        batch_sampler=sampler,
-        collate_fn=collator,
-        num_workers=arguments.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    Attributes:
+        unreadable: the recordings that are left out. Those at hand without a header are there from the beginning.
+    """
 
+    def __init__(
+        self,
+        arguments: DistillationArguments,
+        data_arguments: DataArguments,
+        data: Dataset | IterableDataset,
+        collator: DistillationCollator,
+        accelerator: Accelerator,
+        start: Mapping[str, Any] | None,
+    ):
+        self.device, self.unreadable = accelerator.device, Unreadable(data_arguments.max_unreadable_share)
+        column, rate = data_arguments.audio_column_name, collator.student_feature_extractor.sampling_rate
+        speech, seconds = None, []
+        if isinstance(data, Dataset):
+            speech = SpeechDataset(data, column, rate)
+            seconds, self.unreadable.num_recordings = durations(speech), len(speech)
+            for index in (index for index, length in enumerate(seconds) if length == 0):
+                self.unreadable.add(speech.name(index), NO_HEADER)
+        size, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        process, num_processes = accelerator.process_index, accelerator.num_processes
+        options = {
+            "batch_size": size,
+            "max_batch_seconds": arguments.per_device_train_batch_seconds,
+            "crop_seconds": arguments.crop_seconds,
+            "seed": arguments.seed,
+            "slices": range(process * accumulated, (process + 1) * accumulated),
+            "num_slices": num_processes * accumulated,
+        }
+        sampler: Iterable[list[Item]]
+        if start is None:
+            items = [Item(0, index) for index in range(len(seconds))]
+            sampler = [items[at : at + size] for at in range(0, len(items), size)][process::num_processes]
+        elif isinstance(data, IterableDataset):
+            sampler = StreamSampler(data, column, self.unreadable, start["sampler"], start=start["step"], **options)
+        else:
+            sampler = RandomAccessSampler(seconds, start=start["step"], **options)
+        super().__init__(
+            CroppedRecordings(speech, rate, arguments.crop_seconds, 0 if start is None else arguments.seed),
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
 
-def build_eval_loader(
-    arguments: DistillationArguments,
-    data: Dataset,
-    audio_column_name: str,
-    collator: DistillationCollator,
-    accelerator: Accelerator,
-    unreadable: Unreadable,
-) -> DataLoader:
-    """This process's batches of held-out speech, every time the same."""
-    speech = SpeechDataset(data, audio_column_name, collator.student_feature_extractor.sampling_rate)
-    read_headers(speech, unreadable)
-    items, size = [Item(0, index) for index in range(len(speech))], arguments.per_device_train_batch_size
-    batches = [items[at : at + size] for at in range(0, len(items), size)]
-    return DataLoader(
-        CroppedRecordings(speech, speech.sampling_rate, arguments.crop_seconds, seed=0),
-        batch_sampler=batches[accelerator.process_index :: accelerator.num_processes],
-        collate_fn=collator,
-        num_workers=arguments.dataloader_num_workers,
-    )
+    def readable(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Of `batches` of this loader, those that have a recording, on the device; what cannot be read is counted."""
+        for batch in batches:
+            for name, reason in batch["unreadable"]:
+                self.unreadable.add(name, reason)
+            if "items" in batch:
+                yield send_to_device(batch, self.device)

@@ -1,12 +1,11 @@
-"""The training loop of distillation: steps, evaluations, checkpoints, and an orderly end when the machine is taken
-away.
-"""
+"""The training loop of distillation: steps, evaluations, checkpoints, and an orderly end when it is told to stop."""
 
 import itertools
 import random
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lighthubert_training.data.batches import BatchSampler
-from lighthubert_training.data.recordings import Unreadable
 from lighthubert_training.distillation.arguments import DistillationArguments, check_same_recipe
+from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.step import evaluate, training_step
 from lighthubert_training.distillation.teacher import Teacher
 from lighthubert_training.runs.checkpoints import find_checkpoint, require_no_run, save_checkpoint
@@ -28,26 +25,8 @@ from lighthubert_training.runs.distributed import any_process
 from lighthubert_training.runs.log import RunLog
 from lighthubert_training.runs.options import save_options
 from lighthubert_training.sampling import draw_subnets, evaluation_subnets
-from modeling_lighthubert import LightHubertForPreTraining, SearchSpace, Subnet
+from modeling_lighthubert import LightHubertForPreTraining
 from modeling_lighthubert.errors import UserError
-
-
-def subnet_class(space: SearchSpace | None, subnet: Subnet | None) -> str:
-    """Whether a subnet is one of the two ends: `largest`, `smallest` or `random`."""
-    ends: dict[Subnet | None, str] = {}
-    if space is not None:
-        ends = {space.largest: "largest", space.smallest: "smallest"}
-    return ends.get(subnet, "random")
-
-
-def mean_by_class(
-    space: SearchSpace | None, subnets: Sequence[Subnet | None], losses: Sequence[float]
-) -> dict[str, float]:
-    """Mean loss of each class of subnet that is among `subnets`; of a student that is one model, none."""
-    classes: dict[str, list[float]] = {}
-    for subnet, loss in zip(subnets if space is not None else (), losses):
-        classes.setdefault(subnet_class(space, subnet), []).append(loss)
-    return {name: sum(of_class) / len(of_class) for name, of_class in classes.items()}
 
 
 @contextmanager
@@ -76,10 +55,8 @@ def prepare_output(
     output_dir, resumed = Path(arguments.output_dir), None
     if arguments.resume_from_checkpoint is None:
         require_no_run(output_dir)
-    else:
-        resumed = find_checkpoint(accelerator, arguments.resume_from_checkpoint, output_dir)
-        if resumed is not None:
-            check_same_recipe(recipe, resumed[1]["recipe"])
+    elif resumed := find_checkpoint(accelerator, arguments.resume_from_checkpoint, output_dir):
+        check_same_recipe(recipe, resumed[1]["recipe"])
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         try:
@@ -104,10 +81,9 @@ class Distiller:
     """A student, its teacher, and all that a step needs.
 
     Attributes:
-        loader: this process's batches, without end, from the step on that training begins with.
-        eval_loader: this process's batches of held-out speech, if there is any.
+        loader: batches of training, from the step on that it begins with.
+        eval_loader: batches of held-out speech, if there is any.
         sampling_rate: of the audio in batches, in Hz.
-        unreadable, eval_unreadable: recordings of either loader that are left out.
         recipe: all options of the run, kept in its checkpoints.
     """
 
@@ -117,11 +93,9 @@ class Distiller:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     accelerator: Accelerator
-    loader: DataLoader
-    eval_loader: DataLoader | None
+    loader: SpeechLoader
+    eval_loader: SpeechLoader | None
     sampling_rate: int
-    unreadable: Unreadable
-    eval_unreadable: Unreadable
     log: RunLog
     recipe: dict[str, Any]
 
@@ -134,17 +108,12 @@ class Distiller:
         arguments = self.arguments
         self.student.train()
         batches = iter(self.loader)
-        bar = tqdm(
-            range(start, arguments.max_steps),
-            desc="distilling",
-            initial=start,
-            total=arguments.max_steps,
-            disable=not self.accelerator.is_main_process,
-        )
+        steps, is_hidden = range(start, arguments.max_steps), not self.accelerator.is_main_process
+        bar = tqdm(steps, desc="distilling", initial=start, total=arguments.max_steps, disable=is_hidden)
         with stop_on_sigterm() as stop, bar:
             for step in bar:
                 of_step = itertools.islice(batches, arguments.gradient_accumulation_steps)
-                averages = self.step(step, list(self.readable(of_step, self.unreadable)))
+                averages = self.step(step, list(self.loader.readable(of_step)))
                 bar.set_postfix({name: f"{value:.3g}" for name, value in averages.items()}, refresh=False)
                 done = step + 1
                 eval_loss = self.evaluate(done) if self.is_evaluated(done) else None
@@ -157,14 +126,6 @@ class Distiller:
                 return True
         self.accelerator.print(f"stopped after step {done}: go on with --resume_from_checkpoint latest")
         return False
-
-    def readable(self, batches: Iterable[dict[str, Any]], unreadable: Unreadable) -> Iterator[dict[str, Any]]:
-        """Batches on the device. What cannot be read is added to `unreadable`; a batch of nothing else is left out."""
-        for batch in batches:
-            for name, reason in batch["unreadable"]:
-                unreadable.add(name, reason)
-            if "items" in batch:
-                yield send_to_device(batch, self.accelerator.device)
 
     def step(self, step: int, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
         """One optimiser step.
@@ -196,7 +157,11 @@ class Distiller:
         values: dict[str, float] = {}
         if losses:
             values = {"loss": sum(losses) / len(losses), "grad_norm": float(grad_norm)}
-            values |= {f"loss_{name}": loss for name, loss in mean_by_class(space, subnets, losses).items()}
+            ends = {} if space is None else {space.largest: "largest", space.smallest: "smallest"}
+            by_class = defaultdict(list)
+            for subnet, loss in zip(subnets if space else (), losses):
+                by_class[f"loss_{ends.get(subnet, 'random')}"].append(loss)
+            values |= {name: sum(of_class) / len(of_class) for name, of_class in by_class.items()}
         samples = sum(int(batch["attention_mask"].sum()) for batch in batches)
         seconds = accelerator.num_processes * samples / self.sampling_rate
         return self.log.step(step + 1, values, seconds, float(self.scheduler.get_last_lr()[0]))
@@ -212,7 +177,7 @@ class Distiller:
         losses = evaluate(
             self.student,
             self.teacher,
-            self.readable(self.eval_loader, self.eval_unreadable),
+            self.eval_loader.readable(self.eval_loader),
             evaluation_subnets(self.student.search_space, self.arguments.num_eval_subnets),
             self.accelerator,
             self.arguments.share_feature_encoder,
@@ -223,12 +188,7 @@ class Distiller:
         """Writes a checkpoint after so many steps."""
         sampler = self.loader.batch_sampler
         assert isinstance(sampler, BatchSampler)
-        state = {
-            "recipe": self.recipe,
-            "eval_loss": eval_loss,
-            "log": self.log.state_dict(),
-            "sampler": sampler.state_dict(step),
-        }
-        save_checkpoint(
-            self.accelerator, Path(self.arguments.output_dir), step, state, self.arguments.save_total_limit
-        )
+        state = {"recipe": self.recipe, "eval_loss": eval_loss}
+        state |= {"log": self.log.state_dict(), "sampler": sampler.state_dict(step)}
+        output_dir, limit = Path(self.arguments.output_dir), self.arguments.save_total_limit
+        save_checkpoint(self.accelerator, output_dir, step, state, limit)

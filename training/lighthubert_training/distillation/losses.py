@@ -37,11 +37,9 @@ def temporal_relation_loss(student: torch.Tensor, teacher: torch.Tensor, frames:
         student, teacher: (batch_size, num_frames, any width).
         frames: true frames, bool (batch_size, num_frames).
     """
-    similarities = [
-        unit @ unit.transpose(1, 2) for unit in (F.normalize(states.float(), dim=-1) for states in (student, teacher))
-    ]
     pairs = frames[:, :, None] & frames[:, None, :]
-    return F.mse_loss(similarities[0][pairs], similarities[1][pairs])
+    ours, theirs = (F.normalize(states.float(), dim=-1) for states in (student, teacher))
+    return F.mse_loss((ours @ ours.transpose(1, 2))[pairs], (theirs @ theirs.transpose(1, 2))[pairs])
 
 
 def matching_layers(student_layers: Sequence[int], student_depth: int, teacher_depth: int) -> list[int]:
@@ -86,13 +84,3 @@ def student_loss(
         for state, layer in zip(states, layers, strict=True)
     ]
     return loss + objective.temporal_relation_weight * torch.stack(relations).mean()
-
-
-def count_frames(objective: ObjectiveArguments, mask: torch.Tensor, num_frames: Sequence[int]) -> int:
-    """Number of frames of a batch that the loss is a mean over.
-
-    Args:
-        mask: masked frames, bool (batch_size, num_frames).
-        num_frames: of each recording, without padding.
-    """
-    return int(mask.sum()) if objective.loss_frames == "masked" else sum(num_frames)

@@ -1,6 +1,5 @@
 """One optimiser step: the gradient of every subnet of the step, over every accumulated batch and every process; and
-the evaluation, which computes the same losses without gradients.
-"""
+the evaluation, which computes the same losses without gradients."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from lighthubert_training.data.recordings import item_seed
-from lighthubert_training.distillation.losses import count_frames, student_loss
+from lighthubert_training.distillation.losses import student_loss
 from lighthubert_training.distillation.teacher import Teacher, TeacherOutputs
 from lighthubert_training.masks import draw_time_mask, true_lengths
 from lighthubert_training.models import has_fixed_feature_encoder
@@ -67,13 +66,8 @@ def prepare_batch(
     elif has_fixed_feature_encoder(student):
         with torch.no_grad(), accelerator.autocast():
             conv_features = student.hubert.feature_extractor(batch["input_values"])
-    return PreparedBatch(
-        batch,
-        outputs,
-        mask.to(batch["attention_mask"].device),
-        count_frames(objective, mask, num_frames),
-        conv_features,
-    )
+    count = int(mask.sum()) if objective.loss_frames == "masked" else sum(num_frames)
+    return PreparedBatch(batch, outputs, mask.to(batch["attention_mask"].device), count, conv_features)
 
 
 def training_step(
@@ -85,14 +79,13 @@ def training_step(
     seed: int,
     share_feature_encoder: bool = False,
 ) -> list[float]:
-    """Leaves in the student the gradient of the mean loss over `subnets`, and returns the loss of each.
+    """Leaves in the student the gradient of the mean loss over `subnets`.
 
     A loss is a mean over the frames of all batches of all processes: how they are distributed changes nothing.
 
     Args:
         batches: of this process, accumulated.
-        seed: of the masks.
-        share_feature_encoder: use the output of the teacher's feature encoder as that of the student's.
+        seed, share_feature_encoder: of `prepare_batch`.
 
     Returns:
         A loss for each subnet; nothing if there is not one recording in the batches of all processes.

@@ -1,6 +1,5 @@
 """The teacher: a frozen HuBERT-like model, the targets that are made of its outputs, and the checks that a student can
-learn from it.
-"""
+learn from it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -106,11 +105,8 @@ def keeping_outputs(modules: Mapping[int | str, nn.Module]) -> Iterator[dict[int
     kept: dict[int | str, torch.Tensor] = {}
     with ExitStack() as hooks:
         for name, module in modules.items():
-
-            def keep(module: nn.Module, inputs: tuple, output: torch.Tensor, name: int | str = name) -> None:
-                kept[name] = output
-
-            hooks.callback(module.register_forward_hook(keep).remove)
+            hook = module.register_forward_hook(lambda _, inputs, output, name=name: kept.update({name: output}))
+            hooks.callback(hook.remove)
         yield kept
 
 
@@ -130,12 +126,8 @@ def normalise(hidden_states: torch.Tensor, frames: torch.Tensor, norm: str) -> t
 
 
 def instance_norm(hidden_states: torch.Tensor, frames: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """Zero mean and unit variance of every feature over the true `frames` of its recording; zeros elsewhere.
-
-    Args:
-        hidden_states: (batch_size, num_frames, hidden_size).
-        frames: true frames, bool (batch_size, num_frames).
-    """
+    """Zero mean and unit variance of every feature over the true frames of its recording; zeros elsewhere. The
+    arguments are those of `normalise`."""
     weight = frames.unsqueeze(-1).to(hidden_states.dtype)
     count = weight.sum(dim=1, keepdim=True)
     centred = (hidden_states - (hidden_states * weight).sum(dim=1, keepdim=True) / count) * weight
@@ -159,19 +151,12 @@ def build_teacher(
 def check_frame_rates(
     student: LightHubertForPreTraining, teacher: Teacher, extractors: tuple[Wav2Vec2FeatureExtractor, ...]
 ) -> None:
-    """Student and teacher have to take the same audio and make the same number of frames of it.
-
-    Raises:
-        UserError: they do not.
-    """
+    """Raises a `UserError` unless student and teacher take the same audio and make the same number of frames of it."""
     rates = [extractor.sampling_rate for extractor in extractors]
     if len(set(rates)) > 1:
         raise UserError(f"student and teacher take audio at {rates} Hz: they cannot be compared")
-    samples = [16_000, 80_000, 123_456]
-    ours, theirs = (
-        [int(model._get_feat_extract_output_lengths(length)) for length in samples]
-        for model in (student, teacher.model)
-    )
+    samples, models = [16_000, 80_000, 123_456], (student, teacher.model)
+    ours, theirs = ([int(each._get_feat_extract_output_lengths(length)) for length in samples] for each in models)
     if ours != theirs:
         raise UserError(
             f"student and teacher make {ours} and {theirs} frames of {samples} samples: they cannot be compared. Start"
@@ -179,24 +164,17 @@ def check_frame_rates(
         )
 
 
-def check_same_feature_encoder(student: LightHubertForPreTraining, teacher: Teacher) -> None:
-    """To be computed once for both, the convolutions have to be the same.
-
-    Raises:
-        UserError: they are not.
-    """
+def check_feature_encoder(student: LightHubertForPreTraining, teacher: Teacher) -> None:
+    """Raises a `UserError` unless the convolutions are the same and can be computed once for student and teacher."""
     if student.search_space is not None and student.search_space.conv_dim is not None:
         raise UserError(
-            "share_feature_encoder: in this search space subnets choose their own part of the feature encoder, so it"
-            " cannot be computed once for all"
+            "share_feature_encoder: here subnets choose their own part of the feature encoder, so leave it out"
         )
     ours, theirs = (model.feature_extractor.state_dict() for model in (student.hubert, teacher.model))
-    options = ("feat_extract_norm", "feat_extract_activation", "conv_stride")
-    differing = [
-        option
-        for option in options
-        if getattr(student.config, option) != getattr(teacher.model.config, option, getattr(student.config, option))
-    ]
+    differing = []
+    for name in ("feat_extract_norm", "feat_extract_activation", "conv_stride"):
+        if (own := getattr(student.config, name)) != getattr(teacher.model.config, name, own):
+            differing.append(name)
     if ours.keys() != theirs.keys():
         differing.append("layers")
     elif not all(torch.equal(ours[name], theirs[name].to(ours[name].dtype)) for name in ours):
