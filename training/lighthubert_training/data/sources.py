@@ -41,19 +41,11 @@ class DataArguments:
     max_train_samples: int | None = option(None, "Number of recordings to train on, the first ones. Default: all.")
     max_eval_samples: int | None = option(None, "Number of recordings to evaluate on, the first ones. Default: all.")
     min_duration_in_seconds: float = option(0.0, "Shortest duration; shorter recordings are left out.")
-    max_duration_in_seconds: float | None = option(
-        None, "Longest duration; longer recordings are left out as a whole."
-    )
-    min_level_in_db: float | None = option(
-        None, "Lowest RMS level relative to full scale; softer recordings are left out as silent."
-    )
-    preprocessing_num_workers: int | None = option(
-        None, "Number of processes that measure duration and level for these options."
-    )
+    max_duration_in_seconds: float | None = option(None, "Longest duration; longer recordings are left out whole.")
+    min_level_in_db: float | None = option(None, "Lowest RMS level, full scale is 0; softer recordings are left out.")
+    preprocessing_num_workers: int | None = option(None, "Number of processes that measure duration and level.")
     max_unreadable_share: float = option(
-        0.01,
-        "Largest share of the recordings, 0 to 1, that may be unreadable: each is named and left out, and"
-        " more end the run.",
+        0.01, "Largest share of the recordings, 0 to 1, that may be unreadable: each is named; more end the run."
     )
 
 

@@ -34,14 +34,11 @@ class DistillationArguments:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     student_name_or_path: str | None = option(
-        None,
-        "Initial weights of the student: a checkpoint (a teacher, or the result of stage 1), or 'random'."
-        " Default: the teacher's weights.",
+        None, "Initial weights of the student: a checkpoint, or 'random'. Default: the teacher's weights."
     )
     search_space: str | None = option(
         None,
-        "Search space of the student: small, base, or a JSON file with the choices. Default: that of the"
-        " checkpoint it starts from, or none: then the student is one model.",
+        "Search space: small, base, or a JSON file. Default: that of the initial weights, or none: one model.",
     )
     sampling: str = option(
         "uniform",
@@ -60,37 +57,30 @@ class DistillationArguments:
     freeze_feature_encoder: bool = option(False, "Train everything but the convolutions.")
     share_feature_encoder: bool = option(
         False,
-        "Freeze the convolutions, which have to be the teacher's, and compute them once for both. Then the"
-        " student takes audio as the teacher does, raw or normalised.",
+        "Freeze the convolutions, the teacher's, and compute them once for both, on audio for the teacher.",
     )
     max_steps: int = option(1000, "Number of optimiser steps.")
     per_device_train_batch_size: int = option(8, "Number of recordings in a batch, on each process.")
     per_device_train_batch_seconds: float | None = option(
-        None, "Most audio in a batch, with its padding, in seconds. Default: any."
+        None, "Most seconds of audio, padded, in a batch. Default: any."
     )
     gradient_accumulation_steps: int = option(1, "Number of batches in each step, on each process.")
     crop_seconds: float = option(20.0, "Length to which longer recordings are cropped at random, in seconds.")
     learning_rate: float = option(5e-4, "Peak learning rate.")
     feature_encoder_learning_rate: float | None = option(
-        None, "Peak learning rate of the convolutions. Default: learning_rate."
+        None, "Peak learning rate of convolutions. Default: the same."
     )
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
     warmup_ratio: float = option(0.08, "Fraction of the steps in which the learning rate rises; then it falls.")
     lr_scheduler_type: str = option("linear", "Shape of the fall of the learning rate.", choices=("linear", "cosine"))
     max_grad_norm: float = option(10.0, "Norm to which gradients are clipped.")
     dataloader_num_workers: int = option(1, "Number of processes that decode audio.")
-    mixed_precision: str = option(
-        "no", "Precision of the student's forward and backward pass.", choices=("no", "bf16", "fp16")
-    )
+    mixed_precision: str = option("no", "Precision in which the student runs.", choices=("no", "bf16", "fp16"))
     torch_compile: bool = option(False, "Compile the layers of student and teacher. Pays in long runs on a GPU.")
     eval_steps: int | None = option(None, "Steps between evaluations on held-out speech. Default: only at the end.")
-    num_eval_subnets: int = option(
-        2, "Number of random subnets to evaluate besides the named ones; they are always the same."
-    )
+    num_eval_subnets: int = option(2, "Number of random subnets to evaluate beside the named ones, always the same.")
     logging_steps: int = option(10, "Steps between entries of the log, which are averages.")
-    report_to: str = option(
-        "tensorboard", "Tracker of the log, besides history.json.", choices=("tensorboard", "none")
-    )
+    report_to: str = option("tensorboard", "Tracker of the log beside history.json.", choices=("tensorboard", "none"))
     save_steps: int = option(500, "Steps between checkpoints.")
     save_total_limit: int = option(2, "Number of checkpoints that are kept, the newest; the best is kept besides.")
     resume_from_checkpoint: str | None = option(
@@ -102,12 +92,10 @@ class DistillationArguments:
     device: str | None = option(None, DEVICE_HELP)
 
     def __post_init__(self) -> None:
-        at_least_one = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps")
-        for name in (*at_least_one, "logging_steps", "save_total_limit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} has to be at least 1")
-        if self.eval_steps is not None and self.eval_steps < 1:
-            raise ValueError(f"eval_steps={self.eval_steps} has to be at least 1, or left out")
+        counts = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps")
+        for name in (*counts, "logging_steps", "save_total_limit", "eval_steps"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name}={count} has to be at least 1, or left out")
         fixed = self.freeze_feature_encoder or self.share_feature_encoder
         if fixed and self.feature_encoder_learning_rate is not None:
             raise ValueError("feature_encoder_learning_rate: the feature encoder is frozen, so leave it out")
@@ -121,15 +109,13 @@ class ObjectiveArguments:
 
     target: str = option(
         "feed_forward",
-        "Part of a teacher's layer that is predicted: its feed-forward output before the residual, or its"
-        " hidden states.",
+        "Part of a teacher's layer to predict: feed-forward output, before the residual, or hidden states.",
         choices=("feed_forward", "hidden_states"),
     )
     num_target_layers: int = option(8, "Number of teacher layers, from the top, whose mean is the target.")
     target_layers: list[int] | None = option(
         None,
-        "Teacher layers, the first is 1, each predicted by a head of its own, in place of the mean. Hidden"
-        " states have 0 too: the input of the first layer.",
+        "Teacher layers from 1 (hidden states: from 0, the input), each with its own head, in place of the mean.",
     )
     target_norm: str = option(
         "instance",
@@ -140,9 +126,7 @@ class ObjectiveArguments:
     mask_time_length: int = option(10, "Length of a masked span, in frames.")
     loss_frames: str = option("masked", "Frames that the loss is a mean over.", choices=("masked", "all"))
     cosine_weight: float = option(0.0, "Weight of the cosine loss beside L1.")
-    temporal_relation_weight: float = option(
-        0.0, "Weight of the loss between the frames' similarities, layer by layer."
-    )
+    temporal_relation_weight: float = option(0.0, "Weight of the loss between frames' similarities, layer by layer.")
 
     def __post_init__(self) -> None:
         first = 0 if self.target == "hidden_states" else 1
@@ -167,11 +151,7 @@ FREE_TO_CHANGE = {
 
 
 def check_same_recipe(recipe: Mapping[str, Any], earlier: Mapping[str, Any]) -> None:
-    """A resumed run computes what it would have computed without the interruption.
-
-    Raises:
-        UserError: it was started with other options; the message names them.
-    """
+    """Raises a `UserError` that names the options with which a resumed run would not compute what it began with."""
     changed = [
         f"{name} was {earlier.get(name)!r} and is {value!r}"
         for name, value in recipe.items()

@@ -159,8 +159,9 @@ class Distiller:
             values = {"loss": sum(losses) / len(losses), "grad_norm": float(grad_norm)}
             ends = {} if space is None else {space.largest: "largest", space.smallest: "smallest"}
             by_class = defaultdict(list)
-            for subnet, loss in zip(subnets if space else (), losses):
-                by_class[f"loss_{ends.get(subnet, 'random')}"].append(loss)
+            for subnet, loss in zip(subnets, losses, strict=True):
+                if subnet is not None:
+                    by_class[f"loss_{ends.get(subnet, 'random')}"].append(loss)
             values |= {name: sum(of_class) / len(of_class) for name, of_class in by_class.items()}
         samples = sum(int(batch["attention_mask"].sum()) for batch in batches)
         seconds = accelerator.num_processes * samples / self.sampling_rate
