@@ -192,7 +192,7 @@ def run_without_package(
     variables = os.environ | {"HF_HOME": str(folder / "hf"), "HF_MODULES_CACHE": str(folder / "hf" / "modules")}
     variables |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **(environment or {})}
     command = [sys.executable, "-c", BLOCKED + script, *map(str, arguments)]
-    finished = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return json.loads(finished.stdout.splitlines()[-1])
 

@@ -47,6 +47,7 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         objects: large files that were uploaded, by their sha256.
         cuts_off: what connections are cut in the middle of: `upload`, `commit` or nothing.
+        read_only: whether everything that changes a repository is refused.
     """
 
     daemon_threads = True
@@ -56,6 +57,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.cuts_off: str | None = None
+        self.read_only = False
 
     def add(self, name: str, files: dict[str, bytes]) -> None:
         self.repositories[name] = Repository()
@@ -147,6 +149,8 @@ class Handler(BaseHTTPRequestHandler):
         if "commit" in parts and self.server.cuts_off == "commit":
             return self.cut_off(length)
         body = self.rfile.read(length)
+        if self.server.read_only:
+            return self.answer(403, b"{}")
         if parts == ["api", "repos", "create"]:
             return self.create(json.loads(body))
         if parts[-1] == "batch":
@@ -241,7 +245,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *arguments: object) -> None:
-        """Quiet."""
+        """Prints nothing."""
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def convert(hub: Hub, tmp_path: Path, checkpoint: str, *options: str) -> subproc
     command += ["--pytorch_dump_folder_path", str(tmp_path / "out"), *options]
     environment = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path / "hf")}
     environment.pop("HF_HUB_OFFLINE", None)
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert "hf_secret" not in finished.stdout + finished.stderr, "the token is printed"
     return finished
 

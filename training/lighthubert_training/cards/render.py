@@ -4,25 +4,34 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from modeling_lighthubert.files import whole_file
 
 
 TEMPLATES = Path(__file__).parent / "templates"
 APACHE_LICENSE = TEMPLATES / "apache-2.0.txt"
+"""The text of the licence, to be copied beside weights under it."""
 
 
 def render(template: str, data: ModelCardData, **facts: Any) -> ModelCard:
-    """The card of `templates/{template}.md`, with `data` at its head. Every figure in it is one of `facts`."""
-    return ModelCard.from_template(data, template_path=str(TEMPLATES / f"{template}.md"), **facts)
+    """The card that `templates/{template}.md` and `facts` make, with `data` as its metadata.
+
+    Raises:
+        jinja2.UndefinedError: the template uses a fact that was not given.
+    """
+    # without autoescape: a card is Markdown, of facts of our own
+    templates = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined)
+    return ModelCard(templates.get_template(f"{template}.md").render(card_data=data.to_yaml(), **facts))
 
 
 def save_card(card: ModelCard, path: Path) -> None:
-    """Writes a card, `README.md` of a folder, whole."""
+    """Writes a card, such as `README.md` of a folder; it is whole or not there."""
     with whole_file(path) as unfinished:
         card.save(unfinished)
 
 
 def public_name(name: str | Path) -> str:
-    """What a card calls a model or a file: a name on the Hub as it is, of a path on this machine the end."""
-    return Path(name).name if Path(name).exists() else str(name)
+    """What a card calls a model or a file: the last part of a path on this machine, any other name as it is."""
+    path = Path(name)
+    return path.resolve().name if path.exists() else str(name)

@@ -21,28 +21,15 @@ TASKS: dict[type, tuple[str, str]] = {
     LightHubertForCTC: ("automatic-speech-recognition", "speech recognition with CTC"),
     LightHubertForSequenceClassification: ("audio-classification", "audio classification"),
 }
-"""Pipeline of each head, and what the card calls it."""
-LIMITS = {
-    "automatic-speech-recognition": "It writes what its training transcripts are like, of speech like theirs.",
-    "audio-classification": "It knows the classes of its training data, and no others.",
-    "feature-extraction": "Features of a self-supervised model: what they are good for on other speech than it was"
-    " trained on has to be measured.",
-}
-
-
-def machine() -> str:
-    """The processor, as far as the system tells."""
-    file = Path("/proc/cpuinfo")
-    names = [line for line in file.read_text().splitlines() if line.startswith("model name")] if file.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+"""The pipeline of transformers for each head, and what the card calls its task."""
 
 
 def subnet_facts(model: LightHubertPreTrainedModel, supernet: str, form: str = "transformers") -> dict[str, Any]:
-    """What a cut model is, in numbers.
+    """What a cut model is, as JSON; the rest of the facts are `teacher`, `speed`, `results` and `sha256`.
 
     Args:
-        supernet: what it was cut from, by its name.
-        form: in which it is shipped, `transformers` or `hubert`.
+        supernet: name of what it was cut from.
+        form: in which it is published, `transformers` or `hubert`.
     """
     subnet = model.subnet
     pipeline_tag, task = TASKS.get(type(model), ("feature-extraction", None))
@@ -59,7 +46,12 @@ def subnet_facts(model: LightHubertPreTrainedModel, supernet: str, form: str = "
 
 
 def measured_speed(run: Runner, largest: Runner, dtype: str, repeats: int, seconds: float = 5.0) -> dict[str, Any]:
-    """Speed on this machine, alone and against the largest subnet in fp32, both taking turns."""
+    """Speed on this machine, alone and against the largest subnet in fp32, both taking turns: the facts `speed`.
+
+    Args:
+        dtype: of the weights that `run` runs.
+        seconds: of audio in each run.
+    """
     times_the_largest, latency = speed_up(largest, run, seconds, repeats)
     return {
         "seconds": seconds,
@@ -67,7 +59,7 @@ def measured_speed(run: Runner, largest: Runner, dtype: str, repeats: int, secon
         "times_the_largest": times_the_largest,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
-        "machine": machine(),
+        "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
     }
 
@@ -75,8 +67,8 @@ def measured_speed(run: Runner, largest: Runner, dtype: str, repeats: int, secon
 def read_results(
     files: Sequence[str], subnet: Mapping[str, Any], names: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Figures of a subnet from JSON files that our scripts wrote: `results.json` of a search, and `eval_results.json`
-    or `all_results.json` of a training run.
+    """Figures of a subnet, each `metric` and `value`, from JSON files that our scripts wrote: `results.json` of a
+    search, and `eval_results.json` or `all_results.json` of a training run.
 
     Args:
         names: of the subnet in its supernet, by which the run of a supernet tells the figures of its subnets apart.
@@ -88,52 +80,44 @@ def read_results(
     found = []
     for file in files:
         try:
-            content = json.loads(Path(file).read_text())
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"--results {file} cannot be read: {error}") from error
-        if "fitness" in content:
-            if content["best"]["subnet"] != dict(subnet):
-                raise UserError(f"--results {file} is about another subnet than this: give the best.json beside it")
-            found.append({"metric": content["fitness"], "value": content["best"]["error"]})
-            continue
-        figures = {
-            name.removeprefix("eval_").removeprefix("test_"): value
-            for name, value in content.items()
-            if name.startswith(("eval_", "test_")) and not name.endswith(("_runtime", "_per_second"))
-        }
-        if names is not None:
-            figures = {
-                figure.removesuffix(f"_{name}"): value
-                for figure, value in figures.items()
-                for name in names
-                if figure.endswith(f"_{name}")
-            }
+        if not isinstance(content, dict):
+            raise UserError(f"--results {file} is no JSON object: give a file that a search or a training run wrote")
+        if "fitness" not in content:
+            figures = training_figures(content, names)
+        elif content["best"]["subnet"] == dict(subnet):
+            figures = {content["fitness"]: content["best"]["error"]}
+        else:
+            raise UserError(f"--results {file} is about another subnet than this: give the best.json beside it")
         if not figures:
             raise UserError(
                 f"--results {file} has no figures of this subnet: give eval_results.json of its training, or"
                 " results.json of the search that found it"
             )
-        found += [{"metric": name, "value": value} for name, value in figures.items()]
+        found += [{"metric": metric, "value": value} for metric, value in figures.items()]
     return found
 
 
-EXAMPLES = {
-    "automatic-speech-recognition": 'recogniser = pipeline("automatic-speech-recognition", model="{name}"{remote})\n'
-    'recogniser("recording.wav")["text"]',
-    "audio-classification": 'classifier = pipeline("audio-classification", model="{name}"{remote})\n'
-    'classifier("recording.wav")',
-    "feature-extraction": 'extractor = AutoFeatureExtractor.from_pretrained("{name}")\n'
-    'model = AutoModel.from_pretrained("{name}"{remote})\n'
-    'inputs = extractor(waveform, sampling_rate=16_000, return_tensors="pt")\n'
-    "features = model(**inputs).last_hidden_state",
-}
+def training_figures(results: Mapping[str, float], names: Sequence[str] | None) -> dict[str, float]:
+    """Figures of a subnet in the results of a training run, by metric.
 
+    Results are named as Trainer names them, `{part}_{metric}`, and those of a supernet `{part}_{metric}_{subnet}`,
+    where the part is `eval` or `test`. How long a part took is no figure.
 
-def example(name: str, pipeline_tag: str, form: str) -> str:
-    """How the model is used, as Python."""
-    classes = "AutoFeatureExtractor, AutoModel" if pipeline_tag == "feature-extraction" else "pipeline"
-    remote = ", trust_remote_code=True" if form == "transformers" else ""
-    return f"from transformers import {classes}\n\n" + EXAMPLES[pipeline_tag].format(name=name, remote=remote)
+    Args:
+        names: of the subnet; `None` for the run of one model.
+    """
+    figures = {}
+    for name, value in results.items():
+        part, _, metric = name.partition("_")
+        if part not in ("eval", "test") or metric == "runtime" or metric.endswith("_per_second"):
+            continue
+        if names is None:
+            figures[metric] = value
+        figures |= {metric.removesuffix(f"_{each}"): value for each in names or () if metric.endswith(f"_{each}")}
+    return figures
 
 
 def render_subnet_card(
@@ -145,50 +129,36 @@ def render_subnet_card(
     language: str | None = None,
     limits: str | None = None,
 ) -> ModelCard:
-    """The card. Every figure in it is from `facts`.
+    """The card. Every figure in it is one of `facts`.
 
     Args:
-        facts: of `subnet_facts`, with `speed`, `results` and `teacher` as far as they are known.
+        facts: of `subnet_facts`, with `teacher`, `speed` and `results` as far as they are known.
         name: of the repository.
-        dataset: what the results were measured on.
-        limits: Default: what holds for the task.
+        license: identifier, such as `apache-2.0`.
+        training_data: what the model was trained on, in words.
+        dataset: what the results were measured on. Default: held-out speech.
+        limits: what the model cannot do, in words. Default: what holds for its task.
     """
-    results, tag = facts.get("results", []), facts["pipeline_tag"]
+    dataset, results = dataset or "held-out speech", facts.get("results", [])
     measured = [
         EvalResult(
-            task_type=tag,
+            task_type=facts["pipeline_tag"],
             dataset_type="speech",
-            dataset_name=dataset or "held-out speech",
-            metric_type=each["metric"].replace(" ", "_"),
-            metric_name=each["metric"],
-            metric_value=round(each["value"], 4),
+            dataset_name=dataset,
+            metric_type=result["metric"].replace(" ", "_"),
+            metric_name=result["metric"],
+            metric_value=round(result["value"], 4),
         )
-        for each in results
+        for result in results
     ]
-    lines = ["| figure | value |", "|---|---|", *(f"| {each['metric']} | {each['value']:.4f} |" for each in results)]
-    return render(
-        "subnet",
-        ModelCardData(
-            model_name=name,
-            language=language,
-            license=license,
-            library_name="transformers",
-            pipeline_tag=tag,
-            tags=["speech", "hubert", "lighthubert"],
-            eval_results=measured or None,
-        ),
-        name=name,
-        supernet=facts["cut_from"],
-        teacher=facts.get("teacher"),
-        task=facts["task"],
-        form=facts["form"],
-        subnet=facts["subnet"],
-        num_parameters=facts["num_parameters"],
-        macs_per_second=facts["macs_per_second"],
-        speed=facts.get("speed"),
-        hubert_exportable=facts["hubert_exportable"],
-        example=example(name, tag, facts["form"]),
-        training_data=training_data,
-        results="\n".join([f"On {dataset or 'held-out speech'}:", "", *lines]) if results else "It was not evaluated.",
-        limits=limits or LIMITS[tag],
+    data = ModelCardData(
+        model_name=name,
+        language=language,
+        license=license,
+        library_name="transformers",
+        pipeline_tag=facts["pipeline_tag"],
+        tags=["speech", "hubert", "lighthubert"],
+        eval_results=measured or None,
     )
+    known = {"teacher": None, "speed": None, **facts, "results": results}
+    return render("subnet", data, name=name, training_data=training_data, dataset=dataset, limits=limits, **known)

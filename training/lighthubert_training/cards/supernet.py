@@ -14,11 +14,15 @@ from modeling_lighthubert.profiling import macs_per_second
 def write_supernet_card(
     student: LightHubertForPreTraining, recipe: Mapping[str, Any], results: Mapping[str, float], folder: Path
 ) -> None:
-    """Writes `README.md`: what the student is, what it was trained on, and its losses on held-out speech."""
+    """Writes `README.md`: what the student is, what it was trained on, and its losses on held-out speech.
+
+    Args:
+        recipe: all options of the run.
+        results: distillation loss by name of subnet; empty if it was not evaluated.
+    """
     space = student.search_space
     subnets = {"this model": student.subnet} if space is None else space.named
-
-    sources = recipe["train_file"] or recipe["dataset_name"]
+    start, sources = recipe["student_name_or_path"], recipe["train_file"] or recipe["dataset_name"]
     card = render(
         "supernet",
         ModelCardData(library_name="transformers", tags=["speech", "hubert", "lighthubert"]),
@@ -34,7 +38,7 @@ def write_supernet_card(
         },
         recipe=recipe,
         teacher=public_name(recipe["teacher_name_or_path"]),
-        start=recipe["student_name_or_path"] and public_name(recipe["student_name_or_path"]),
+        start=start and public_name(start),
         sources=[public_name(source) for source in sources],
         results=results,
     )
