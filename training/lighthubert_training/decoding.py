@@ -32,6 +32,10 @@ class Word(NamedTuple):
     end: float
     confidence: float
 
+    def as_json(self) -> dict[str, Any]:
+        """Its fields by name, numbers to three decimals."""
+        return {name: value if name == "text" else round(value, 3) for name, value in self._asdict().items()}
+
 
 class Transcript(NamedTuple):
     """What was said in a recording of `duration` seconds."""
@@ -42,6 +46,11 @@ class Transcript(NamedTuple):
     @property
     def text(self) -> str:
         return text_of(self.words)
+
+    def as_json(self) -> dict[str, Any]:
+        """Its text, duration and words, numbers to three decimals."""
+        words = [word.as_json() for word in self.words]
+        return {"text": self.text, "duration": round(self.duration, 3), "words": words}
 
 
 def text_of(words: Sequence[Word]) -> str:
@@ -118,9 +127,6 @@ class BeamSearch:
             tokenizer without delimiter of words.
     """
 
-    BEAM_THRESHOLD = 50.0
-    """Hypotheses so much below the best are dropped."""
-
     def __init__(
         self,
         alphabet: Alphabet,
@@ -171,7 +177,7 @@ class BeamSearch:
         options = flashlight.LexiconDecoderOptions(
             beam_size=self.beam_width,
             beam_size_token=len(alphabet.letters) + 2,
-            beam_threshold=self.BEAM_THRESHOLD,
+            beam_threshold=50.0,  # hypotheses so much below the best are dropped
             lm_weight=self.lm_weight,
             word_score=self.word_score,
             unk_score=-np.inf,

@@ -10,7 +10,6 @@ import numpy as np
 
 from lighthubert_training.decoding import Word, greedy, text_of, words_of
 from lighthubert_training.recognition.recognizer import Recognizer
-from lighthubert_training.recognition.transcripts import word_as_json
 from modeling_lighthubert.errors import UserError
 
 
@@ -119,38 +118,32 @@ class LiveTranscriber:
         return words
 
     def _words(self, log_probs: np.ndarray) -> list[Word]:
-        recognizer = self.recognizer
-        return words_of(
-            greedy(log_probs), log_probs, recognizer.alphabet, recognizer.seconds_per_frame, self.first_pending
-        )
+        alphabet, seconds_per_frame = self.recognizer.alphabet, self.recognizer.seconds_per_frame
+        return words_of(greedy(log_probs), log_probs, alphabet, seconds_per_frame, self.first_pending)
 
 
 def transcribe_live(live: LiveTranscriber, audio: Any, output_format: str) -> None:
-    """Prints the words in raw samples, 16 bit: final ones on standard output, guesses at what follows on standard
-    error; or, as jsonl, both as lines of JSON on standard output.
-
-    Args:
-        audio: a buffered binary stream, such as `sys.stdin.buffer`.
-    """
+    """Prints the words in raw samples, 16 bit, of `audio`, a buffered binary stream such as `sys.stdin.buffer`: final
+    ones on standard output, guesses at what follows on standard error; or, as jsonl, both as lines of JSON on standard
+    output."""
 
     def show(events: Sequence[LiveEvent]) -> None:
         for event in events:
             text, time = text_of(event.words), round(event.time, 3)
             if output_format == "jsonl":
-                words = {"words": [word_as_json(word) for word in event.words]} if event.is_final else {}
+                words = {"words": [word.as_json() for word in event.words]} if event.is_final else {}
                 print(json.dumps({"time": time, ("text" if event.is_final else "partial"): text} | words), flush=True)
-            elif event.is_final:
-                print("\r\033[K", end="", file=sys.stderr, flush=True)
+                continue
+            print("\r\033[K" + ("" if event.is_final else text), end="", file=sys.stderr, flush=True)
+            if event.is_final:
                 print(text, flush=True)
-            else:
-                print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     odd = b""
     for data in _arriving(audio):
         data = odd + data
-        whole = len(data) // 2 * 2
-        odd = data[whole:]
-        show(live.feed(np.frombuffer(data[:whole], dtype="<i2") / np.float32(32768)))
+        samples = np.frombuffer(data, dtype="<i2", count=len(data) // 2)
+        odd = data[samples.nbytes :]
+        show(live.feed(samples / np.float32(32768)))
     show(live.finish())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jiwer
 
-from lighthubert_training.decoding import Transcript, Word, text_of
+from lighthubert_training.decoding import Word, text_of
 from lighthubert_training.error_rates import word_error_rate
 from modeling_lighthubert.errors import UserError, user_error
 from modeling_lighthubert.files import write_text
@@ -50,9 +50,7 @@ class Journal:
                         break
                     self._note(json.loads(line))
                 except (ValueError, TypeError, KeyError) as error:
-                    raise UserError(
-                        f"line {number} of {path} is no transcript: give a file that this script wrote, or a new one"
-                    ) from error
+                    raise UserError(f"line {number} of {path} is no transcript: give another file") from error
                 whole += len(line)
             file.truncate(whole)
 
@@ -72,21 +70,6 @@ class Journal:
         """Its transcripts, without errors."""
         with self.path.open(encoding="utf-8") as lines:
             yield from (entry for entry in map(json.loads, lines) if "error" not in entry)
-
-
-def as_json(name: str, transcript: Transcript) -> dict[str, Any]:
-    """The line of a transcript in the journal."""
-    return {
-        "name": name,
-        "text": transcript.text,
-        "duration": round(transcript.duration, 3),
-        "words": [word_as_json(word) for word in transcript.words],
-    }
-
-
-def word_as_json(word: Word) -> dict[str, Any]:
-    """Its text, times in seconds, and confidence, to three decimals."""
-    return {"text": word.text} | {name: round(getattr(word, name), 3) for name in ("start", "end", "confidence")}
 
 
 def format_transcript(entry: dict[str, Any], output_format: str, max_words: int, max_seconds: float) -> str:
@@ -119,18 +102,13 @@ def split_into_cues(words: Sequence[Word], max_words: int, max_seconds: float, p
 
 
 def _clock(seconds: float, comma: str) -> str:
-    milliseconds = round(1000 * seconds)
-    minutes, milliseconds = divmod(milliseconds, 60_000)
+    minutes, milliseconds = divmod(round(1000 * seconds), 60_000)
     return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}{comma}{milliseconds % 1000:03}"
 
 
 def write_results(journal: Journal, names: Container[str], output: Path, output_format: str, *limits: Any) -> None:
-    """Writes the transcripts of `names` as text or subtitles: to one file, which replaces the journal, or, if `output`
-    is a folder, to a file for each recording.
-
-    Args:
-        limits: of subtitles, as `format_transcript` takes them.
-    """
+    """Writes the transcripts of `names` as text or subtitles, with the `limits` of `format_transcript`: to one file,
+    which replaces the journal, or, if `output` is a folder, to a file for each recording."""
     entries = (entry for entry in journal if entry["name"] in names)
     texts = ((entry["name"], format_transcript(entry, output_format, *limits)) for entry in entries)
     if not output.is_dir():
@@ -150,12 +128,8 @@ def write_results(journal: Journal, names: Container[str], output: Path, output_
 def write_evaluation(
     names: Sequence[str], references: Sequence[str], hypotheses: Mapping[str, Sequence[str]], folder: Path, part: str
 ) -> None:
-    """Writes reference and hypothesis of every recording as JSON lines, `{part}_transcripts.jsonl`, and their
-    alignments as text, `{part}_alignments.txt`.
-
-    Args:
-        hypotheses: by subnet.
-    """
+    """Writes reference and hypotheses, by subnet, of every recording as JSON lines, `{part}_transcripts.jsonl`, and
+    their alignments as text, `{part}_alignments.txt`."""
     lines, alignments = [], []
     for subnet, texts in hypotheses.items():
         for name, reference, text in zip(names, references, texts, strict=True):
