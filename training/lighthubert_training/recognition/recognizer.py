@@ -25,17 +25,13 @@ class Piece(NamedTuple):
 
     Attributes:
         samples: with their context on both sides, a view.
-        recording: index of the recording.
-        first_frame: of the recording that is taken from this piece.
-        num_frames: how many frames are.
-        skipped: frames of context before these.
+        skipped: frames of context before those that are kept.
+        kept: where their log probabilities are written, a view.
     """
 
     samples: np.ndarray
-    recording: int
-    first_frame: int
-    num_frames: int
     skipped: int
+    kept: np.ndarray
 
 
 class Recognizer:
@@ -47,7 +43,6 @@ class Recognizer:
     models whose outputs depend on padding get recordings of one length.
 
     Args:
-        model: gives logits.
         decoder: `greedy`, or a `BeamSearch`.
         batch_size: pieces of audio in a batch.
 
@@ -69,12 +64,11 @@ class Recognizer:
         self.alphabet, self.batch_size = Alphabet.from_tokenizer(processor.tokenizer), batch_size
         self.sampling_rate: int = processor.feature_extractor.sampling_rate
         self.samples_per_frame = int(np.prod(config.conv_stride))
+        self.seconds_per_frame = self.samples_per_frame / self.sampling_rate
         self.chunk, self.stride = self.frames_in(chunk_length_s), self.frames_in(stride_length_s)
         if self.chunk <= 2 * self.stride:
-            raise UserError(
-                f"chunks of {chunk_length_s} s are nothing but strides of {stride_length_s} s on both sides: give"
-                " chunks more than twice as long as strides"
-            )
+            message = f"chunks of {chunk_length_s} s are nothing but strides of {stride_length_s} s on both sides"
+            raise UserError(f"{message}: give chunks more than twice as long as strides")
 
     @classmethod
     def from_pretrained(
@@ -104,10 +98,6 @@ class Recognizer:
         model = _onnx(model_name_or_path) if is_onnx else _pytorch(str(model_name_or_path), subnet, device)
         return cls(model, config, processor, **options)
 
-    @property
-    def seconds_per_frame(self) -> float:
-        return self.samples_per_frame / self.sampling_rate
-
     def frames_in(self, seconds: float) -> int:
         return round(seconds * self.sampling_rate / self.samples_per_frame)
 
@@ -121,8 +111,7 @@ class Recognizer:
         """Transcripts of mono recordings at the model's sampling rate, each of shape (num_samples)."""
         transcripts = []
         for waveform, log_probs in zip(waveforms, self.log_probs(waveforms), strict=True):
-            path = self.decoder(log_probs)
-            words = words_of(path, log_probs, self.alphabet, self.seconds_per_frame)
+            words = words_of(self.decoder(log_probs), log_probs, self.alphabet, self.seconds_per_frame)
             transcripts.append(Transcript(words, len(waveform) / self.sampling_rate))
         return transcripts
 
@@ -131,35 +120,32 @@ class Recognizer:
         shorter than a frame."""
         shapes = [(self.num_frames(len(each)), self.config.vocab_size) for each in waveforms]
         results = [np.empty(shape, dtype=np.float32) for shape in shapes]
-        pieces = [piece for number, each in enumerate(waveforms) for piece in self._pieces(each, number)]
+        pieces = [piece for each, result in zip(waveforms, results) for piece in self._pieces(each, result)]
         for batch in self._batches(pieces):
             for piece, log_probs in zip(batch, self._run([piece.samples for piece in batch]), strict=True):
-                kept = log_probs[piece.skipped : piece.skipped + piece.num_frames]
-                results[piece.recording][piece.first_frame : piece.first_frame + piece.num_frames] = kept
+                piece.kept[:] = log_probs[piece.skipped : piece.skipped + len(piece.kept)]
         return results
 
-    def _pieces(self, samples: np.ndarray, recording: int) -> Iterator[Piece]:
-        """A recording as it is, or chunks of it; nothing of one without frames."""
-        num_frames = self.num_frames(len(samples))
+    def _pieces(self, samples: np.ndarray, result: np.ndarray) -> Iterator[Piece]:
+        """A recording as it is, or chunks of it, for each row of its `result`; nothing of one without frames."""
+        num_frames = len(result)
         if 0 < num_frames <= self.chunk:
-            yield Piece(samples, recording, 0, num_frames, 0)
+            yield Piece(samples, 0, result)
             return
         for start in range(0, num_frames, self.chunk - 2 * self.stride):
             end = min(start + self.chunk - 2 * self.stride, num_frames)
             first, last = max(0, start - self.stride), min(end + self.stride, num_frames)
             # one frame of samples more, because the receptive field of the last frame ends beyond its own
             part = samples[first * self.samples_per_frame : (last + 1) * self.samples_per_frame]
-            yield Piece(part, recording, start, end - start, start - first)
+            yield Piece(part, start - first, result[start:end])
 
     def _batches(self, pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         """Pieces of similar length together; of equal length for models whose group norm takes padding for audio."""
         ordered = sorted(pieces, key=lambda piece: len(piece.samples))
-        groups: list[list[Piece]] = [ordered]
-        if self.config.feat_extract_norm == "group":
-            groups = [list(group) for _, group in itertools.groupby(ordered, key=lambda piece: len(piece.samples))]
-        for group in groups:
-            for at in range(0, len(group), self.batch_size):
-                yield group[at : at + self.batch_size]
+        may_differ = self.config.feat_extract_norm != "group"
+        for _, group in itertools.groupby(ordered, key=lambda piece: may_differ or len(piece.samples)):
+            while batch := list(itertools.islice(group, self.batch_size)):
+                yield batch
 
     def _run(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log probabilities (num_frames, vocab_size) of each of the waveforms, with frames of padding at the end."""
@@ -168,22 +154,16 @@ class Recognizer:
         logits = self.model(input_values, padded["attention_mask"].numpy().astype(np.int64))
         expected = (len(batch), self.num_frames(input_values.shape[1]), self.config.vocab_size)
         if logits.shape != expected:
-            raise UserError(
-                f"the model gives logits of shape {logits.shape}, its config.json says {expected}: they do not belong"
-                " together"
-            )
+            raise UserError(f"the model gives logits of shape {logits.shape}, but its config.json says {expected}")
         return [torch.from_numpy(each).log_softmax(dim=-1).numpy() for each in logits]
 
 
 def _pytorch(model_name_or_path: str, subnet: str | None, device: str) -> AcousticModel:
     """Runs a checkpoint on `device`, in its own dtype."""
-    model, report = load_cut_model(
-        model_name_or_path, subnet, head=AutoModelForCTC, device=device, output_loading_info=True
-    )
+    options = {"head": AutoModelForCTC, "device": device, "output_loading_info": True}
+    model, report = load_cut_model(model_name_or_path, subnet, **options)
     if any(name.startswith("lm_head") for name in report["missing_keys"]):
-        raise UserError(
-            f"{model_name_or_path} has no CTC head: fine-tune it first, with run_speech_recognition_ctc.py"
-        )
+        raise UserError(f"{model_name_or_path} has no CTC head: fine-tune it with run_speech_recognition_ctc.py")
 
     @torch.inference_mode()
     def logits(input_values: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
@@ -199,8 +179,4 @@ def _onnx(file: str | Path) -> AcousticModel:
     if not Path(file).is_file():
         raise UserError(f"{file} does not exist")
     session = onnx_session(file)
-
-    def logits(input_values: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        return session.run(["logits"], {"input_values": input_values, "attention_mask": attention_mask})[0]
-
-    return logits
+    return lambda audio, mask: session.run(["logits"], {"input_values": audio, "attention_mask": mask})[0]
