@@ -18,7 +18,6 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModelForCTC,
     AutoTokenizer,
-    EarlyStoppingCallback,
     HfArgumentParser,
     PreTrainedModel,
     TrainingArguments,
@@ -30,16 +29,8 @@ from transformers import (
 from lighthubert_training.cards.speech_recognition import write_recognition_card
 from lighthubert_training.data.collators import CTCCollator
 from lighthubert_training.data.sources import DataArguments
-from lighthubert_training.recognition.arguments import (
-    CTCArguments,
-    ModelArguments,
-    TestArguments,
-    configure,
-    describe_sources,
-    find_start,
-    load_parts,
-)
-from lighthubert_training.recognition.data import build_speech
+from lighthubert_training.recognition.arguments import CTCArguments, ModelArguments, configure, find_start
+from lighthubert_training.recognition.data import TestArguments, build_speech, describe_sources, load_parts
 from lighthubert_training.recognition.text import TextArguments, build_tokenizer
 from lighthubert_training.recognition.trainer import CTCTrainer, begin_with_blanks, shorten_mask_spans
 from lighthubert_training.recognition.transcripts import write_evaluation
@@ -75,10 +66,7 @@ def build_processor(
         with user_error(f"the tokenizer of {tokenizer_source} cannot be loaded: "):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
     elif transcripts is None:
-        raise UserError(
-            "--streaming: the vocabulary cannot be made of transcripts that are not at hand: give"
-            " --tokenizer_name_or_path"
-        )
+        raise UserError("--streaming: no transcripts are at hand for a vocabulary: give --tokenizer_name_or_path")
     else:
         tokenizer = build_tokenizer(transcripts, folder)
     try:
@@ -184,8 +172,6 @@ def main() -> None:
         eval_dataset=speech.get("eval"),
         processing_class=processor,
     )
-    if ctc.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(ctc.early_stopping_patience))
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
 
     results = save_results(trainer, speech)

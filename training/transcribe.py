@@ -20,14 +20,13 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import HfArgumentParser
 
-import lighthubert_training
 from lighthubert_training.data.recordings import Unreadable
 from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.decoding import BeamSearch
 from lighthubert_training.recognition.data import find_recordings, load_batches
 from lighthubert_training.recognition.live import LiveTranscriber, transcribe_live
 from lighthubert_training.recognition.recognizer import Recognizer
-from lighthubert_training.recognition.transcripts import FORMATS, Journal, as_json, format_transcript, write_results
+from lighthubert_training.recognition.transcripts import FORMATS, Journal, format_transcript, write_results
 from lighthubert_training.runs.distributed import DEVICE_HELP, choose_device
 from lighthubert_training.runs.options import option, parse_options
 from modeling_lighthubert.errors import UserError, run
@@ -37,18 +36,14 @@ from modeling_lighthubert.errors import UserError, run
 class RecognitionArguments:
     """What transcribes, and how."""
 
-    model_name_or_path: str = option(
-        help="Model with a CTC head and its processor, or an ONNX file beside config.json and processor."
-    )
+    model_name_or_path: str = option(help="CTC model with processor, or ONNX file beside config.json and processor.")
     subnet: str | None = option(None, "Subnet of a supernet: a name or a JSON file. Default: the selected.")
     device: str | None = option(None, DEVICE_HELP)
     batch_size: int = option(8, "Recordings, or chunks of them, in a batch.")
     chunk_length_s: float = option(20.0, "Length, in seconds, of the chunks that longer recordings are split into.")
     stride_length_s: float = option(2.0, "Overlap of a chunk with each of its neighbours, in seconds.")
     lm_path: str | None = option(None, "N-gram model (ARPA or KenLM) for beam search. Default: greedy decoding.")
-    lexicon: str | None = option(
-        None, "File with all words that beam search may write. Default: the unigrams of --lm_path."
-    )
+    lexicon: str | None = option(None, "File of all words that beam search may write. Default: unigrams of --lm_path.")
     beam_width: int = option(100, "Hypotheses that beam search keeps.")
     lm_weight: float = option(2.0, "Weight of the language model.")
     word_score: float = option(0.0, "Score added for each word: positive for more words.")
@@ -58,16 +53,12 @@ class RecognitionArguments:
 class TranscriptionArguments:
     """What is transcribed, and where the transcripts go."""
 
-    inputs: list[str] | None = option(
-        None, "Recordings, folders of them, and parquet, JSON, CSV or .tsv files as for training."
-    )
+    inputs: list[str] | None = option(None, "Recordings, folders of them, and parquet, JSON, CSV or .tsv files.")
     dataset_name: str | None = option(None, "Dataset on the Hub.")
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
     split_name: str = option("test", "Split of the dataset.")
     audio_column_name: str = option("audio", "Column with the audio.")
-    max_unreadable_share: float = option(
-        1.0, "Recordings that cannot be read are named and left out; a larger share of all ends the run."
-    )
+    max_unreadable_share: float = option(1.0, "Largest share of unreadable recordings; each is named and left out.")
     output_file: str | None = option(None, "File for all transcripts. Default: standard output, or --output_dir.")
     output_dir: str | None = option(None, "Folder for transcripts.jsonl, and a file for each recording.")
     output_format: str | None = option(None, "Format. Default: the suffix of --output_file, or txt.", choices=FORMATS)
@@ -77,20 +68,14 @@ class TranscriptionArguments:
     live_chunk_length_s: float = option(1.0, "Seconds of new audio after which --live transcribes.")
 
     @property
-    def dataset(self) -> DataArguments | None:
-        """The dataset on the Hub, if one is given."""
-        if self.dataset_name is None:
-            return None
+    def data(self) -> DataArguments:
+        """The column with the audio, and the dataset on the Hub, if one is given."""
         return DataArguments(
-            dataset_name=[self.dataset_name],
-            dataset_config_name=None if self.dataset_config_name is None else [self.dataset_config_name],
+            dataset_name=self.dataset_name and [self.dataset_name],
+            dataset_config_name=self.dataset_config_name and [self.dataset_config_name],
             eval_split_name=[self.split_name],
             audio_column_name=self.audio_column_name,
         )
-
-    @property
-    def cue_limits(self) -> tuple[int, float]:
-        return self.max_cue_words, self.max_cue_seconds
 
 
 def build_recognizer(arguments: RecognitionArguments) -> Recognizer:
@@ -111,10 +96,7 @@ def build_recognizer(arguments: RecognitionArguments) -> Recognizer:
 
 
 def choose_format(arguments: TranscriptionArguments) -> str:
-    """
-    Raises:
-        UserError: options that contradict each other, or a suffix that is no format.
-    """
+    """The format of the transcripts. Options that contradict each other raise `UserError`, as other suffixes do."""
     if arguments.live == bool(arguments.inputs or arguments.dataset_name):
         raise UserError("give what to transcribe: either --inputs or --dataset_name, or --live")
     if arguments.output_file is not None and (arguments.output_dir is not None or arguments.live):
@@ -127,32 +109,17 @@ def choose_format(arguments: TranscriptionArguments) -> str:
     return chosen
 
 
-def open_journal(arguments: TranscriptionArguments, output_format: str) -> Journal | None:
-    """The journal of a run that writes files."""
-    if arguments.output_dir is not None:
-        return Journal(Path(arguments.output_dir) / "transcripts.jsonl")
-    if arguments.output_file is None:
-        return None
-    return Journal(Path(arguments.output_file + ("" if output_format == "jsonl" else ".jsonl")))
-
-
-def transcribe(
-    recognizer: Recognizer, encoded: Mapping[str, Any], unreadable: Unreadable
-) -> Iterator[list[dict[str, Any]]]:
+def transcribe(recognizer: Recognizer, encoded: Mapping[str, Any], unreadable: Unreadable) -> Iterator[list[dict]]:
     """Entries of the journal for recordings by name, batch by batch. A progress bar shows the speed."""
     max_seconds = recognizer.batch_size * recognizer.chunk * recognizer.seconds_per_frame
     begin, seconds = time.monotonic(), 0.0
-    loggers = [logging.getLogger(lighthubert_training.__name__)]
+    loggers = [logging.getLogger("lighthubert_training")]
     with logging_redirect_tqdm(loggers), tqdm(total=len(encoded), unit="recording") as progress:
         for batch in load_batches(encoded, recognizer.sampling_rate, recognizer.batch_size, max_seconds):
             readable = {each.name: each.waveform for each in unreadable.readable(batch)}
             transcripts = dict(zip(readable, recognizer.transcribe(list(readable.values())), strict=True))
-            yield [
-                as_json(each.name, transcripts[each.name])
-                if each.name in transcripts
-                else {"name": each.name, "error": each.problem}
-                for each in batch
-            ]
+            found = {name: transcript.as_json() for name, transcript in transcripts.items()}
+            yield [{"name": each.name} | found.get(each.name, {"error": each.problem}) for each in batch]
             seconds += sum(transcript.duration for transcript in transcripts.values())
             progress.set_postfix_str(f"{seconds / (time.monotonic() - begin):.1f} s of audio per second")
             progress.update(len(batch))
@@ -164,7 +131,11 @@ def transcribe_all(
     """Transcribes what is not transcribed yet, and returns the exit status: 1 if nothing could be read."""
     if output_format in ("srt", "vtt") and arguments.output_dir is None and len(encoded) != 1:
         raise UserError(f"{len(encoded)} recordings do not fit into one {output_format} file: give --output_dir")
-    journal = open_journal(arguments, output_format)
+    journal, limits = None, (arguments.max_cue_words, arguments.max_cue_seconds)
+    if arguments.output_dir is not None:
+        journal = Journal(Path(arguments.output_dir) / "transcripts.jsonl")
+    elif arguments.output_file is not None:
+        journal = Journal(Path(arguments.output_file + ("" if output_format == "jsonl" else ".jsonl")))
     done = set() if journal is None else journal.names
     unreadable = Unreadable(arguments.max_unreadable_share, len(encoded))
     if journal is not None and done:
@@ -177,10 +148,10 @@ def transcribe_all(
             continue
         for entry in entries:
             if "error" not in entry or output_format == "jsonl":
-                print(format_transcript(entry, output_format, *arguments.cue_limits), end="", flush=True)
+                print(format_transcript(entry, output_format, *limits), end="", flush=True)
     if journal is not None and output_format != "jsonl":
         output = Path(arguments.output_dir or str(arguments.output_file))
-        write_results(journal, encoded, output, output_format, *arguments.cue_limits)
+        write_results(journal, encoded, output, output_format, *limits)
     if unreadable.names:
         print(f"{len(unreadable.names)} of {len(encoded)} recordings could not be read", file=sys.stderr)
     return int(len(unreadable.names) == len(encoded))
@@ -197,12 +168,11 @@ def main() -> int:
             live = LiveTranscriber(build_recognizer(recognition), arguments.live_chunk_length_s)
             transcribe_live(live, sys.stdin.buffer, output_format)
             return 0
-        encoded = find_recordings(arguments.inputs or [], arguments.audio_column_name, arguments.dataset)
+        encoded = find_recordings(arguments.inputs or [], arguments.data)
         return transcribe_all(build_recognizer(recognition), encoded, arguments, output_format)
     except KeyboardInterrupt:
-        print(
-            "interrupted: the same command goes on from here if it has --output_file or --output_dir", file=sys.stderr
-        )
+        message = "interrupted: the same command goes on from here if it has --output_file or --output_dir"
+        print(message, file=sys.stderr)
         return 130
 
 

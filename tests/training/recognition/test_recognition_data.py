@@ -107,9 +107,9 @@ def test_recordings_to_transcribe_are_found_once(tmp_path):
     (tmp_path / "one.flac").write_bytes(WHOLE)
     undecoded([{"audio": {"path": "same.flac", "bytes": WHOLE}}] * 2).to_parquet(tmp_path / "two.parquet")
     one, two = str(tmp_path / "one.flac"), str(tmp_path / "two.parquet")
-    assert list(find_recordings([one, two, str(tmp_path), one], "audio")) == [one, f"{two}#0", f"{two}#1"]
+    assert list(find_recordings([one, two, str(tmp_path), one], DataArguments())) == [one, f"{two}#0", f"{two}#1"]
     with pytest.raises(UserError, match="gone.wav does not exist"):
-        find_recordings([str(tmp_path / "gone.wav")], "audio")
+        find_recordings([str(tmp_path / "gone.wav")], DataArguments())
 
 
 def test_batches_are_bounded_in_recordings_and_in_seconds():

@@ -2,7 +2,6 @@
 follows from them."""
 
 import argparse
-import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from lighthubert_training.data.sources import DataArguments, load_speech
+from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.runs.checkpoints import checkpoints, newest_checkpoint, require_whole
 from lighthubert_training.runs.distributed import DEVICE_HELP
 from lighthubert_training.runs.options import option
@@ -59,9 +58,7 @@ class ModelArguments:
     @property
     def config_options(self) -> dict[str, Any]:
         """The regularisation, as options of the model's configuration."""
-        names = ["mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length", "layerdrop"]
-        names += ["attention_dropout", "activation_dropout", "hidden_dropout", "final_dropout"]
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in vars(self).items() if name.startswith("mask_") or "drop" in name}
 
 
 @dataclass
@@ -76,60 +73,19 @@ class CTCArguments:
         SAMPLING_STRATEGIES,
     )
     num_random_subnets: int = option(4, "Random subnets of each step of once_for_all.")
-    distillation_weight: float = option(
-        0.0, "In-place distillation: weight of the divergence of a subnet's posteriors from the largest's."
-    )
+    distillation_weight: float = option(0.0, "Weight of in-place distillation, of posteriors of the largest subnet.")
     num_eval_subnets: int = option(0, "Random subnets to evaluate besides the named ones, always the same.")
     freeze_encoder_steps: int = option(0, "First steps in which the output layer alone is trained.")
     per_device_train_batch_seconds: float | None = option(None, "Most seconds of audio in a batch, with its padding.")
-    early_stopping_patience: int | None = option(
-        None, "Number of evaluations without a better word error rate after which training stops."
-    )
+    early_stopping_patience: int | None = option(None, "Evaluations without a better WER after which training stops.")
 
     def __post_init__(self) -> None:
         if self.distillation_weight < 0:
             raise ValueError(f"distillation_weight={self.distillation_weight} has to be 0 or more")
         if self.distillation_weight and not self.once_for_all:
-            raise ValueError(
-                "distillation_weight is for --once_for_all: a model of one size has nothing to learn from"
-            )
+            raise ValueError("distillation_weight is for --once_for_all: one size has nothing to learn from")
         if self.sampling != "largest" and self.num_random_subnets < (0 if self.sampling == "sandwich" else 1):
             raise ValueError(f"num_random_subnets={self.num_random_subnets} leaves nothing to train")
-
-
-@dataclass
-class TestArguments:
-    """What `--do_predict` transcribes after training, beside the evaluation data."""
-
-    test_file: list[str] | None = option(None, "Test data, as --validation_file.")
-    test_split_name: list[str] | None = option(None, "Split of each dataset to test on.")
-
-
-def load_parts(data: DataArguments, test: TestArguments, text_column_name: str, predict: bool) -> dict[str, Any]:
-    """The encoded data: `train`, and, as far as they are given, `eval` and, to `predict`, `test`."""
-    parts = {part: load_speech(data, part == "train", (text_column_name,)) for part in ("train", "eval")}
-    if predict and (test.test_file is not None or test.test_split_name is not None):
-        names: dict[str, Any] = {"train_file": None} if test.test_file is None else {}
-        tested = dataclasses.replace(
-            data, validation_file=test.test_file, eval_split_name=test.test_split_name, max_eval_samples=None, **names
-        )
-        parts["test"] = load_speech(tested, False, (text_column_name,))
-    return {part: dataset for part, dataset in parts.items() if dataset is not None}
-
-
-def describe_sources(data: DataArguments, test: TestArguments) -> dict[str, str]:
-    """What the model card calls each part of the data: a name on the Hub, or the last part of a file's path."""
-
-    def name(files: list[str] | None, splits: list[str] | None) -> str:
-        if files is not None:
-            return ", ".join(Path(file).name for file in files)
-        return f"{', '.join(data.dataset_name or [])} ({', '.join(splits or [])})"
-
-    return {
-        "train": name(data.train_file, data.train_split_name),
-        "eval": name(data.validation_file, data.eval_split_name),
-        "test": name(test.test_file, test.test_split_name),
-    }
 
 
 def configure(training_arguments: TrainingArguments, ctc: CTCArguments, data: DataArguments) -> None:
@@ -149,9 +105,7 @@ def configure(training_arguments: TrainingArguments, ctc: CTCArguments, data: Da
         loading: Any = training_arguments.accelerator_config
         loading.dispatch_batches = False  # names cannot be sent from process to process
         if ctc.per_device_train_batch_seconds is not None:
-            raise UserError(
-                "--per_device_train_batch_seconds: the lengths of a stream are not known before it is read"
-            )
+            raise UserError("--per_device_train_batch_seconds: lengths in a stream are not known before it is read")
     if ctc.early_stopping_patience is not None:
         if training_arguments.eval_strategy == "no":
             raise UserError("--early_stopping_patience needs evaluations: give --eval_strategy steps and --eval_steps")
@@ -163,8 +117,7 @@ def configure(training_arguments: TrainingArguments, ctc: CTCArguments, data: Da
 
 
 def find_start(folder: Path, resume_from_checkpoint: str | None) -> Path | None:
-    """The checkpoint to go on from: the newest whole one in `folder` for "latest", or the one named. `None` at the
-    beginning.
+    """The checkpoint to go on from: the newest whole one in `folder` for "latest", the one named, or `None`.
 
     Raises:
         UserError: the output folder is in use by an earlier run, or there is no whole checkpoint to go on from.

@@ -1,5 +1,6 @@
 """Speech for CTC: transcribed recordings to train and to evaluate on, and recordings to transcribe."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,9 @@ from lighthubert_training.data.recordings import (
     read_recording,
     recording_name,
 )
-from lighthubert_training.data.sources import MANIFESTS, DataArguments, load_speech
+from lighthubert_training.data.sources import TABLES, DataArguments, load_speech
 from lighthubert_training.recognition.text import TextArguments, num_frames_needed, report_unknown_characters
+from lighthubert_training.runs.options import option
 from modeling_lighthubert.errors import UserError
 
 
@@ -27,6 +29,14 @@ logger = logging.getLogger(__name__)
 NOT_READABLE = "no audio that can be read"
 SHUFFLE_BUFFER = 1000
 """Rows of a stream that are read before the first is trained on."""
+
+
+@dataclasses.dataclass
+class TestArguments:
+    """What `--do_predict` transcribes after training, beside the evaluation data."""
+
+    test_file: list[str] | None = option(None, "Test data, as --validation_file.")
+    test_split_name: list[str] | None = option(None, "Split of each dataset to test on.")
 
 
 class TranscribedSpeech(SpeechDataset):
@@ -85,19 +95,17 @@ def leave_out_useless(speech: TranscribedSpeech, model: Any, part: str) -> None:
 
 def _why_useless(speech: TranscribedSpeech, index: int, model: Any, training: bool) -> str | None:
     """Why nothing can be done with a recording, `None` if something can."""
-    labels, seconds = speech.labels[index], speech.seconds[index]
-    problem = NO_HEADER if seconds == 0 else ""
-    if not training:
-        problem = problem or speech[index].problem
-    if problem:
-        speech.unreadable.add(speech.name(index), problem)
+    seconds = speech.seconds[index]
+    problem = "" if training else speech[index].problem
+    if problem or seconds == 0:
+        speech.unreadable.add(speech.name(index), NO_HEADER if seconds == 0 else problem)
         return NOT_READABLE
     num_frames = int(model._get_feat_extract_output_lengths(round(seconds * speech.sampling_rate)))
     if num_frames < 1:
         return "shorter than one frame"
     if not speech.texts[index]:
         return "no transcript"
-    if training and num_frames_needed(labels) > num_frames:
+    if training and num_frames_needed(speech.labels[index]) > num_frames:
         return "a transcript longer than the recording has frames, one for 20 ms"
     return None
 
@@ -114,9 +122,8 @@ class StreamedSpeech(torch.utils.data.IterableDataset):
     """
 
     def __init__(self, stream: Any, data: DataArguments, text: TextArguments, processor: Any, model: Any):
-        self.stream, self.text, self.num_frames = stream, text, model._get_feat_extract_output_lengths
-        self.audio_column_name, self.tokenizer = data.audio_column_name, processor.tokenizer
-        self.sampling_rate = processor.feature_extractor.sampling_rate
+        self.stream, self.data, self.text, self.processor = stream, data, text, processor
+        self.num_frames = model._get_feat_extract_output_lengths
         self.unreadable = Unreadable(data.max_unreadable_share, SHUFFLE_BUFFER)
 
     def set_epoch(self, epoch: int) -> None:
@@ -124,9 +131,9 @@ class StreamedSpeech(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[Recording]:
         for index, row in enumerate(self.stream):
-            audio, text = row[self.audio_column_name], self.text.normalize(row[self.text.text_column_name])
-            name, labels = recording_name(audio, index), self.tokenizer(text).input_ids
-            recording = read_recording(audio, self.sampling_rate, name, labels)
+            audio, text = row[self.data.audio_column_name], self.text.normalize(row[self.text.text_column_name])
+            name, labels = recording_name(audio, index), self.processor.tokenizer(text).input_ids
+            recording = read_recording(audio, self.processor.feature_extractor.sampling_rate, name, labels)
             samples = recording.waveform
             if samples is None or (labels and num_frames_needed(labels) <= int(self.num_frames(len(samples)))):
                 yield recording
@@ -134,17 +141,44 @@ class StreamedSpeech(torch.utils.data.IterableDataset):
                 logger.warning(f"left out: {name} (no transcript, or one longer than the recording has frames)")
 
 
+def load_parts(data: DataArguments, test: TestArguments, text_column_name: str, predict: bool) -> dict[str, Any]:
+    """The encoded data: `train`, and, as far as they are given, `eval` and, to `predict`, `test`."""
+    parts = {part: load_speech(data, part == "train", (text_column_name,)) for part in ("train", "eval")}
+    if predict and (test.test_file is not None or test.test_split_name is not None):
+        names: dict[str, Any] = {"train_file": None} if test.test_file is None else {}
+        tested = dataclasses.replace(
+            data, validation_file=test.test_file, eval_split_name=test.test_split_name, max_eval_samples=None, **names
+        )
+        parts["test"] = load_speech(tested, False, (text_column_name,))
+    return {part: dataset for part, dataset in parts.items() if dataset is not None}
+
+
+def describe_sources(data: DataArguments, test: TestArguments) -> dict[str, str]:
+    """What the model card calls each part of the data: a name on the Hub, or the last part of a file's path."""
+
+    def name(files: list[str] | None, splits: list[str] | None) -> str:
+        if files is not None:
+            return ", ".join(Path(file).name for file in files)
+        return f"{', '.join(data.dataset_name or [])} ({', '.join(splits or [])})"
+
+    return {
+        "train": name(data.train_file, data.train_split_name),
+        "eval": name(data.validation_file, data.eval_split_name),
+        "test": name(test.test_file, test.test_split_name),
+    }
+
+
 def build_speech(
     parts: Mapping[str, Any], data: DataArguments, text: TextArguments, processor: Any, model: Any, seed: int
-) -> dict[str, TranscribedSpeech | StreamedSpeech]:
-    """Every part of the data with its labels, without what is of no use.
+) -> dict[str, Any]:
+    """Every part of the data with its labels, without what is of no use: `TranscribedSpeech`, or `StreamedSpeech`.
 
     Args:
         parts: encoded train, eval and test data.
         model: a PreTrainedModel, which says how many frames it makes of a recording.
         seed: of the order of a stream.
     """
-    speech: dict[str, TranscribedSpeech | StreamedSpeech] = {}
+    speech: dict[str, Any] = {}
     for part, dataset in parts.items():
         if isinstance(dataset, IterableDataset):
             stream = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
@@ -152,25 +186,31 @@ def build_speech(
             continue
         texts = [text.normalize(transcript) for transcript in dataset[text.text_column_name]]
         report_unknown_characters(texts, processor.tokenizer, part, text.text_case)
-        transcribed = TranscribedSpeech(dataset, data.audio_column_name, texts, processor, data.max_unreadable_share)
-        leave_out_useless(transcribed, model, part)
-        speech[part] = transcribed
+        speech[part] = TranscribedSpeech(dataset, data.audio_column_name, texts, processor, data.max_unreadable_share)
+        leave_out_useless(speech[part], model, part)
     return speech
 
 
-def find_recordings(inputs: Sequence[str], column: str, dataset: DataArguments | None = None) -> dict[str, Any]:
+def find_recordings(inputs: Sequence[str], data: DataArguments) -> dict[str, Any]:
     """Encoded recordings to transcribe by name, each once: files by their paths, those inside tables by the table and
     the number of the row.
 
     Args:
-        inputs: recordings, folders of them, and tables, as for training, with the audio in `column`.
-        dataset: whose evaluation part is transcribed as well.
+        inputs: recordings, folders of them, and tables, as for training.
+        data: the column with the audio, and datasets whose evaluation part is transcribed as well.
 
     Raises:
         UserError: an input that is not there, or has no recordings.
     """
-    recordings: dict[str, Any] = {}
-    for name, rows in _tables(inputs, column, dataset):
+    column, recordings = data.audio_column_name, dict[str, Any]()
+    tables: list[tuple[str, Any]] = []
+    for path in map(Path, inputs):
+        is_recording = path.is_file() and path.suffix not in TABLES
+        table = DataArguments(validation_file=[str(path)], audio_column_name=column)
+        rows = [{column: {"path": str(path), "bytes": None}}] if is_recording else load_speech(table, False)
+        tables.append((str(path), rows))
+    tables.append((", ".join(data.dataset_name or ()), load_speech(data, False) or ()))
+    for name, rows in tables:
         for index, row in enumerate(rows):
             audio = row[column]
             is_path = audio.get("bytes") is None and audio.get("path")
@@ -178,23 +218,10 @@ def find_recordings(inputs: Sequence[str], column: str, dataset: DataArguments |
     return recordings
 
 
-def _tables(inputs: Sequence[str], column: str, dataset: DataArguments | None) -> Iterator[tuple[str, Any]]:
-    """Name and rows of each input."""
-    for name in inputs:
-        path = Path(name)
-        if path.is_file() and path.suffix not in (".parquet", ".tsv", *MANIFESTS):
-            yield name, [{column: {"path": str(path), "bytes": None}}]
-        else:
-            yield str(path), load_speech(DataArguments(validation_file=[name], audio_column_name=column), False)
-    if dataset is not None:
-        yield ", ".join(dataset.dataset_name or ()), load_speech(dataset, False)
-
-
 def load_batches(
     encoded: Mapping[str, Any], sampling_rate: int, batch_size: int, max_seconds: float
 ) -> Iterator[list[Recording]]:
-    """Recordings by name, decoded: at most `batch_size` at a time, and `max_seconds` of audio unless one alone has
-    more."""
+    """Recordings by name, decoded, at most `batch_size` and, unless one alone has more, `max_seconds` at a time."""
     batch: list[Recording] = []
     seconds = 0.0
     for name, audio in encoded.items():

@@ -26,9 +26,7 @@ class TextArguments:
     text_case: str = option("keep", "Case of the letters.", choices=("keep", "lower", "upper"))
     chars_to_ignore: list[str] | None = option(None, "Characters that are taken out of the transcripts.")
     tokenizer_name_or_path: str | None = option(
-        None,
-        "Tokenizer, or a model that has one. Default: that of a fine-tuned model, else the characters of"
-        " the training transcripts are the vocabulary.",
+        None, "Tokenizer, or a model with one. Default: a fine-tuned model's own, or characters of the transcripts."
     )
 
     def normalize(self, text: str) -> str:
