@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from lighthubert_training.data.batches import EpochSampler
@@ -28,7 +28,7 @@ from lighthubert_training.recognition.data import StreamedSpeech, TranscribedSpe
 from lighthubert_training.runs.checkpoints import write_manifest
 from lighthubert_training.runs.distributed import sum_gradients
 from lighthubert_training.sampling import draw_subnets
-from modeling_lighthubert import SearchSpace, Subnet
+from modeling_lighthubert import Subnet
 from modeling_lighthubert.errors import UserError
 
 
@@ -70,7 +70,6 @@ class CTCTrainer(Trainer):
     batch, named and counted; a step in which none can be read changes no weight.
 
     Args:
-        ctc: how it is fine-tuned.
         eval_subnets: subnets that an evaluation measures, by name; `None` trains the model as one.
         options: of Trainer. The configuration of the model has `ctc_loss_reduction="sum"`, data sets are
             `TranscribedSpeech` or, to train on, `StreamedSpeech`, and the collator is a `CTCCollator`.
@@ -87,6 +86,7 @@ class CTCTrainer(Trainer):
     def __init__(self, ctc: CTCArguments, eval_subnets: Mapping[str, Subnet | None] | None = None, **options: Any):
         super().__init__(compute_metrics=self.error_rates, **options)
         self.ctc, self.eval_subnets = ctc, eval_subnets
+        self.search_space = None if eval_subnets is None else self.model.search_space
         self.model_accepts_loss_kwargs = True  # Trainer passes the labels of a step on; compute_loss divides by them
         self.args.logging_nan_inf_filter = False  # it hides what training_step stops at
         # gradients are summed by hand, so the model is not wrapped
@@ -101,11 +101,8 @@ class CTCTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         if not self.args.disable_tqdm:
             self.add_callback(ProgressWithValues)
-
-    @property
-    def search_space(self) -> SearchSpace | None:
-        """Of a supernet that is trained once for all."""
-        return None if self.eval_subnets is None else self.model.search_space
+        if ctc.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(ctc.early_stopping_patience))
 
     def get_train_dataloader(self) -> DataLoader:
         """This process's batches of an epoch, of recordings of similar length, dealt as in distillation."""
@@ -122,13 +119,15 @@ class CTCTrainer(Trainer):
             slices=range(first, first + args.gradient_accumulation_steps),
             num_slices=args.world_size * args.gradient_accumulation_steps,
         )
-        return EpochLoader(
+        loader: Any = DataLoader(
             self.train_dataset,
             batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and self.args.device.type == "cuda",
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
+        loader.set_epoch = sampler.set_epoch  # Trainer calls it where an epoch begins
+        return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
         """This process's batches of a step, and the number of characters in those of all processes. Recordings that
@@ -148,11 +147,6 @@ class CTCTrainer(Trainer):
         self.is_step_empty = num_labels == 0
         return batches, torch.tensor(float(num_labels), device=device)
 
-    def subnets_of_step(self) -> list[Subnet | None]:
-        """What the step trains. It follows from seed and step, so accumulated batches and resumed runs agree."""
-        ctc, step = self.ctc, self.state.global_step
-        return draw_subnets(self.search_space, ctc.sampling, self.args.seed, step, ctc.num_random_subnets)
-
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Gradients of the mean loss over the subnets of the step, on one batch; none of a batch of which no recording
         can be read.
@@ -171,19 +165,22 @@ class CTCTrainer(Trainer):
 
     def loss_of_batch(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         """Sum of the losses of the step's subnets on a batch, each of which leaves its gradients in the model."""
-        names, subnets = inputs.pop("names"), self.subnets_of_step()
+        names, ctc, step = inputs.pop("names"), self.ctc, self.state.global_step
         del inputs["unreadable"]
-        self.audio_seconds += int(inputs["attention_mask"].sum()) * self.args.world_size / self.sampling_rate
+        # what a step trains follows from seed and step, so accumulated batches and resumed runs agree
+        subnets = draw_subnets(self.search_space, ctc.sampling, self.args.seed, step, ctc.num_random_subnets)
+        sampling_rate = self.processing_class.feature_extractor.sampling_rate
+        self.audio_seconds += int(inputs["attention_mask"].sum()) * self.args.world_size / sampling_rate
         self.num_passes, loss = len(subnets), torch.zeros((), device=self.args.device)
         with self.shared_feature_encoder(inputs["input_values"]):
-            self.posteriors = self.posteriors_of_the_largest(inputs) if self.ctc.distillation_weight else None
+            self.posteriors = self.posteriors_of_the_largest(inputs) if ctc.distillation_weight else None
             for subnet in subnets:
                 if subnet is not None:
                     self.model.set_subnet(subnet)
                 loss += super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {float(loss)} at step {self.state.global_step}, on {', '.join(names)}. The last"
+                f"the loss is {float(loss)} at step {step}, on {', '.join(names)}. The last"
                 " checkpoint is as it was: lower --learning_rate, or use bf16 in place of fp16"
             )
         return loss
@@ -202,15 +199,16 @@ class CTCTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             return computed_once(encoder, encoder(input_values))
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """CTC loss, and the divergence from the largest subnet's posteriors: in training a sum over the batch, divided
         by the characters and passes of the step, in evaluations a mean over the characters of the batch."""
         outputs = model(**inputs)
         loss = outputs["loss"]
         if model.training and self.posteriors is not None:
-            divergence = self.divergence(outputs["logits"], self.posteriors, inputs["attention_mask"])
+            # Kullback-Leibler divergence from the largest's posteriors, a sum over true frames
+            log_probs = F.log_softmax(outputs["logits"].float(), dim=-1)
+            each = F.kl_div(log_probs, self.posteriors, reduction="none", log_target=True).sum(dim=-1)
+            divergence = each[true_frames(self.model, each.shape[1], inputs["attention_mask"])].sum()
             loss = loss + self.ctc.distillation_weight * divergence
         in_step = num_items_in_batch * self.num_passes if model.training else inputs["labels"].ne(-100).sum()
         loss = loss / in_step
@@ -224,15 +222,6 @@ class CTCTrainer(Trainer):
             logits = self.model(inputs["input_values"], attention_mask=inputs["attention_mask"]).logits
         self.model.train()
         return F.log_softmax(logits.float(), dim=-1)
-
-    def divergence(self, logits: torch.Tensor, posteriors: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Kullback-Leibler divergence of a subnet's posteriors from the largest's, a sum over true frames."""
-        each = F.kl_div(F.log_softmax(logits.float(), dim=-1), posteriors, reduction="none", log_target=True)
-        return each.sum(dim=-1)[true_frames(self.model, logits.shape[1], attention_mask)].sum()
-
-    @property
-    def sampling_rate(self) -> int:
-        return self.processing_class.feature_extractor.sampling_rate
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> tuple:
         """Predictions are token ids, (batch_size, num_frames), with padding after the last true frame.
@@ -271,10 +260,9 @@ class CTCTrainer(Trainer):
                 loader = self.get_eval_dataloader(eval_dataset)
                 measured: Any = self.evaluation_loop(loader, f"evaluating {name}", metric_key_prefix=name).metrics
             for measure in ("loss", "wer", "cer"):
-                value = measured[f"{name}_{measure}"]
-                metrics[f"{metric_key_prefix}_{measure}_{name}"] = value
-                total = metrics.get(f"{metric_key_prefix}_{measure}", 0.0)
-                metrics[f"{metric_key_prefix}_{measure}"] = total + value / len(self.eval_subnets)
+                key, value = f"{metric_key_prefix}_{measure}", measured[f"{name}_{measure}"]
+                metrics[f"{key}_{name}"] = value
+                metrics[key] = metrics.get(key, 0.0) + value / len(self.eval_subnets)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -305,15 +293,6 @@ class CTCTrainer(Trainer):
             rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
 
-class EpochLoader(DataLoader):
-    """A DataLoader that Trainer tells which epoch begins."""
-
-    batch_sampler: Any
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
-
-
 class FreezeEncoder(TrainerCallback):
     """Trains the output layer alone in the first steps, then what would have been trained without it."""
 
@@ -324,8 +303,7 @@ class FreezeEncoder(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         freeze = state.global_step < self.num_steps
         if freeze and not self.frozen:
-            parameters = given["model"].base_model.parameters()
-            self.frozen = [parameter for parameter in parameters if parameter.requires_grad]
+            self.frozen = [each for each in given["model"].base_model.parameters() if each.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(not freeze)
         if not freeze:
