@@ -12,7 +12,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import IterableDataset
@@ -92,11 +92,7 @@ class BatchSampler(ABC, torch.utils.data.Sampler[list[Item]]):
         return [*steps, step] if len(step) >= self.num_slices else steps
 
     def require(self, steps: Sequence[list[Item]], num_recordings: int) -> None:
-        """Refuses data that are too few.
-
-        Raises:
-            UserError: there is no step.
-        """
+        """Raises a `UserError` if there is no step, because recordings are too few."""
         if not steps:
             raise UserError(
                 f"{num_recordings} recordings are too few for {self.num_slices} batches a step: give more speech, or"
@@ -138,17 +134,10 @@ class RandomAccessSampler(BatchSampler):
         return steps
 
 
-class Pool(NamedTuple):
-    """Rows that are read from a stream together, to be sorted by length and put into batches.
-
-    Attributes:
-        position: where the pool begins, as JSON: `epoch`, the number of rows of that epoch before it, `num_read`, and
-            `stream`, the state of the dataset there (`None` at the beginning of an epoch).
-        rows: encoded recordings.
-    """
-
-    position: dict[str, Any]
-    rows: list[dict[str, Any]]
+Pool = tuple[dict[str, Any], list[dict[str, Any]]]
+"""Recordings that are read from a stream together, to be sorted by length and put into batches: where they begin, as
+JSON (`epoch`, the number of rows of that epoch before them, `num_read`, and `stream`, the state of the dataset there,
+`None` at the beginning of an epoch), and the rows, still encoded."""
 
 
 class StreamSampler(BatchSampler):
@@ -175,8 +164,7 @@ class StreamSampler(BatchSampler):
         # with a buffer of one row only shards are shuffled, and the state of the dataset is all there is to keep
         self.stream = stream.shuffle(seed=self.seed, buffer_size=1)
         self.audio_column_name, self.unreadable = audio_column_name, unreadable
-        beginning = {"first_step": 0, "epoch": 0, "num_read": 0, "stream": None}
-        self.positions = [dict(state or beginning)]
+        self.positions = [dict(state or {"first_step": 0, "epoch": 0, "num_read": 0, "stream": None})]
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The position of the pool that `step` belongs to, and the number of the pool's `first_step`."""
@@ -186,36 +174,33 @@ class StreamSampler(BatchSampler):
 
     def steps(self) -> Iterator[list[Item]]:
         at = self.positions[0]["first_step"]
-        for pool in read_ahead(self._pools(self.positions[0])):
-            steps = self._steps_of_pool(pool)
-            if pool.position["num_read"] == 0:
-                self.require(steps, len(pool.rows))
-            known = self.positions[-1]
-            if (pool.position["epoch"], pool.position["num_read"]) != (known["epoch"], known["num_read"]):
-                self.positions.append({"first_step": at, **pool.position})
+        for position, rows in read_ahead(self._pools(**self.positions[0])):
+            steps = self._steps_of_pool(position["epoch"], position["num_read"], rows)
+            if position["num_read"] == 0:
+                self.require(steps, len(rows))
+            if any(position[name] != self.positions[-1][name] for name in ("epoch", "num_read")):
+                self.positions.append({"first_step": at, **position})
             yield from steps[max(0, self.start - at) :]
             at += len(steps)
 
-    def _pools(self, position: Mapping[str, Any]) -> Iterator[Pool]:
-        """Pools from `position` on, without end."""
-        epoch, num_read, state = position["epoch"], position["num_read"], position["stream"]
+    def _pools(self, epoch: int, num_read: int, stream: dict[str, Any] | None, **_: Any) -> Iterator[Pool]:
+        """Pools from a position on, without end."""
         while True:
             self.stream.set_epoch(epoch)
-            if state is not None:
-                self.stream.load_state_dict(state)
+            if stream is not None:
+                self.stream.load_state_dict(stream)
             rows = iter(self.stream)
             while pool := [row[self.audio_column_name] for row in itertools.islice(rows, self.pool_size)]:
-                yield Pool({"epoch": epoch, "num_read": num_read, "stream": state}, pool)
-                num_read, state = num_read + len(pool), self.stream.state_dict()
+                yield {"epoch": epoch, "num_read": num_read, "stream": stream}, pool
+                num_read, stream = num_read + len(pool), self.stream.state_dict()
             if not num_read:
                 raise UserError("no recordings in the streamed data, or none that the filters leave")
-            epoch, num_read, state = epoch + 1, 0, None
+            epoch, num_read, stream = epoch + 1, 0, None
 
-    def _steps_of_pool(self, pool: Pool) -> list[list[Item]]:
-        epoch, first = pool.position["epoch"], pool.position["num_read"]
-        self.unreadable.num_recordings = max(self.unreadable.num_recordings, first + len(pool.rows))
+    def _steps_of_pool(self, epoch: int, first: int, rows: list[dict[str, Any]]) -> list[list[Item]]:
+        self.unreadable.num_recordings = max(self.unreadable.num_recordings, first + len(rows))
         items, seconds = [], []
-        for index, audio in enumerate(pool.rows, start=first):
+        for index, audio in enumerate(rows, start=first):
             if length := duration(audio):
                 items.append(Item(epoch, index, audio))
                 seconds.append(length)

@@ -35,9 +35,7 @@ def padded_batches(
     return [pad(extractor, waveforms[at : at + batch_size]) for at in range(0, len(waveforms), batch_size)]
 
 
-def _split(
-    recordings: Sequence[Recording],
-) -> tuple[list[Recording], list[np.ndarray], list[tuple[str, str]]]:
+def _split(recordings: Sequence[Recording]) -> tuple[list[Recording], list[np.ndarray], list[tuple[str, str]]]:
     """Recordings that can be read, their waveforms, and name and problem of each of the others."""
     readable = [each for each in recordings if each.waveform is not None]
     waveforms = [each.waveform for each in recordings if each.waveform is not None]
@@ -84,8 +82,7 @@ class CTCCollator:
 
     def __call__(self, recordings: Sequence[Recording]) -> dict[str, Any]:
         """Tensors `input_values` and `attention_mask`, (batch_size, num_samples), and `labels`, int64 (batch_size,
-        num_labels); `names`; and `unreadable`, name and problem of each recording that is left out. If none can be
-        read, there is nothing but `unreadable`."""
+        num_labels); `names` and `unreadable` as in `DistillationCollator`."""
         readable, waveforms, unreadable = _split(recordings)
         if not readable:
             return {"unreadable": unreadable}

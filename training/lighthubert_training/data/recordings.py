@@ -1,6 +1,5 @@
 """From an item of data to a `Recording`: its waveform, or the reason why there is none; and the one policy, of all
-jobs, for recordings that cannot be read.
-"""
+jobs, for recordings that cannot be read."""
 
 import logging
 import random

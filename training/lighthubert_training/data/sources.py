@@ -18,8 +18,8 @@ from modeling_lighthubert.errors import UserError, user_error
 
 
 AUDIO_SUFFIXES = (".flac", ".mp3", ".ogg", ".opus", ".wav")
-MANIFESTS = {".json": "json", ".jsonl": "json", ".csv": "csv"}
-"""Loader of datasets for each suffix of a table that names recordings."""
+TABLES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
+"""Loader of datasets for each suffix of a table that has or names recordings."""
 
 
 @dataclass
@@ -129,23 +129,19 @@ def _load_file(path: Path, column: str, streaming: bool) -> Dataset | IterableDa
         if not found:
             raise UserError(f"{path} has no audio: {', '.join(AUDIO_SUFFIXES)}")
         dataset = Dataset.from_dict({column: found})
-    elif path.suffix == ".parquet":
-        if not _names_files(path, column):
-            return _load(str(path), "parquet", data_files=str(path), split="train", streaming=streaming)
-        dataset = _load(str(path), "parquet", data_files=str(path), split="train")
-        dataset = _with_folder(dataset, column, path.parent)
-    elif path.suffix == ".tsv":
-        # fairseq's: the folder on the first line, then a path and its number of samples on each
-        with path.open(encoding="utf-8") as manifest:
-            folder = path.parent / manifest.readline().strip()
-        options = {"delimiter": "\t", "names": [column, "num_samples"], "skiprows": 1}
-        dataset = _with_folder(_load(str(path), "csv", data_files=str(path), split="train", **options), column, folder)
-    elif path.suffix in MANIFESTS:
-        dataset = _load(str(path), MANIFESTS[path.suffix], data_files=str(path), split="train")
-        dataset = _with_folder(dataset, column, path.parent)
+    elif path.suffix not in TABLES:
+        raise UserError(f"{path} is of no known kind: give a folder of audio, or a file in {', '.join(TABLES)}")
     else:
-        known = ", ".join([".parquet", *MANIFESTS, ".tsv"])
-        raise UserError(f"{path} is of no known kind: give a folder of audio, or a file in {known}")
+        options: dict[str, Any] = {"data_files": str(path), "split": "train"}
+        if path.suffix == ".parquet" and not _names_files(path, column):
+            return _load(str(path), "parquet", **options, streaming=streaming)
+        folder = path.parent
+        if path.suffix == ".tsv":
+            # fairseq's: the folder on the first line, then a path and its number of samples on each
+            with path.open(encoding="utf-8") as manifest:
+                folder /= manifest.readline().strip()
+            options |= {"delimiter": "\t", "names": [column, "num_samples"], "skiprows": 1}
+        dataset = _with_folder(_load(str(path), TABLES[path.suffix], **options), column, folder)
     return dataset.to_iterable_dataset() if streaming else dataset
 
 
@@ -180,22 +176,17 @@ def _with_folder(dataset: Dataset, column: str, folder: Path) -> Dataset:
 
 def _filtered(speech: Dataset | IterableDataset, arguments: DataArguments) -> Dataset | IterableDataset:
     """The recordings that are not too short, too long or silent. Unreadable ones stay: they are counted later."""
-    least, most, loud = (
-        arguments.min_duration_in_seconds,
-        arguments.max_duration_in_seconds,
-        arguments.min_level_in_db,
-    )
+    least, most = arguments.min_duration_in_seconds, arguments.max_duration_in_seconds
+    loud = arguments.min_level_in_db
     if least <= 0 and most is None and loud is None:
         return speech
 
     def is_used(audio: Any) -> bool:
         seconds = duration(audio)
-        if seconds == 0:
-            return True
-        if not least <= seconds <= (most or seconds):
+        if seconds and not least <= seconds <= (most or seconds):
             return False
         try:
-            return loud is None or level(soundfile.read(encoded_source(audio))[0]) >= loud
+            return seconds == 0 or loud is None or level(soundfile.read(encoded_source(audio))[0]) >= loud
         except UNREADABLE:
             return True
 
