@@ -1,5 +1,4 @@
-"""What frozen features are worth, without fine-tuning: linear probes of recordings, and a ridge regression of
-frames."""
+"""What frozen features are worth, without fine-tuning: linear probes of recordings, a ridge regression of frames."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,12 +43,6 @@ def probe_accuracy(
     return float(linear_probe().fit(train_features, train_labels).score(test_features, test_labels))
 
 
-def cross_validated_accuracy(features: np.ndarray, labels: Sequence, num_folds: int = 5) -> float:
-    """Mean accuracy of a linear probe over folds, for labels that training recordings do not have (new speakers)."""
-    folds = StratifiedKFold(num_folds, shuffle=True, random_state=0)
-    return float(cross_val_score(linear_probe(), features, labels, cv=folds).mean())
-
-
 def draw_masks(
     model: PreTrainedModel, batches: Sequence[Batch], mask_time_prob: float, mask_time_length: int
 ) -> list[torch.Tensor]:
@@ -76,18 +69,10 @@ def masked_features(model: PreTrainedModel, batches: Sequence[Batch], masks: Seq
 
 
 def masked_targets(teacher: Any, batches: Sequence[Batch], masks: Sequence[torch.Tensor]) -> np.ndarray:
-    """The distillation targets of the same frames, (num_frames, hidden_size of the teacher): the first of the `targets`
-    that `teacher(input_values, attention_mask)` gives."""
+    """The first of the distillation targets that `teacher(input_values, attention_mask)` gives, of the same frames:
+    (num_frames, hidden_size of the teacher)."""
     outputs = [teacher(batch["input_values"], batch["attention_mask"]) for batch in batches]
     return torch.cat([output.targets[0][mask] for output, mask in zip(outputs, masks, strict=True)]).numpy()
-
-
-def ridge_r2(
-    train_features: np.ndarray, train_targets: np.ndarray, test_features: np.ndarray, test_targets: np.ndarray
-) -> float:
-    """Share of the variance of the test targets that a ridge regression, fitted to training frames, explains."""
-    regression = make_pipeline(StandardScaler(), Ridge()).fit(train_features, train_targets)
-    return float(r2_score(test_targets, regression.predict(test_features), multioutput="variance_weighted"))
 
 
 class ProbeBench:
@@ -126,28 +111,25 @@ class ProbeBench:
         self.train_batches = padded_batches(extractor, waveforms(self.train_words))
         self.test_batches = padded_batches(extractor, waveforms(self.test_words))
         self.train_frames, self.test_frames = frames(train.file), frames(test.file)
-        self.masks = [
-            draw_masks(teacher.model, frames, mask_time_prob, mask_time_length)
-            for frames in (self.train_frames, self.test_frames)
-        ]
+        both = (self.train_frames, self.test_frames)
+        self.masks = [draw_masks(teacher.model, each, mask_time_prob, mask_time_length) for each in both]
         self.train_targets = masked_targets(teacher, self.train_frames, self.masks[0])
         self.test_targets = masked_targets(teacher, self.test_frames, self.masks[1])
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """R2 and the probes' accuracies of the frozen `model`, for the labels that the data has."""
+        """Of the frozen `model`: R2, the share of the variance of the test targets that a ridge regression, fitted to
+        training frames, explains; and the probes' accuracies for the labels that the data has, of `speaker` over five
+        folds of the test recordings, because training recordings have other speakers."""
         model = model.eval()
-        row = {
-            "r2": ridge_r2(
-                masked_features(model, self.train_frames, self.masks[0]),
-                self.train_targets,
-                masked_features(model, self.test_frames, self.masks[1]),
-                self.test_targets,
-            )
-        }
+        features = masked_features(model, self.train_frames, self.masks[0])
+        regression = make_pipeline(StandardScaler(), Ridge()).fit(features, self.train_targets)
+        predicted = regression.predict(masked_features(model, self.test_frames, self.masks[1]))
+        row = {"r2": float(r2_score(self.test_targets, predicted, multioutput="variance_weighted"))}
         test = pooled_features(model, self.test_batches)
         if "digit" in self.test_words.column_names:
             train = pooled_features(model, self.train_batches)
             row["digit"] = probe_accuracy(train, self.train_words["digit"], test, self.test_words["digit"])
         if "speaker" in self.test_words.column_names:
-            row["speaker"] = cross_validated_accuracy(test, self.test_words["speaker"])
+            folds = StratifiedKFold(5, shuffle=True, random_state=0)
+            row["speaker"] = float(cross_val_score(linear_probe(), test, self.test_words["speaker"], cv=folds).mean())
         return row

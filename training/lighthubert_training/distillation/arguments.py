@@ -37,8 +37,7 @@ class DistillationArguments:
         None, "Initial weights of the student: a checkpoint, or 'random'. Default: the teacher's weights."
     )
     search_space: str | None = option(
-        None,
-        "Search space: small, base, or a JSON file. Default: that of the initial weights, or none: one model.",
+        None, "Search space: small, base, or a JSON file. Default: that of the initial weights, or none: one model."
     )
     sampling: str = option(
         "uniform",
@@ -56,20 +55,15 @@ class DistillationArguments:
     )
     freeze_feature_encoder: bool = option(False, "Train everything but the convolutions.")
     share_feature_encoder: bool = option(
-        False,
-        "Freeze the convolutions, the teacher's, and compute them once for both, on audio for the teacher.",
+        False, "Freeze the convolutions, the teacher's, and compute them once for both, on audio for the teacher."
     )
     max_steps: int = option(1000, "Number of optimiser steps.")
     per_device_train_batch_size: int = option(8, "Number of recordings in a batch, on each process.")
-    per_device_train_batch_seconds: float | None = option(
-        None, "Most seconds of audio, padded, in a batch. Default: any."
-    )
+    per_device_train_batch_seconds: float | None = option(None, "Most seconds of audio in a padded batch.")
     gradient_accumulation_steps: int = option(1, "Number of batches in each step, on each process.")
     crop_seconds: float = option(20.0, "Length to which longer recordings are cropped at random, in seconds.")
     learning_rate: float = option(5e-4, "Peak learning rate.")
-    feature_encoder_learning_rate: float | None = option(
-        None, "Peak learning rate of convolutions. Default: the same."
-    )
+    feature_encoder_learning_rate: float | None = option(None, "Peak rate of the convolutions. Default: as above.")
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
     warmup_ratio: float = option(0.08, "Fraction of the steps in which the learning rate rises; then it falls.")
     lr_scheduler_type: str = option("linear", "Shape of the fall of the learning rate.", choices=("linear", "cosine"))
@@ -114,8 +108,7 @@ class ObjectiveArguments:
     )
     num_target_layers: int = option(8, "Number of teacher layers, from the top, whose mean is the target.")
     target_layers: list[int] | None = option(
-        None,
-        "Teacher layers from 1 (hidden states: from 0, the input), each with its own head, in place of the mean.",
+        None, "Teacher layers from 1 (hidden states: from 0, the input), each with its own head, in place of the mean."
     )
     target_norm: str = option(
         "instance",

@@ -103,11 +103,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def require_no_run(output_dir: Path) -> None:
-    """Refuses the folder of an earlier run.
-
-    Raises:
-        UserError: the folder has checkpoints or a model.
-    """
+    """Raises a `UserError` if the folder has checkpoints or a model of an earlier run."""
     newest = checkpoints(output_dir)[-1:]
     if newest or any(output_dir.glob("model*.safetensors")):
         found = f"checkpoints of an earlier run, {newest[0].name} the newest" if newest else "an earlier run's model"
@@ -130,11 +126,7 @@ def checkpoint_damage(folder: Path) -> str | None:
 
 
 def require_whole(folder: Path) -> Path:
-    """The same folder, if it is a checkpoint without damage.
-
-    Raises:
-        UserError: it is not.
-    """
+    """The same folder; raises a `UserError` if it is no checkpoint, or a damaged one."""
     if reason := checkpoint_damage(folder):
         raise UserError(f"cannot go on from {folder}: {reason}")
     return folder
@@ -146,17 +138,15 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
     Raises:
         UserError: all are damaged.
     """
-    reasons = []
-    for folder in reversed(checkpoints(output_dir)):
+    found = checkpoints(output_dir)
+    for folder in reversed(found):
         reason = checkpoint_damage(folder)
         if reason is None:
             return folder
         logger.warning(f"{folder} is damaged, {reason}: trying the one before")
-        reasons.append(folder.name)
-    if reasons:
-        raise UserError(
-            f"every checkpoint in {output_dir} is damaged ({', '.join(reasons)}): delete them to start anew"
-        )
+    if found:
+        names = ", ".join(folder.name for folder in found)
+        raise UserError(f"every checkpoint in {output_dir} is damaged ({names}): delete them to start anew")
     return None
 
 

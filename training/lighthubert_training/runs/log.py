@@ -18,8 +18,8 @@ class RunLog:
 
     Attributes:
         history: entries with their `step`: `loss`, the same by class of subnet, `grad_norm`, `learning_rate`,
-            `audio_seconds_per_second`, `memory_gib`; or, of an evaluation, `eval_loss` and `eval_loss_{name}` of each
-            subnet.
+            `audio_seconds_per_second`, `memory_gib` (the most that was allocated on a GPU; on a CPU, the resident set); or,
+            of an evaluation, `eval_loss` and `eval_loss_{name}` of each subnet.
         eval_losses: of the last evaluation, by name of subnet; empty before the first.
     """
 
@@ -53,7 +53,9 @@ class RunLog:
         averages = {name: total / count for name, (total, count) in self.sums.items()}
         averages["learning_rate"] = learning_rate
         averages["audio_seconds_per_second"] = self.seconds / (time.perf_counter() - self.since)
-        averages["memory_gib"] = peak_memory(self.accelerator.device) / 2**30
+        device, own = self.accelerator.device, psutil.Process().memory_info().rss
+        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else own
+        averages["memory_gib"] = memory / 2**30
         if step % self.logging_steps == 0:
             self._add(step, averages)
             self.sums.clear()
@@ -70,10 +72,3 @@ class RunLog:
         """Keeps an entry, and sends it to the trackers."""
         self.history.append({"step": step, **values})
         self.accelerator.log(dict(values), step=step)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Memory in bytes: of a GPU, the most that was allocated; of a CPU, the resident set of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
