@@ -94,12 +94,9 @@ def main() -> None:
     parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
     arguments, objective, data_arguments = parsed = parse_options(parser, "distillation")
     recipe = {name: value for options in parsed for name, value in asdict(options).items()}
-    accelerator = build_accelerator(
-        arguments.device,
-        mixed_precision=arguments.mixed_precision,
-        log_with=None if arguments.report_to == "none" else arguments.report_to,
-        project_dir=arguments.output_dir,
-    )
+    tracker = None if arguments.report_to == "none" else arguments.report_to
+    tracking = {"log_with": tracker, "project_dir": arguments.output_dir}
+    accelerator = build_accelerator(arguments.device, mixed_precision=arguments.mixed_precision, **tracking)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError("weights have to be whole on every process: use data parallelism, not FSDP or DeepSpeed")
     checkpoint, state = prepare_output(arguments, recipe, accelerator)
@@ -117,9 +114,8 @@ def main() -> None:
         train_data, eval_data = (load_speech(data_arguments, training) for training in (True, False))
 
     optimizer = build_optimizer(arguments, student)
-    scheduler = get_scheduler(
-        arguments.lr_scheduler_type, optimizer, int(arguments.warmup_ratio * arguments.max_steps), arguments.max_steps
-    )
+    warmup_steps = int(arguments.warmup_ratio * arguments.max_steps)
+    scheduler = get_scheduler(arguments.lr_scheduler_type, optimizer, warmup_steps, arguments.max_steps)
     teacher.to(accelerator.device)
     if arguments.torch_compile:
         compile_layers(student, teacher)
@@ -140,7 +136,6 @@ def main() -> None:
         accelerator=accelerator,
         loader=SpeechLoader(arguments, data_arguments, train_data, collator, accelerator, state),
         eval_loader=eval_data and SpeechLoader(arguments, data_arguments, eval_data, collator, accelerator, None),
-        sampling_rate=extractor.sampling_rate,
         log=RunLog(accelerator, arguments.logging_steps, state["log"]),
         recipe=recipe,
     )

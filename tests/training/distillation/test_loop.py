@@ -55,7 +55,6 @@ def distiller(accelerator, tmp_path) -> Distiller:
         accelerator=accelerator,
         loader=SpeechLoader(*common, {"step": 0, "sampler": None}),
         eval_loader=SpeechLoader(*common, None),
-        sampling_rate=16_000,
         log=RunLog(accelerator, arguments.logging_steps),
         recipe={"seed": 0},
     )

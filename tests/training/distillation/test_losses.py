@@ -9,10 +9,14 @@ from tiny_distillation import padded_batch, tiny_student, tiny_teacher
 from lighthubert_training.distillation.losses import (
     matching_layers,
     prediction_loss,
-    student_loss,
     temporal_relation_loss,
 )
+from lighthubert_training.distillation.step import PreparedBatch
 from lighthubert_training.masks import true_frames
+
+
+def student_loss(student, batch, outputs, mask, teacher, conv_features=None) -> torch.Tensor:
+    return PreparedBatch(batch, outputs, mask, 0, conv_features).loss(student, teacher)
 
 
 def test_the_loss_is_the_mean_absolute_error_of_the_frames_that_count():
@@ -51,7 +55,7 @@ def test_every_objective_trains_every_subnet(options):
     for name in ("smallest", "largest"):
         student.set_subnet(name)
         student.zero_grad()
-        loss = student_loss(student, batch, outputs, mask, teacher.objective)
+        loss = student_loss(student, batch, outputs, mask, teacher)
         loss.backward()
         assert loss > 0
         for weight in (student.prediction_heads[0].weight, student.hubert.feature_projection.projection.weight):
@@ -64,13 +68,13 @@ def test_a_padded_batch_gives_the_mean_over_the_same_clips_alone(options):
     student, batch, teacher = tiny_student(), padded_batch(), tiny_teacher(loss_frames="all", **options)
     outputs = teacher(batch["teacher_input_values"], batch["attention_mask"])
     mask = true_frames(student, 18, batch["attention_mask"]) & (torch.arange(18) % 3 == 0)
-    together = student_loss(student, batch, outputs, mask, teacher.objective)
+    together = student_loss(student, batch, outputs, mask, teacher)
     alone, count = torch.zeros(()), 0
     for row, samples in enumerate((6000, 3200)):
         single = {name: tensor[row : row + 1, :samples] for name, tensor in batch.items()}
         single_outputs = teacher(single["teacher_input_values"], single["attention_mask"])
         length = single_outputs.targets[0].shape[1]
-        loss = student_loss(student, single, single_outputs, mask[row : row + 1, :length], teacher.objective)
+        loss = student_loss(student, single, single_outputs, mask[row : row + 1, :length], teacher)
         alone, count = alone + loss * length, count + length
     assert_close(together, alone / count)
 
@@ -80,8 +84,8 @@ def test_features_that_are_given_are_not_computed_again():
     student, batch, teacher = tiny_student(), padded_batch(), tiny_teacher()
     outputs = teacher(batch["teacher_input_values"], batch["attention_mask"])
     mask = true_frames(student, 18, batch["attention_mask"]) & (torch.arange(18) % 3 == 0)
-    expected = student_loss(student, batch, outputs, mask, teacher.objective)
+    expected = student_loss(student, batch, outputs, mask, teacher)
     features = student.hubert.feature_extractor(batch["input_values"])
     batch["input_values"] = torch.zeros_like(batch["input_values"])
-    assert torch.equal(student_loss(student, batch, outputs, mask, teacher.objective, features), expected)
-    assert not torch.equal(student_loss(student, batch, outputs, mask, teacher.objective), expected)
+    assert torch.equal(student_loss(student, batch, outputs, mask, teacher, features), expected)
+    assert not torch.equal(student_loss(student, batch, outputs, mask, teacher), expected)

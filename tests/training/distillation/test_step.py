@@ -6,7 +6,6 @@ from accelerate import Accelerator
 from conftest import NARROW, TWO_DEEP, assert_close
 from tiny_distillation import padded_batch, tiny_student, tiny_teacher
 
-from lighthubert_training.distillation.losses import student_loss
 from lighthubert_training.distillation.step import evaluate, prepare_batch, training_step
 from lighthubert_training.sampling import draw_subnets
 from modeling_lighthubert.errors import UserError
@@ -41,7 +40,7 @@ def test_the_gradient_of_a_sandwich_is_the_mean_over_its_subnets(accelerator):
     expected_losses = []
     for subnet in subnets:
         student.set_subnet(subnet)
-        loss = student_loss(student, batch, prepared.outputs, prepared.mask, teacher.objective)
+        loss = prepared.loss(student, teacher)
         (loss / 3).backward()
         expected_losses.append(float(loss.detach()))
     expected = gradients(student)

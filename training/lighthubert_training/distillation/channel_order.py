@@ -36,8 +36,7 @@ class ActivationStatistics(ExitStack):
 
     def of_inputs(self, name: str, layer: nn.Module) -> None:
         """Takes them of the inputs of `layer`, (batch_size, num_frames, num_features)."""
-        handle = layer.register_forward_pre_hook(lambda _, inputs: self._add(name, inputs[0]))
-        self.callback(handle.remove)
+        self.callback(layer.register_forward_pre_hook(lambda _, inputs: self._add(name, inputs[0])).remove)
 
     def of_channels(self, name: str, layer: nn.Module) -> None:
         """Takes them of the output of a convolution, (batch_size, channels, num_frames)."""

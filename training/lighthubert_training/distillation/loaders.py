@@ -30,6 +30,7 @@ class SpeechLoader(DataLoader):
         start: the `step` to begin with and the state of the `sampler` there; `None` for held-out speech.
 
     Attributes:
+        sampling_rate: of the audio in batches, in Hz.
         unreadable: the recordings that are left out. Those at hand without a header are there from the beginning.
     """
 
@@ -44,6 +45,7 @@ class SpeechLoader(DataLoader):
     ):
         self.device, self.unreadable = accelerator.device, Unreadable(data_arguments.max_unreadable_share)
         column, rate = data_arguments.audio_column_name, collator.student_feature_extractor.sampling_rate
+        self.sampling_rate = rate
         speech, seconds = None, []
         if isinstance(data, Dataset):
             speech = SpeechDataset(data, column, rate)

@@ -83,7 +83,6 @@ class Distiller:
     Attributes:
         loader: batches of training, from the step on that it begins with.
         eval_loader: batches of held-out speech, if there is any.
-        sampling_rate: of the audio in batches, in Hz.
         recipe: all options of the run, kept in its checkpoints.
     """
 
@@ -95,7 +94,6 @@ class Distiller:
     accelerator: Accelerator
     loader: SpeechLoader
     eval_loader: SpeechLoader | None
-    sampling_rate: int
     log: RunLog
     recipe: dict[str, Any]
 
@@ -164,7 +162,7 @@ class Distiller:
                     by_class[f"loss_{ends.get(subnet, 'random')}"].append(loss)
             values |= {name: sum(of_class) / len(of_class) for name, of_class in by_class.items()}
         samples = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        seconds = accelerator.num_processes * samples / self.sampling_rate
+        seconds = accelerator.num_processes * samples / self.loader.sampling_rate
         return self.log.step(step + 1, values, seconds, float(self.scheduler.get_last_lr()[0]))
 
     def is_evaluated(self, step: int) -> bool:
@@ -175,14 +173,9 @@ class Distiller:
     def evaluate(self, step: int) -> float:
         """Measures the loss on held-out speech of every subnet of `evaluation_subnets`, and returns their mean."""
         assert self.eval_loader is not None
-        losses = evaluate(
-            self.student,
-            self.teacher,
-            self.eval_loader.readable(self.eval_loader),
-            evaluation_subnets(self.student.search_space, self.arguments.num_eval_subnets),
-            self.accelerator,
-            self.arguments.share_feature_encoder,
-        )
+        batches, share = self.eval_loader.readable(self.eval_loader), self.arguments.share_feature_encoder
+        subnets = evaluation_subnets(self.student.search_space, self.arguments.num_eval_subnets)
+        losses = evaluate(self.student, self.teacher, batches, subnets, self.accelerator, share)
         return self.log.add_evaluation(step, losses)
 
     def save(self, step: int, eval_loss: float | None) -> None:

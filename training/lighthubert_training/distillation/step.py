@@ -8,13 +8,14 @@ import torch
 from accelerate import Accelerator
 
 from lighthubert_training.data.recordings import item_seed
-from lighthubert_training.distillation.losses import student_loss
+from lighthubert_training.distillation.losses import matching_layers, prediction_loss, temporal_relation_loss
 from lighthubert_training.distillation.teacher import Teacher, TeacherOutputs
 from lighthubert_training.masks import draw_time_mask, true_lengths
-from lighthubert_training.models import has_fixed_feature_encoder
+from lighthubert_training.models import computed_once, has_fixed_feature_encoder
 from lighthubert_training.runs.distributed import sum_gradients
 from modeling_lighthubert import LightHubertForPreTraining, Subnet
 from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.search_space import kept_layers
 
 
 @dataclass
@@ -37,8 +38,28 @@ class PreparedBatch:
     conv_features: torch.Tensor | None
 
     def loss(self, student: LightHubertForPreTraining, teacher: Teacher) -> torch.Tensor:
-        """Mean loss of the selected subnet."""
-        return student_loss(student, self.batch, self.outputs, self.mask, teacher.objective, self.conv_features)
+        """Loss of the selected subnet: the mean over its prediction heads, and the temporal relation."""
+        objective, batch, outputs = teacher.objective, self.batch, self.outputs
+        wants_states = objective.temporal_relation_weight > 0
+        with computed_once(student.hubert.feature_extractor, self.conv_features):
+            predicted = student(
+                batch["input_values"], batch["attention_mask"], self.mask, output_hidden_states=wants_states
+            )
+        frames = self.mask if objective.loss_frames == "masked" else outputs.frames
+        losses = [
+            prediction_loss(prediction, target, frames, objective.cosine_weight)
+            for prediction, target in zip(predicted.predictions, outputs.targets, strict=True)
+        ]
+        loss = torch.stack(losses).mean()
+        if not wants_states:
+            return loss
+        depth, states = student.config.num_hidden_layers, predicted.hidden_states[1:]
+        layers = matching_layers(kept_layers(depth, len(states)), depth, len(outputs.hidden_states))
+        relations = [
+            temporal_relation_loss(state, outputs.hidden_states[layer], outputs.frames)
+            for state, layer in zip(states, layers, strict=True)
+        ]
+        return loss + objective.temporal_relation_weight * torch.stack(relations).mean()
 
 
 def prepare_batch(

@@ -18,7 +18,7 @@ class RunLog:
 
     Attributes:
         history: entries with their `step`: `loss`, the same by class of subnet, `grad_norm`, `learning_rate`,
-            `audio_seconds_per_second`, `memory_gib` (the most that was allocated on a GPU; on a CPU, the resident set); or,
+            `audio_seconds_per_second`, `memory_gib` (the most allocated on a GPU, the resident set on a CPU); or,
             of an evaluation, `eval_loss` and `eval_loss_{name}` of each subnet.
         eval_losses: of the last evaluation, by name of subnet; empty before the first.
     """
