@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import run_superb
 import torch
 from accelerate.state import AcceleratorState
 from conftest import stock_settings, tiny_model
-from scripts import TRAINING, fails, killed, run
+from scripts import TRAINING, killed, run
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
 from lighthubert_training.superb.recipes import read_settings, task_names
@@ -219,7 +220,7 @@ def test_what_is_done_is_not_done_again_and_another_setting_is_refused(models, d
         (models, tmp_path / "other-data", (), "data_dir"),
         (models, data, ("--max_steps", 4), "recipe"),
         (models, data, ("--max_unreadable_share", 0.5), "max_unreadable_share"),
-        (tmp_path / "models", data, (), "features"),
+        (tmp_path / "models", data, (), "features and num_parameters"),
     ):
         with pytest.raises(UserError, match=f"was made with another {other}: choose another --output_dir"):
             score(model / "hubert", data_dir, tmp_path, "--tasks", "ks", *more)
@@ -255,8 +256,11 @@ def test_bad_options_end_with_their_reason(models, data, tmp_path, more, message
         score(models / "hubert", data, tmp_path, *more)
 
 
-def test_a_mistake_is_one_line_and_status_2(models, data, tmp_path):
-    (tmp_path / "data/sid").mkdir(parents=True)
+def test_a_mistake_is_one_line_and_status_2(models, tmp_path, monkeypatch, capsys):
     words = options(models / "hubert", tmp_path / "data", tmp_path / "out", "--tasks", "sid")
-    message = fails(TRAINING / "run_superb.py", *words).splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", list(map(str, ("run_superb.py", *words))))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(run_superb.__file__, run_name="__main__")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
     assert message.startswith("error: sid: there is no ") and "Get VoxCeleb1" in message

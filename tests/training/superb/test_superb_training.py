@@ -52,14 +52,16 @@ def test_recordings_are_cropped_alike_whatever_process_they_fall_to(training):
         assert torch.equal(states, whole[:, row["first_frame"] : row["first_frame"] + 20])
 
 
-def test_the_head_that_is_best_on_the_dev_part_is_kept_the_first_of_equals(training):
+@pytest.mark.parametrize(("higher_is_better", "values"), [(True, [50, 75, 75, 25]), (False, [50, 25, 25, 75])])
+def test_the_head_that_is_best_on_the_dev_part_is_kept_the_first_of_equals(training, higher_is_better, values):
     training.task.parts["dev"] = training.task.parts["train"]
+    training.task.higher_is_better = {"first": higher_is_better, "second": True}
     training.outputs = lambda part: []
-    given = iter([0.5, 0.75, 0.75, 0.25])
-    training.task.scores = lambda outputs, part: {"accuracy": next(given)}
+    given = iter(values)
+    training.task.scores = lambda outputs, part: {"second": 1, "first": next(given)}
     for step in range(4):
         training.step = step
         training.downstream.weighted_sum.weights.data.fill_(step)
         training.evaluate(loss=0.0)
-    assert (training.best["step"], training.best["scores"]) == (1, {"accuracy": 0.75})
+    assert (training.best["step"], training.best["scores"]["first"]) == (1, values[1])
     assert training.best["head"]["weighted_sum.weights"].tolist() == [1, 1]
