@@ -1,7 +1,7 @@
 """Recipes give options, the command line has the last word, and mistakes end with their reason."""
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.distillation.arguments import DistillationArguments, ObjectiveArguments
 from lighthubert_training.recognition.arguments import CTCArguments, ModelArguments
 from lighthubert_training.recognition.text import TextArguments
-from lighthubert_training.runs.options import RECIPES, parse_options, read_options, save_options
+from lighthubert_training.runs.options import RECIPES, option, parse_options, read_options, save_options
 from modeling_lighthubert.errors import UserError
 
 
@@ -35,9 +35,9 @@ def parse_published(path: Path) -> dict:
 class Options:
     """A required option, one with choices, a list, a switch."""
 
-    name: str = field()
-    kind: str = field(default="one", metadata={"choices": ("one", "two")})
-    layers: list[int] | None = None
+    name: str = option(help="A name")
+    kind: str = option("one", choices=("one", "two"))
+    layers: list[int] | None = option(None, "Some layers")
     rate: float = 1.0
     switch: bool = False
 
@@ -47,7 +47,7 @@ class Options:
 
 
 def parse(folder: Path, recipe: str, *arguments: str) -> Options:
-    (folder / "recipe.yaml").write_text(recipe)
+    (folder / "recipe.yaml").write_bytes(recipe.encode(errors="surrogateescape"))
     (options,) = parse_options(
         HfArgumentParser(Options), arguments=["--config", str(folder / "recipe.yaml"), *arguments]
     )
@@ -58,6 +58,16 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
     recipe = "name: a\nkind: two\nlayers: [1, 2]\nrate: 5e-4\nswitch: true\n"
     assert parse(tmp_path, recipe) == Options("a", "two", [1, 2], 5e-4, True)
     assert parse(tmp_path, recipe, "--rate", "2", "--switch", "false") == Options("a", "two", [1, 2], 2.0, False)
+
+
+def test_a_default_list_is_each_objects_own():
+    @dataclass
+    class Lists:
+        names: list[str] = option(["a"], "Names")
+
+    one, other = Lists(), Lists()
+    one.names.append("b")
+    assert other.names == Lists().names == ["a"]
 
 
 def test_null_in_a_recipe_leaves_the_default(tmp_path):
@@ -157,7 +167,9 @@ def test_the_help_lists_the_recipes(recipes, capsys):
     with pytest.raises(SystemExit) as ended:
         bake("--help")
     assert ended.value.code == 0
-    assert "YAML file with any of these options, or one of bread, cake." in " ".join(capsys.readouterr().out.split())
+    words = " ".join(capsys.readouterr().out.split())
+    assert "YAML file with any of these options, or one of bread, cake." in words
+    assert "--layers LAYERS [LAYERS ...] Some layers" in words
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
