@@ -187,6 +187,19 @@ def epoch_sampler(**settings) -> EpochSampler:
     return EpochSampler(SECONDS, **(defaults | settings))
 
 
+def test_an_epoch_of_indices_has_every_recording_once_in_batches_of_similar_length():
+    seconds = [1.0 + 0.1 * (index * 7 % 40) for index in range(40)]
+    batches = list(EpochSampler(seconds, batch_size=4, max_batch_seconds=None, crop_seconds=float("inf"), seed=3))
+    assert sorted(index for batch in batches for index in batch) == list(range(40))
+    for batch in batches:
+        assert max(seconds[index] for index in batch) - min(seconds[index] for index in batch) < 0.5
+
+
+def test_a_batch_of_indices_holds_no_more_seconds_than_allowed():
+    batches = list(epoch_sampler(batch_size=40))
+    assert max(len(batch) * max(SECONDS[index] for index in batch) for batch in batches) <= 100
+
+
 def test_an_epoch_of_numbered_steps_has_the_same_batches_as_the_one_before_in_another_order():
     numbered = epoch_sampler()
     first = list(numbered)
