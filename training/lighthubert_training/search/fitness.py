@@ -9,8 +9,7 @@ from transformers import Wav2Vec2Processor
 
 from lighthubert_training.data.collators import Batch
 from lighthubert_training.error_rates import character_error_rate
-from lighthubert_training.masks import true_frames
-from lighthubert_training.models import computed_once, has_fixed_feature_encoder
+from lighthubert_training.models import computed_once, has_fixed_feature_encoder, true_frames
 from lighthubert_training.probing import pooled_features, probe_accuracy
 from modeling_lighthubert import LightHubertForCTC, LightHubertPreTrainedModel, Subnet
 
