@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "training" / "lighthubert_training"
 JOBS = ("distillation", "recognition", "search", "superb")
 GROUND_FLOOR = (
-    *("runs", "error_rates", "decoding", "sampling", "masks", "models", "data", "probing", "cards"),  # lowest first
+    *("runs", "error_rates", "decoding", "sampling", "models", "data", "probing", "cards"),  # lowest first
 )
 SCRIPTS = {file.stem for folder in ("training", "demo", "benchmarks") for file in (ROOT / folder).glob("*.py")}
 

@@ -1,10 +1,10 @@
-"""What jobs do with a model besides running it: a feature encoder that is frozen is computed once for all subnets.
+"""What jobs do with a model besides loading it (`modeling_lighthubert.loading`) and running it: which of its frames are
+true and which are padding, which are hidden from it, and a frozen feature encoder that is computed once."""
 
-Models are loaded by `modeling_lighthubert.loading`.
-"""
-
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,3 +35,50 @@ def computed_once(module: nn.Module, output: torch.Tensor | None) -> Iterator[No
         yield
     finally:
         del module.forward
+
+
+def frame_mask(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """True frames, bool (batch_size, num_frames), of recordings with `lengths` frames, int (batch_size)."""
+    return torch.arange(num_frames, device=lengths.device) < lengths[:, None]
+
+
+def true_lengths(model: Any, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Frames of each recording without its padding, int (batch_size).
+
+    Args:
+        model: a HuBERT, or another model of transformers with its feature encoder.
+        attention_mask: 1 for samples, 0 for padding, (batch_size, num_samples).
+    """
+    return model._get_feat_extract_output_lengths(attention_mask.sum(-1))
+
+
+def true_frames(model: Any, num_frames: int, attention_mask: torch.Tensor) -> torch.Tensor:
+    """True frames, bool (batch_size, num_frames), of recordings with the samples of `attention_mask`."""
+    return frame_mask(true_lengths(model, attention_mask), num_frames)
+
+
+def draw_time_mask(
+    num_frames: Sequence[int], mask_time_prob: float, mask_time_length: int, seeds: Sequence[int | str]
+) -> torch.Tensor:
+    """Masked frames, bool (batch_size, largest of `num_frames`): spans that may overlap. Padding is never masked.
+
+    A recording's mask depends on its seed and its length, not on the batch. Source: `compute_mask_indices` of fairseq,
+    with `mask_type` static, which the released code uses.
+
+    Args:
+        num_frames: of each recording, without padding.
+        mask_time_prob: share of the frames that the spans would cover if they did not overlap. There are at least two
+            spans in a recording that has room for them.
+        mask_time_length: frames in a span; shorter recordings are one span.
+        seeds: of each recording.
+    """
+    mask = torch.zeros(len(num_frames), max(num_frames), dtype=torch.bool)
+    if mask_time_prob == 0.0:
+        return mask
+    for row, (count, seed) in enumerate(zip(num_frames, seeds, strict=True)):
+        rng = random.Random(seed)
+        span = min(mask_time_length, count)
+        num_spans = max(2, int(mask_time_prob * count / span + rng.random()))
+        for start in rng.sample(range(count - span + 1), min(num_spans, count // span)):
+            mask[row, start : start + span] = True
+    return mask

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.data.collators import Batch, padded_batches
 from lighthubert_training.data.strings import SAMPLING_RATE, Speech, read_parquet
-from lighthubert_training.masks import draw_time_mask, true_frames, true_lengths
+from lighthubert_training.models import draw_time_mask, true_frames, true_lengths
 
 
 @torch.no_grad()

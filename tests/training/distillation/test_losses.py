@@ -12,7 +12,7 @@ from lighthubert_training.distillation.losses import (
     temporal_relation_loss,
 )
 from lighthubert_training.distillation.step import PreparedBatch
-from lighthubert_training.masks import true_frames
+from lighthubert_training.models import true_frames
 
 
 def student_loss(student, batch, outputs, mask, teacher, conv_features=None) -> torch.Tensor:

@@ -94,10 +94,8 @@ class BatchSampler(ABC, torch.utils.data.Sampler[list[Item]]):
     def require(self, steps: Sequence[list[Item]], num_recordings: int) -> None:
         """Raises a `UserError` if there is no step, because recordings are too few."""
         if not steps:
-            raise UserError(
-                f"{num_recordings} recordings are too few for {self.num_slices} batches a step: give more speech, or"
-                " fewer processes and accumulated batches"
-            )
+            advice = "give more speech, or fewer processes and accumulated batches"
+            raise UserError(f"{num_recordings} recordings are too few for {self.num_slices} batches a step: {advice}")
 
 
 class RandomAccessSampler(BatchSampler):

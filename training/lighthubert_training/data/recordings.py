@@ -166,7 +166,12 @@ class CroppedRecordings(torch.utils.data.Dataset):
         return recording._replace(waveform=waveform, item=(epoch, index))
 
 
-def durations(speech: SpeechDataset) -> list[float]:
-    """Seconds of each recording by its header, 0 without one."""
+def durations(speech: SpeechDataset, unreadable: Unreadable | None = None) -> list[float]:
+    """Seconds of each recording by its header, 0 without one: those are added to `unreadable`, which counts all."""
     rows = tqdm(speech.audio, desc="reading headers", disable=len(speech) < 10_000)
-    return [duration(row[speech.audio_column_name]) for row in rows]
+    seconds = [duration(row[speech.audio_column_name]) for row in rows]
+    if unreadable is not None:
+        unreadable.num_recordings = len(speech)
+        for index in (index for index, length in enumerate(seconds) if length == 0):
+            unreadable.add(speech.name(index), NO_HEADER)
+    return seconds

@@ -10,14 +10,7 @@ from torch.utils.data import DataLoader
 
 from lighthubert_training.data.batches import RandomAccessSampler, StreamSampler
 from lighthubert_training.data.collators import DistillationCollator
-from lighthubert_training.data.recordings import (
-    NO_HEADER,
-    CroppedRecordings,
-    Item,
-    SpeechDataset,
-    Unreadable,
-    durations,
-)
+from lighthubert_training.data.recordings import CroppedRecordings, Item, SpeechDataset, Unreadable, durations
 from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.distillation.arguments import DistillationArguments
 
@@ -44,14 +37,10 @@ class SpeechLoader(DataLoader):
         start: Mapping[str, Any] | None,
     ):
         self.device, self.unreadable = accelerator.device, Unreadable(data_arguments.max_unreadable_share)
-        column, rate = data_arguments.audio_column_name, collator.student_feature_extractor.sampling_rate
-        self.sampling_rate = rate
-        speech, seconds = None, []
-        if isinstance(data, Dataset):
-            speech = SpeechDataset(data, column, rate)
-            seconds, self.unreadable.num_recordings = durations(speech), len(speech)
-            for index in (index for index, length in enumerate(seconds) if length == 0):
-                self.unreadable.add(speech.name(index), NO_HEADER)
+        self.sampling_rate = rate = collator.student_feature_extractor.sampling_rate
+        column = data_arguments.audio_column_name
+        speech = SpeechDataset(data, column, rate) if isinstance(data, Dataset) else None
+        seconds = [] if speech is None else durations(speech, self.unreadable)
         size, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
         process, num_processes = accelerator.process_index, accelerator.num_processes
         options = {

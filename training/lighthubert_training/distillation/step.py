@@ -10,8 +10,7 @@ from accelerate import Accelerator
 from lighthubert_training.data.recordings import item_seed
 from lighthubert_training.distillation.losses import matching_layers, prediction_loss, temporal_relation_loss
 from lighthubert_training.distillation.teacher import Teacher, TeacherOutputs
-from lighthubert_training.masks import draw_time_mask, true_lengths
-from lighthubert_training.models import computed_once, has_fixed_feature_encoder
+from lighthubert_training.models import computed_once, draw_time_mask, has_fixed_feature_encoder, true_lengths
 from lighthubert_training.runs.distributed import sum_gradients
 from modeling_lighthubert import LightHubertForPreTraining, Subnet
 from modeling_lighthubert.errors import UserError

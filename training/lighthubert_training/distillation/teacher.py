@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel, Wav2Vec2FeatureExtractor
 
 from lighthubert_training.distillation.arguments import ObjectiveArguments
-from lighthubert_training.masks import true_frames
+from lighthubert_training.models import true_frames
 from modeling_lighthubert import LightHubertForPreTraining
 from modeling_lighthubert.errors import UserError, user_error
 from modeling_lighthubert.loading import load_model
@@ -52,9 +52,8 @@ class Teacher(nn.Module):
         self.objective = objective or ObjectiveArguments()
         layers = getattr(getattr(model, "encoder", None), "layers", [])
         if not len(layers) or not all(hasattr(layer, "feed_forward") for layer in layers):
-            raise UserError(
-                f"a teacher is a HuBERT, wav2vec 2.0, WavLM or data2vec-audio base model, not {type(model).__name__}"
-            )
+            kinds = "a HuBERT, wav2vec 2.0, WavLM or data2vec-audio base model"
+            raise UserError(f"a teacher is {kinds}, not {type(model).__name__}")
         depth, asked, num_last = len(layers), self.objective.target_layers, self.objective.num_target_layers
         if asked is not None and max(asked) > depth:
             raise UserError(f"target_layers={asked}, but the teacher has {depth} layers")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Wav2Vec2Config
 from transformers.models.wav2vec2.modeling_wav2vec2 import TDNNLayer
 
-from lighthubert_training.masks import frame_mask
+from lighthubert_training.models import frame_mask
 
 
 class WeightedSum(nn.Module):

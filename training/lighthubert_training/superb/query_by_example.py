@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from lighthubert_training.masks import frame_mask
+from lighthubert_training.models import frame_mask
 from lighthubert_training.superb.data import TaskData
 from lighthubert_training.superb.features import FeatureDataset, Features
 from lighthubert_training.superb.metrics import maximum_term_weighted_value

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.ndimage import median_filter
 from torch import nn
 
-from lighthubert_training.masks import frame_mask
+from lighthubert_training.models import frame_mask
 from lighthubert_training.superb.heads import RecurrentClassifier
 from lighthubert_training.superb.metrics import Turn, diarization_error_rate
 from lighthubert_training.superb.tasks.base import Task
