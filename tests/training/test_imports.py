@@ -30,7 +30,7 @@ def complaint(name: str, part: str | None) -> str | None:
     """Why a file may not import `name`.
 
     Args:
-        part: of the training package that the file lies in: a job, or a module or folder of the ground floor; `None` for
+        part: of the training package that the file lies in: a job, or a part of the ground floor; `None` for
             scripts, the demonstration and benchmarks.
     """
     if name.startswith("."):

@@ -1,5 +1,5 @@
-"""A frozen feature encoder is recognised, and is replaced by its output for as long as a block lasts; masks tell frames
-from padding, and hide spans that follow from a recording's seed and length alone."""
+"""A frozen feature encoder is recognised, and is replaced by its output for as long as a block lasts; masks tell
+frames from padding, and hide spans that follow from a recording's seed and length alone."""
 
 import pytest
 import torch

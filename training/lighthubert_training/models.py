@@ -1,4 +1,4 @@
-"""What jobs do with a model besides loading it (`modeling_lighthubert.loading`) and running it: which of its frames are
+"""What jobs do with a model besides loading (`modeling_lighthubert.loading`) and running it: which of its frames are
 true and which are padding, which are hidden from it, and a frozen feature encoder that is computed once."""
 
 import random

@@ -21,8 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from lighthubert_training.data.batches import EpochSampler
 from lighthubert_training.error_rates import character_error_rate, word_error_rate
-from lighthubert_training.masks import true_frames
-from lighthubert_training.models import computed_once, has_fixed_feature_encoder
+from lighthubert_training.models import computed_once, has_fixed_feature_encoder, true_frames
 from lighthubert_training.recognition.arguments import CTCArguments
 from lighthubert_training.recognition.data import StreamedSpeech, TranscribedSpeech
 from lighthubert_training.runs.checkpoints import write_manifest
