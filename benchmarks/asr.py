@@ -15,31 +15,20 @@ import json
 import random
 import statistics
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import (
-    ROOT,
-    SPACE,
-    Results,
-    SpeechArguments,
-    bullets,
-    prepare_process,
-    run_all,
-    run_script,
-    summary,
-    write_report,
-)
-from transformers import HfArgumentParser, set_seed
+import common
+from common import ROOT, SPACE, Results, SpeechArguments, run_all
+from transformers import set_seed
 
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.data.strings import SAMPLING_RATE, prepare_speech, read_parquet
 from lighthubert_training.error_rates import character_error_rate, word_error_rate
 from lighthubert_training.recognition.recognizer import Recognizer
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import option
 from lighthubert_training.runs.plots import new_figure, save_figure
 from lighthubert_training.runs.tables import markdown_table
 from modeling_lighthubert import LightHubertModel, SearchSpace
@@ -48,7 +37,7 @@ from modeling_lighthubert.loading import load_model
 from modeling_lighthubert.profiling import macs_per_second
 
 
-ONCE_FOR_ALL = {"once for all": 0.0, "once for all, distilled in place": 0.1}
+ONCE_FOR_ALL = {"once for all": 0.0, "once for all, taught by the largest": 0.1}
 """Weight of in-place distillation of each."""
 
 
@@ -91,19 +80,15 @@ class Recognition:
 
     def _speakers(self, file: str, part: str) -> str:
         """The file, or one of it without (or of nobody but) the speaker that is held out."""
-        if self.held_out_speaker is None:
+        held_out, rows = self.held_out_speaker, read_parquet(file)
+        if held_out is None:
             return file
-        rows = read_parquet(file)
-        if self.held_out_speaker not in rows.unique("speaker"):
-            raise UserError(
-                f"--held_out_speaker {self.held_out_speaker}: {file} has {', '.join(rows.unique('speaker'))}"
-            )
-        rows = rows.filter(
-            lambda speaker: (speaker == self.held_out_speaker) == (part == "test"), input_columns="speaker"
-        )
+        if part == "test" and held_out not in (known := rows.unique("speaker")):
+            raise UserError(f"--held_out_speaker {held_out}: {file} has {', '.join(known)}")
         chosen = self.output / "data" / f"{part}-speakers.parquet"
         chosen.parent.mkdir(parents=True, exist_ok=True)
-        rows.to_parquet(chosen)
+        is_test = part == "test"
+        rows.filter(lambda speaker: (speaker == held_out) == is_test, input_columns="speaker").to_parquet(chosen)
         return str(chosen)
 
     @property
@@ -119,41 +104,37 @@ class Recognition:
     def folder(self, kind: str, seed: int) -> Path:
         return self.output / f"{kind.replace(' ', '-').replace(',', '')}-{seed}"
 
-    def run_script(self, name: str, recipe: str, folder: Path, seed: int, steps: int, **options: Any) -> None:
-        """Runs a training script by its recipe, and goes on with what an earlier run left in `folder`."""
-        options |= {"output_dir": folder, "seed": seed, "max_steps": steps, "report_to": "none"}
-        run_script(f"training/{name}.py", config=recipe, resume_from_checkpoint="latest", **options)
+    def run_script(self, name: str, folder: Path, seed: int, **options: Any) -> None:
+        """Runs a training script, and goes on with what an earlier run left in `folder`."""
+        options |= {"output_dir": folder, "seed": seed, "report_to": "none", "resume_from_checkpoint": "latest"}
+        common.run_script(f"training/{name}.py", **options)
 
     def distil(self, name: str, seed: int) -> None:
         """Makes the supernet that all runs of the seed start from."""
-        data = {"train_file": self.train.file, "dataloader_num_workers": 0}
-        folder, steps = self.folder(name, seed), self.arguments.distillation_steps
-        self.run_script("run_distillation", "small_budget", folder, seed, steps, **data)
+        options = {"train_file": self.train.file, "max_steps": self.arguments.distillation_steps}
+        options |= {"config": "small_budget", "dataloader_num_workers": 0}
+        self.run_script("run_distillation", self.folder(name, seed), seed, **options)
 
     def fine_tune(self, kind: str, seed: int) -> dict[str, Any]:
         """Fine-tunes, and transcribes the test recordings with every subnet that the run made."""
-        start, folder, name = self.folder("supernet", seed), self.folder(kind, seed), kind.split()[0]
+        folder, name, once_for_all = self.folder(kind, seed), kind.split()[0], kind in ONCE_FOR_ALL
         options: dict[str, Any] = {"train_file": self.train.strings_file, "validation_file": self.test.strings_file}
+        options |= {"config": "ctc_small_budget", "max_steps": self.arguments.steps}
         options["max_eval_samples"] = 10  # the error rates below are of all
-        if kind in ONCE_FOR_ALL:
+        options["model_name_or_path"] = self.folder("supernet", seed)
+        if once_for_all:
             options |= {"once_for_all": True, "distillation_weight": ONCE_FOR_ALL[kind]}
         elif kind.endswith("random weights"):
-            start = self.random_weights(name, seed)
-            options["freeze_feature_encoder"] = False  # nothing is there to be kept
+            # nothing is there to be kept
+            options |= {"model_name_or_path": self.random_weights(name, seed), "freeze_feature_encoder": False}
         else:
             options["subnet"] = self.subnet_file(name)
-        options |= {"model_name_or_path": start}
-        self.run_script(
-            "run_speech_recognition_ctc", "ctc_small_budget", folder, seed, self.arguments.steps, **options
-        )
+        self.run_script("run_speech_recognition_ctc", folder, seed, **options)
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         seconds = next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
         with self.measuring:
-            if kind in ONCE_FOR_ALL:
-                rates = {each: self.measure(folder, self.subnet_file(each)) for each in self.subnets}
-            else:
-                rates = {name: self.measure(folder)}
-        return {"seconds": seconds} | rates
+            files = {each: self.subnet_file(each) for each in self.subnets} if once_for_all else {name: None}
+            return {"seconds": seconds} | {each: self.measure(folder, file) for each, file in files.items()}
 
     def random_weights(self, name: str, seed: int) -> Path:
         """A model of the shape of a subnet that has learnt nothing."""
@@ -164,9 +145,9 @@ class Recognition:
             LightHubertModel(supernet.config.cut_to(self.subnets[name])).save_pretrained(folder)
         return folder
 
-    def measure(self, folder: Path, subnet_file: Path | None = None) -> dict[str, float]:
+    def measure(self, folder: Path, subnet: Path | None) -> dict[str, float]:
         """Error rates on the test recordings."""
-        recognizer = Recognizer.from_pretrained(str(folder), subnet=subnet_file and str(subnet_file))
+        recognizer = Recognizer.from_pretrained(folder, subnet=subnet)
         texts = [transcript.text for transcript in recognizer.transcribe(self.waveforms)]
         return {"wer": word_error_rate(self.references, texts), "cer": character_error_rate(self.references, texts)}
 
@@ -188,29 +169,22 @@ def mean_rates(results: Results, kind: str, subnets: Sequence[str], measure: str
     return [statistics.mean(each[seed] for each in found if seed in each) for seed in seeds]
 
 
-def gap(results: Results, kind: str, subnet: str) -> float:
-    """Word error rate of a subnet, once for all over alone, in the mean of the seeds that have both."""
-    together, alone = rates(results, kind, subnet), rates(results, f"{subnet} alone", subnet)
-    return statistics.mean(together[seed] - alone[seed] for seed in together.keys() & alone.keys())
-
-
 def table(results: Results, subnets: Sequence[str]) -> str:
     """Markdown: error rates of each subnet, fine-tuned alone, once for all, and from random weights."""
-    kinds = {"alone": "{} alone"} | {kind: kind for kind in ONCE_FOR_ALL} | {"random": "{} from random weights"}
-    header = ["", "WER alone", *(f"WER {kind}" for kind in ONCE_FOR_ALL), "WER from random weights"]
-    header += ["CER alone", "CER once for all", "CER from random weights"]
-    columns = [(kind, "wer") for kind in kinds.values()]
-    columns += [(kind, "cer") for name, kind in kinds.items() if name in ("alone", "once for all", "random")]
+    kinds = {"alone": "{} alone"} | {kind: kind for kind in ONCE_FOR_ALL}
+    kinds["from random weights"] = "{} from random weights"
+    columns = [("WER", kind) for kind in kinds]
+    columns += [("CER", kind) for kind in ("alone", "once for all", "from random weights")]
     drawn = [name for name in subnets if name.startswith("random")]
     rows, shown = [], {name: [name] for name in subnets if name not in drawn}
     for title, names in [*shown.items(), ("random, mean", drawn)]:
-        found = [mean_rates(results, kind, names, measure) for kind, measure in columns]
-        rows.append([title, *(summary(values, percent=True) for values in found)])
-    return markdown_table(header, rows)
+        found = [mean_rates(results, kinds[kind], names, measure.lower()) for measure, kind in columns]
+        rows.append([title, *(common.summary(values, percent=True) for values in found)])
+    return markdown_table(["", *(f"{measure} {kind}" for measure, kind in columns)], rows)
 
 
-def margins(results: Results, subnets: Sequence[str]) -> str:
-    """What distillation gains, and what one fine-tuning for all subnets costs."""
+def margins(results: Results, subnets: Sequence[str]) -> list[str]:
+    """What distillation gains, and what one fine-tuning for all subnets costs, in the mean of the seeds."""
     lines = []
     own, control = rates(results, "middle alone", "middle"), rates(results, "middle from random weights", "middle")
     if own and control:
@@ -220,11 +194,12 @@ def margins(results: Results, subnets: Sequence[str]) -> str:
             f"middle, distilled against random weights: {ratio:.2f} of its word errors in the mean,"
             f" no better in {worse} of {len(own)} seeds"
         )
-    alone = [name for name in subnets if f"{name} alone" in results]
-    for kind in ONCE_FOR_ALL:
-        if kind not in results or not alone:
-            continue
-        gaps = {name: gap(results, kind, name) for name in alone}
+    alone = {name: rates(results, f"{name} alone", name) for name in subnets if f"{name} alone" in results}
+    for kind in [kind for kind in ONCE_FOR_ALL if kind in results and alone]:
+        gaps = {}
+        for name, own in alone.items():
+            together = rates(results, kind, name)
+            gaps[name] = statistics.mean(together[seed] - own[seed] for seed in together.keys() & own.keys())
         largest = max(gaps, key=gaps.__getitem__)
         cost = statistics.mean(run["seconds"] for run in results[kind].values())
         each = [statistics.mean(run["seconds"] for run in results[f"{name} alone"].values()) for name in alone]
@@ -233,9 +208,8 @@ def margins(results: Results, subnets: Sequence[str]) -> str:
             f" the mean, {100 * gaps[largest]:+.1f} at most ({largest}); {cost / sum(each):.2f} of their training time"
             f" together, {cost / statistics.mean(each):.1f} times that of one"
         )
-    last = {name: rates(results, f"{name} alone", name) for name in alone}
-    stuck = [f"{name} ({seed})" for name, found in last.items() for seed, rate in found.items() if rate > 0.9]
-    return bullets([*lines, f"alone, blanks to the end: {', '.join(stuck) or 'none'}"])
+    stuck = [f"{name} ({seed})" for name, own in alone.items() for seed, rate in own.items() if rate > 0.9]
+    return [*lines, f"alone, blanks to the end: {', '.join(stuck) or 'none'}"]
 
 
 def plot(results: Results, macs: Mapping[str, float], path: Path) -> None:
@@ -254,19 +228,16 @@ def plot(results: Results, macs: Mapping[str, float], path: Path) -> None:
 
 
 def main() -> None:
-    (arguments,) = parse_options(HfArgumentParser(RecognitionArguments, description=__doc__))
-    prepare_process()
-    begin = time.perf_counter()
+    arguments = common.parse(RecognitionArguments, __doc__)
     for speaker in dict.fromkeys([None, arguments.held_out_speaker]):
         recognition, seeds = Recognition(arguments, speaker), arguments.seeds
         file, subnets = recognition.output / "results.json", list(recognition.subnets)
         run_all(file, [("supernet", seed) for seed in seeds], recognition.distil)
         results = run_all(file, [(kind, seed) for kind in recognition.kinds for seed in seeds], recognition.fine_tune)
-        lines = margins(results, subnets) if speaker is None else ""
         print("all speakers" if speaker is None else f"{speaker}, who is not in the training data", end="\n\n")
-        print(write_report(recognition.output, table(results, subnets), lines))
+        findings = margins(results, subnets) if speaker is None else []
+        common.report(recognition.output, table(results, subnets), findings)
         plot(results, recognition.macs(seeds[0]), recognition.output / "wer-against-macs.png")
-    print(f"{(time.perf_counter() - begin) / 60:.0f} minutes; all in {arguments.output_dir}")
 
 
 if __name__ == "__main__":

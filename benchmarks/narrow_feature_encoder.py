@@ -14,34 +14,19 @@ importance and not, and random weights.
 import dataclasses
 import random
 import statistics
-import time
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-from common import (
-    RECIPE,
-    ROOT,
-    TEACHER,
-    Learning,
-    LearningArguments,
-    Results,
-    bullets,
-    noise,
-    prepare_process,
-    run_all,
-    run_script,
-    summary,
-    to_distil,
-    write_report,
-)
-from transformers import HfArgumentParser, PreTrainedModel, set_seed
+from common import RECIPE, ROOT, SLICE, SUBNETS, TEACHER, LearningArguments, Results
+from transformers import PreTrainedModel
 
 from lighthubert_training.distillation.step import evaluate
 from lighthubert_training.runs.distributed import build_accelerator
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import option
 from lighthubert_training.runs.plots import new_figure, save_figure
 from lighthubert_training.runs.tables import markdown_table
 from lighthubert_training.sampling import draw_subnets
@@ -74,26 +59,28 @@ class NarrowArguments(LearningArguments):
     num_candidates: int = option(40, "Random subnets to choose the best within the budget from.")
 
 
-class NarrowFeatureEncoders(Learning):
+class NarrowFeatureEncoders(common.Learning):
     """Runs variants of the feature encoder, and measures what comes out."""
+
+    variants = VARIANTS
 
     def __init__(self, arguments: NarrowArguments):
         super().__init__(arguments)
-        self.num_candidates = arguments.num_candidates
+        self.arguments: NarrowArguments = arguments
         self.spaces = {None: self.space} | {parts: self.elastic_space(parts) for parts in (QUARTERS, HALVES)}
         for parts, space in self.spaces.items():
             space.to_json_file(self.space_file(parts))
         half = tuple(width // 2 for width in self.teacher.model.config.conv_dim)
-        self.narrow = {
-            f"{name}, {HALF}": dataclasses.replace(self.subnets[name], conv_dim=half)
-            for name in ("middle", "smallest")
-        }
-        self.supernet = load_model(TEACHER, head=LightHubertModel, search_space=self.spaces[QUARTERS])
+        self.random_subnets = [f"{name}, {HALF}" for name in ("middle", "smallest")]
+        for name in self.random_subnets:
+            self.subnets[name] = dataclasses.replace(self.subnets[name.partition(",")[0]], conv_dim=half)
         self.ordered = self.output / "ordered"
         if not (self.ordered / "model.safetensors").exists():
             options = {"model_name_or_path": TEACHER, "search_space": self.space_file(QUARTERS), "device": "cpu"}
             options |= {"train_file": self.train_file, "output_dir": self.ordered}
-            run_script("training/order_channels.py", **options)
+            common.run_script("training/order_channels.py", **options)
+        supernet = load_model(TEACHER, head=LightHubertModel, search_space=self.spaces[QUARTERS])
+        self.untrained = {SLICE: supernet, "slice, ordered": load_model(self.ordered)}
 
     def elastic_space(self, parts: tuple[int, ...]) -> SearchSpace:
         """With those quarters of the teacher's channels to choose from, for each convolution."""
@@ -106,7 +93,7 @@ class NarrowFeatureEncoders(Learning):
     def macs(self, subnet: Subnet) -> float:
         """MACs per second of audio."""
         with torch.device("meta"):
-            model = LightHubertModel(self.supernet.config.cut_to(self.spaces[QUARTERS].resolve(subnet)))
+            model = LightHubertModel(self.untrained[SLICE].config.cut_to(self.spaces[QUARTERS].resolve(subnet)))
         return macs_per_second(model)
 
     def macs_of_step(self, parts: tuple[int, ...] | None) -> float:
@@ -114,25 +101,6 @@ class NarrowFeatureEncoders(Learning):
         takes twice its forward pass, and the teacher has none."""
         drawn = (draw_subnets(self.spaces[parts], RECIPE["sampling"], 0, step)[0] for step in range(100))
         return statistics.mean(3 * self.macs(subnet) for subnet in drawn) + self.macs(self.space.largest)
-
-    @cached_property
-    def untrained_rows(self) -> dict[str, dict[str, Any]]:
-        """The teacher and its slices, which no seed changes."""
-        ordered = load_model(self.ordered)
-        rows = {"teacher": self.measure(self.teacher.model, self.space.largest)}
-        for name, subnet in (self.subnets | self.narrow).items():
-            rows[f"{name}, slice of the teacher"] = self.measure(self.supernet.extract_subnet(subnet), subnet)
-            rows[f"{name}, slice, ordered"] = self.measure(ordered.extract_subnet(subnet), subnet)
-        return rows
-
-    def controls(self, seed: int) -> dict[str, dict[str, Any]]:
-        """Untrained slices of the teacher, and random weights."""
-        rows = dict(self.untrained_rows)
-        for name, subnet in self.narrow.items():
-            set_seed(seed)
-            random_weights = LightHubertModel(self.supernet.config.cut_to(subnet))
-            rows[f"{name}, random weights"] = self.measure(random_weights, subnet)
-        return rows
 
     def measure(self, model: PreTrainedModel, subnet: Subnet) -> dict[str, Any]:
         """Cost and quality of a cut model, and its subnet."""
@@ -142,19 +110,16 @@ class NarrowFeatureEncoders(Learning):
         return self.output / f"{variant.replace(' ', '-').replace(',', '')}-{seed}"
 
     def run(self, variant: str, seed: int) -> dict[str, dict[str, Any]]:
-        """Measures of the controls, or of the subnets of a supernet that `variant` distils."""
-        if variant == "controls":
-            with self.measuring:
-                return self.controls(seed)
+        """Distils `variant` and measures its subnets, by name."""
         folder, (parts, is_ordered) = self.folder(variant, seed), VARIANTS[variant]
         steps = int(self.arguments.passes * self.macs_of_step(None) / self.macs_of_step(parts))
         changes = {"share_feature_encoder": False, "search_space": self.space_file(parts), "max_steps": steps}
         self.distil(changes | ({"student_name_or_path": self.ordered} if is_ordered else {}), seed, folder)
         trained = load_model(folder, head=LightHubertForPreTraining)
         with self.measuring:
-            subnets = dict(self.subnets)
+            subnets = {name: self.subnets[name] for name in SUBNETS}
             if parts is not None:
-                subnets |= self.narrow | {BEST: self.best_within_budget(trained)}
+                subnets = self.subnets | {BEST: self.best_within_budget(trained)}
             return {
                 name: {"steps": steps} | self.measure(trained.hubert.extract_subnet(subnet), subnet)
                 for name, subnet in subnets.items()
@@ -163,7 +128,7 @@ class NarrowFeatureEncoders(Learning):
     def candidates(self, space: SearchSpace) -> list[Subnet]:
         """Random subnets that use between 80 and 100 % of the budget for MACs."""
         rng, budget, found = random.Random(0), BUDGET * self.macs(self.subnets["middle"]), []
-        while len(found) < self.num_candidates:
+        while len(found) < self.arguments.num_candidates:
             subnet = space.sample(rng)
             if 0.8 * budget <= self.macs(subnet) <= budget:
                 found.append(subnet)
@@ -171,56 +136,31 @@ class NarrowFeatureEncoders(Learning):
 
     def best_within_budget(self, trained: LightHubertForPreTraining) -> Subnet:
         """The candidate with the least loss on recordings to train on."""
-        batches = to_distil(self.bench.train_frames[::4])
+        batches = common.to_distil(self.bench.train_frames[::4])
         candidates = {str(number): subnet for number, subnet in enumerate(self.candidates(trained.search_space))}
         losses = evaluate(trained, self.teacher, batches, candidates, build_accelerator("cpu"))
         return candidates[min(losses, key=losses.__getitem__)]
 
 
-def measures_of(results: Results) -> list[str]:
-    """R2, and the probes that the data has labels for."""
-    controls = next(iter(results["controls"].values()))
-    return [name for name in ("r2", "digit", "speaker") if name in controls["teacher"]]
-
-
 def table(results: Results) -> str:
     """Markdown: a line for each subnet of each variant, mean and deviation over the seeds."""
-    measures, rows = measures_of(results), []
+    measures, rows = common.measures_of(results), []
     for variant, runs in results.items():
         for name, first in next(iter(runs.values())).items():
             found = [run[name] for run in runs.values()]
             macs = f"{statistics.mean(row['macs'] for row in found) / 1e6:.1f}"
-            measured = [summary([row[measure] for row in found], measure != "r2") for measure in measures]
+            measured = [common.summary([row[measure] for row in found], measure != "r2") for measure in measures]
             rows.append([variant, name, str(first.get("steps", "")), macs, *measured])
-    titles = ["R2" if measure == "r2" else measure for measure in measures]
-    return markdown_table(["", "subnet", "steps", "MMAC/s", *titles], rows)
+    return markdown_table(["", "subnet", "steps", "MMAC/s", *measures.values()], rows)
 
 
 def mean(results: Results, variant: str, subnet: str, measure: str = "r2") -> float:
     return statistics.mean(run[subnet][measure] for run in results[variant].values())
 
 
-def margins(results: Results) -> str:
-    """What each elastic variant loses or gains against subnets with all channels, in the mean of the seeds."""
-    lines = []
-    for variant in [name for name in results if name.startswith("from") and FULL in results]:
-
-        def gap(subnet: str, reference: str, measure: str = "r2", variant: str = variant) -> float:
-            return mean(results, variant, subnet, measure) - mean(results, FULL, reference, measure)
-
-        gaps = [f"{gap(f'middle, {HALF}', 'middle'):+.3f} in R2"]
-        for probe in measures_of(results)[1:]:
-            gaps.append(f"{100 * gap(f'middle, {HALF}', 'middle', probe):+.1f} points of {probe}")
-        lines.append(
-            f"{variant}: middle with {HALF} against all: {', '.join(gaps)}; {BEST} of the MACs against the smallest"
-            f" with all channels: {gap(BEST, 'smallest'):+.3f} in R2"
-        )
-    return bullets(lines)
-
-
 def speed_ups(narrow: NarrowFeatureEncoders, variant: str, rows: Mapping[str, Any], seed: int) -> dict[str, float]:
     """How many times faster than the teacher each cut subnet is on a clip of 5 s, taking turns with all the others."""
-    trained, audio = load_model(narrow.folder(variant, seed)), torch.from_numpy(noise(1, 5))
+    trained, audio = load_model(narrow.folder(variant, seed)), torch.from_numpy(common.noise(1, 5))
     models = {"reference": narrow.teacher.model}
     models |= {name: trained.extract_subnet(row["subnet"]).eval() for name, row in rows.items()}
     with torch.inference_mode():
@@ -233,7 +173,7 @@ def plot(narrow: NarrowFeatureEncoders, results: Results, seed: int, path: Path)
     elastic = [variant for variant in results if variant.startswith("from")]
     best = max(elastic, key=lambda variant: mean(results, variant, f"middle, {HALF}"))
     labels = {"r2": "R2 of the target", "digit": "digit probe, accuracy", "speaker": "speaker probe, accuracy"}
-    measures = measures_of(results)
+    measures = common.measures_of(results)
     figure, panels = new_figure(len(measures), (4.5 * len(measures), 4))
     for variant, marker in ((FULL, "s"), (best, "o")):
         rows = results[variant][str(seed)]
@@ -252,14 +192,11 @@ def plot(narrow: NarrowFeatureEncoders, results: Results, seed: int, path: Path)
 
 
 def main() -> None:
-    (arguments,) = parse_options(HfArgumentParser(NarrowArguments, description=__doc__))
-    prepare_process()
-    begin, narrow = time.perf_counter(), NarrowFeatureEncoders(arguments)
-    results = run_all(narrow.output / "results.json", narrow.select(VARIANTS), narrow.run)
-    print(write_report(narrow.output, table(results), margins(results)))
+    narrow = NarrowFeatureEncoders(common.parse(NarrowArguments, __doc__))
+    results = narrow.run_all()
+    common.report(narrow.output, table(results))
     if FULL in results and any(variant.startswith("from") for variant in results):
-        plot(narrow, results, arguments.seeds[0], narrow.output / "quality-against-speed.png")
-    print(f"{(time.perf_counter() - begin) / 60:.0f} minutes; all in {narrow.output}")
+        plot(narrow, results, narrow.arguments.seeds[0], narrow.output / "quality-against-speed.png")
 
 
 if __name__ == "__main__":

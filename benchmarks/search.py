@@ -23,15 +23,14 @@ from typing import Any
 
 import optuna
 import torch
-from common import ROOT, Learning, LearningArguments, bullets, prepare_process, summary, to_distil, write_report
+from common import ROOT, Learning, LearningArguments, parse, report, summary, to_distil
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from lighthubert_training.data.collators import Batch
 from lighthubert_training.distillation.step import prepare_batch
 from lighthubert_training.models import computed_once
 from lighthubert_training.runs.distributed import build_accelerator
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import option
 from lighthubert_training.runs.tables import markdown_table
 from lighthubert_training.search.candidates import Budget, Candidates, SubnetCosts
 from lighthubert_training.search.fitness import MeanLoss
@@ -125,14 +124,9 @@ def compare_with_uniform(searching: Searching) -> list[dict[str, float]]:
     for seed in searching.arguments.seeds:
         budget = Budget({"params": (SIZE * size, size)})
         found = searching.search("sized", seed, budget, population_size=20).best().subnet
-        rows.append(
-            {
-                "found": searching.error_on_test(found),
-                "uniform": searching.error_on_test(uniform),
-                "parameters": costs(found)["params"] / size,
-                "macs": costs(found)["macs"] / costs(uniform)["macs"],
-            }
-        )
+        macs = costs(found)["macs"] / costs(uniform)["macs"]
+        errors = {"found": searching.error_on_test(found), "uniform": searching.error_on_test(uniform)}
+        rows.append({**errors, "parameters": costs(found)["params"] / size, "macs": macs})
     return rows
 
 
@@ -150,11 +144,8 @@ def time_search(searching: Searching) -> dict[str, float]:
         }
         times = time_in_turns(runs, repeats=1, warm_up=0)
         within.append(median_ratio(times["evaluation"], times["forward passes"]))
-    return {
-        "minutes": minutes,
-        "evaluation over forward passes": statistics.median(within),
-        "search over evaluations": 60 * minutes / seconds,
-    }
+    ratios = {"evaluation over forward passes": statistics.median(within)}
+    return {"minutes": minutes, **ratios, "search over evaluations": 60 * minutes / seconds}
 
 
 @torch.no_grad()
@@ -175,38 +166,29 @@ def table(results: dict[str, Any]) -> str:
     return markdown_table(("", "hypervolume, %", "loss on test speech"), rows)
 
 
-def findings(results: dict[str, Any]) -> str:
+def findings(results: dict[str, Any]) -> list[str]:
     """What the searches gained, and what they took."""
     fronts, sized, timed = results["fronts"], results["sized"], results["timed"]
     won = sum(row["nsga2"] > row["random"] for row in fronts)
     better = sum(row["found"] < row["uniform"] for row in sized)
-    return bullets(
-        [
-            f"NSGA-II dominates more than random search in {won} of {len(fronts)} seeds",
-            f"the found subnet is better than the uniform one in {better} of {len(sized)} seeds, with"
-            f" {statistics.mean(row['parameters'] for row in sized):.3f} times its parameters and"
-            f" {statistics.mean(row['macs'] for row in sized):.3f} times its MACs",
-            f"{timed['minutes']:.1f} minutes for {results['num_timed']} evaluations; an evaluation takes"
-            f" {timed['evaluation over forward passes']:.3f} times its forward passes, the search"
-            f" {timed['search over evaluations']:.3f} times its evaluations",
-        ]
-    )
+    return [
+        f"NSGA-II dominates more than random search in {won} of {len(fronts)} seeds",
+        f"the found subnet is better than the uniform one in {better} of {len(sized)} seeds, with"
+        f" {statistics.mean(row['parameters'] for row in sized):.3f} times its parameters and"
+        f" {statistics.mean(row['macs'] for row in sized):.3f} times its MACs",
+        f"{timed['minutes']:.1f} minutes for {results['num_timed']} evaluations; an evaluation takes"
+        f" {timed['evaluation over forward passes']:.3f} times its forward passes, the search"
+        f" {timed['search over evaluations']:.3f} times its evaluations",
+    ]
 
 
 def main() -> None:
-    (arguments,) = parse_options(HfArgumentParser(SearchingArguments, description=__doc__))
-    prepare_process()
+    searching = Searching(parse(SearchingArguments, __doc__))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    searching = Searching(arguments)
-    results = {
-        "fronts": compare_fronts(searching),
-        "sized": compare_with_uniform(searching),
-        "timed": time_search(searching),
-        "num_timed": arguments.num_timed,
-    }
+    results: dict[str, Any] = {"fronts": compare_fronts(searching), "sized": compare_with_uniform(searching)}
+    results |= {"timed": time_search(searching), "num_timed": searching.arguments.num_timed}
     write_json(searching.output / "results.json", results)
-    print(write_report(searching.output, table(results), findings(results)))
-    print(f"all in {searching.output}")
+    report(searching.output, table(results), findings(results))
 
 
 if __name__ == "__main__":

@@ -10,33 +10,22 @@ thread each; those that are done are not made again.
 
 import shutil
 import statistics
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, SUBNETS, TEACHER, SpeechArguments, bullets, prepare_process, run_script, write_report
+from common import CONTROL, ROOT, SUBNETS, TEACHER, SpeechArguments, parse, report, run_script
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import option
 from lighthubert_training.runs.tables import markdown_table
-from lighthubert_training.superb.report import (
-    COLUMNS,
-    Scores,
-    higher_is_better_score,
-    plot_scores,
-    read_scores,
-    rows_of,
-)
+from lighthubert_training.superb import report as superb
 from modeling_lighthubert import LightHubertModel
 from modeling_lighthubert.errors import run, user_error
 from modeling_lighthubert.loading import load_model
-
-
-CONTROL = "random weights"
 
 
 @dataclass(kw_only=True)
@@ -63,26 +52,23 @@ def models(arguments: SuperbBenchmarkArguments, output: Path) -> Iterator[tuple[
             yield seed, {"model_name_or_path": Path(folder).resolve(), "subnets": subnet}
 
 
-def tasks_won(scores: Mapping[str, Scores], model: str) -> tuple[list[str], list[str]]:
+def tasks_won(scores: Mapping[str, superb.Scores], model: str) -> tuple[list[str], list[str]]:
     """Tasks whose first metric is better than that of the control, in every seed and in the mean."""
     first: dict[str, str] = {}
-    for (task, _), (title, _) in COLUMNS.items():
+    for (task, _), (title, _) in superb.COLUMNS.items():
         first.setdefault(task, title)
-    in_all, in_mean = [], []
+    in_all, in_mean, better = [], [], superb.higher_is_better_score
     for title in first.values():
-        gains = [
-            higher_is_better_score(title, one) - higher_is_better_score(title, other)
-            for one, other in zip(scores[model][title], scores[CONTROL][title], strict=True)
-        ]
+        own, control = ([better(title, value) for value in scores[each][title]] for each in (model, CONTROL))
+        gains = [one - other for one, other in zip(own, control, strict=True)]
         in_all += [title] if min(gains) > 0 else []
         in_mean += [title] if statistics.mean(gains) > 0 else []
     return in_all, in_mean
 
 
 def main() -> None:
-    (arguments,) = parse_options(HfArgumentParser(SuperbBenchmarkArguments, description=__doc__))
-    prepare_process()
-    output, begin = Path(arguments.output_dir).resolve(), time.perf_counter()
+    arguments = parse(SuperbBenchmarkArguments, __doc__)
+    output = Path(arguments.output_dir).resolve()
     data = output / "data"
     if not (data / "asr/lm.arpa").exists():
         speech = {name: Path(getattr(arguments, name)).resolve() for name in ("train_file", "test_file")}
@@ -99,19 +85,16 @@ def main() -> None:
         list(tqdm(workers.map(score, jobs), total=len(jobs), desc="runs"))
     scores: dict[str, dict[str, list[float]]] = {}
     for seed in range(len(arguments.supernets)):
-        for model, row in read_scores(output / f"seed-{seed}", "stand_in").items():
+        for model, row in superb.read_scores(output / f"seed-{seed}", "stand_in").items():
             for title, values in row.items():
                 scores.setdefault(model, {}).setdefault(title, []).extend(values)
-    lines = []
+    findings = []
     for model in [model for model in scores if model != CONTROL]:
         in_all, in_mean = tasks_won(scores, model)
-        lines.append(
-            f"{model}: better than {CONTROL} in {len(in_mean)} of 10 tasks in the mean, in {len(in_all)} in every seed"
-            f" ({', '.join(in_all)})"
-        )
-    lines.append(f"{(time.perf_counter() - begin) / 60:.1f} minutes")
-    print(write_report(output, markdown_table(*rows_of(scores, published=False)), bullets(lines)))
-    plot_scores(scores, output / "superb.png")
+        won = f"{len(in_mean)} of 10 tasks in the mean, in {len(in_all)} in every seed ({', '.join(in_all)})"
+        findings.append(f"{model}: better than {CONTROL} in {won}")
+    report(output, markdown_table(*superb.rows_of(scores, published=False)), findings)
+    superb.plot_scores(scores, output / "superb.png")
 
 
 if __name__ == "__main__":

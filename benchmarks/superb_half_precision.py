@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import ROOT, prepare_process
+from common import ROOT, parse, prepare_process
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from lighthubert_training.runs.distributed import build_accelerator
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import option
 from lighthubert_training.runs.tables import markdown_table
 from lighthubert_training.superb.data import Part, TaskData
 from lighthubert_training.superb.features import FeatureCache, FeatureDataset, Upstream
@@ -33,7 +32,7 @@ from lighthubert_training.superb.training import HeadTraining
 from modeling_lighthubert.errors import run
 
 
-WAYS = ("single", "same head, half", "trained on half", "trained on noisy")
+WAYS = ("single", "same head, halved", "trained on halved", "trained on noisy")
 
 
 @dataclass
@@ -83,17 +82,15 @@ def scores(task: str, seed: int, model: str, arguments: HalfPrecisionArguments) 
                 training.features = in_half
                 of_fold.append(fold.scores(training.outputs("test"), fold.parts["test"]))
         outcomes.append(of_fold)
-    return {
-        metric: {
-            way: statistics.mean(fold[at][metric] for fold in outcomes)
-            for at, way in enumerate(WAYS if arguments.retrain else WAYS[:2])
-        }
-        for metric in outcomes[0][0]
-    }
+    means: dict[str, dict[str, float]] = {metric: {} for metric in outcomes[0][0]}
+    for at, way in enumerate(WAYS if arguments.retrain else WAYS[:2]):
+        for metric in means:
+            means[metric][way] = statistics.mean(fold[at][metric] for fold in outcomes)
+    return means
 
 
 def main() -> None:
-    (arguments,) = parse_options(HfArgumentParser(HalfPrecisionArguments, description=__doc__))
+    arguments = parse(HalfPrecisionArguments, __doc__)
     found: dict[str, list[dict[str, float]]] = {}
     with multiprocessing.get_context("spawn").Pool(2) as processes:
         jobs = [

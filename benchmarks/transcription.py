@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, SpeechArguments, prepare_process, process_memory, run_script
+from common import ROOT, SpeechArguments, parse, process_memory, run_script
 from datasets import Dataset
-from transformers import HfArgumentParser
 
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.data.strings import SAMPLING_RATE, join_words, read_parquet
@@ -31,7 +30,7 @@ from lighthubert_training.decoding import text_of
 from lighthubert_training.error_rates import character_error_rate, word_error_rate
 from lighthubert_training.recognition.live import LiveTranscriber
 from lighthubert_training.recognition.recognizer import Recognizer
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import option
 from modeling_lighthubert.errors import run
 
 
@@ -78,9 +77,7 @@ def make_recording(file: str, minutes: int) -> tuple[list[np.ndarray], list[str]
     for row in strings:
         by_speaker[row["speaker"]].append((load_waveform(row["audio"], SAMPLING_RATE), row["text"]))
     utterances, texts, seconds = [], [], 0.0
-    turns = itertools.cycle(sorted(by_speaker))
-    for minute in range(1, minutes + 1):
-        speaker = next(turns)
+    for minute, speaker in zip(range(1, minutes + 1), itertools.cycle(sorted(by_speaker))):
         while seconds < 60 * minute:
             waveform, text = by_speaker[speaker].pop()
             utterances.append(waveform)
@@ -106,8 +103,7 @@ def compare(recognizer: Recognizer, utterances: Sequence[np.ndarray], reference:
     recording = np.concatenate(utterances)
     audio_seconds = len(recording) / SAMPLING_RATE
     print(f"{audio_seconds / 60:.1f} minutes, {len(reference.split())} words, {torch.get_num_threads()} threads\n")
-    print("| | WER | CER | real-time factor |")
-    print("|---|---|---|---|")
+    print("| | WER | CER | real-time factor |\n|---|---|---|---|")
 
     def report(name: str, text: str, start: float) -> None:
         rate = (time.perf_counter() - start) / audio_seconds
@@ -124,13 +120,12 @@ def compare(recognizer: Recognizer, utterances: Sequence[np.ndarray], reference:
     report("live", text, start)
     print(f"\nin chunks: {grown:.0f} MiB above the model and the recording ({recording.nbytes / 2**20:.0f} MiB)")
     print(f"live: {held[0]:.0f} MiB after the first minute, {held[-1]:.0f} after the last; at most {max(held):.0f},")
-    print(f"      in the mean of the first and the last ten {statistics.mean(held[:10]):.0f} and", end=" ")
-    print(f"{statistics.mean(held[-10:]):.0f}; minutes: {' '.join(f'{value:.0f}' for value in held)}")
+    first, last = statistics.mean(held[:10]), statistics.mean(held[-10:])
+    print(f"      in the mean of the first and the last ten {first:.0f} and {last:.0f}; minutes:", *map(round, held))
 
 
 def main() -> None:
-    (arguments,) = parse_options(HfArgumentParser(TranscriptionArguments, description=__doc__))
-    prepare_process()
+    arguments = parse(TranscriptionArguments, __doc__)
     output = Path(arguments.output_dir).resolve()
     model = arguments.model or fine_tune(arguments.train_file, output, arguments.steps)
     utterances, texts = make_recording(arguments.test_file, arguments.minutes)
