@@ -9,7 +9,6 @@ step holds above what is held before it (weights, gradients, optimiser), counted
 """
 
 import argparse
-import io
 import itertools
 import statistics
 import time
@@ -17,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import soundfile
 import torch
 from common import noise, to_distil
 from datasets import Audio, Dataset
@@ -27,7 +25,7 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from lighthubert_training.data.batches import RandomAccessSampler
 from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.recordings import CroppedRecordings, SpeechDataset, durations
-from lighthubert_training.data.strings import SAMPLING_RATE
+from lighthubert_training.data.strings import SAMPLING_RATE, encode_flac
 from lighthubert_training.distillation.step import prepare_batch, training_step
 from lighthubert_training.distillation.teacher import Teacher
 from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator
@@ -115,20 +113,15 @@ class Bench:
 def selected_against_cut(bench: Bench) -> None:
     """A selected subnet costs what its cut model costs, and a small one less than a large one."""
     supernet, optimizer = bench.prepare(bench.supernet())
-    print("| a step of the student | time | memory, GiB |")
-    print("|---|---|---|")
+    print("| a step of the student | time | memory, GiB |\n|---|---|---|")
     for name in bench.options.subnets:
         supernet.set_subnet(name)
         cut, cut_optimizer = bench.prepare(supernet.extract_subnet())
-        selected = bench.student_step(supernet, optimizer)
-        steps = {"selected": selected, "cut": bench.student_step(cut, cut_optimizer)}
-        times = bench.time(steps)
-        memory = {kind: bench.peak_memory(step) / 2**30 for kind, step in steps.items()}
-        print(
-            f"| {name}, selected / cut | {median_ratio(times['selected'], times['cut']):.3f}"
-            f" | {memory['selected']:.2f} / {memory['cut']:.2f} = {memory['selected'] / memory['cut']:.3f} |",
-            flush=True,
-        )
+        steps = [bench.student_step(supernet, optimizer), bench.student_step(cut, cut_optimizer)]
+        times = bench.time(dict(zip(("selected", "cut"), steps, strict=True)))
+        selected, of_cut = (bench.peak_memory(step) / 2**30 for step in steps)
+        ratios = [f"{median_ratio(times['selected'], times['cut']):.3f}", f"{selected / of_cut:.3f}"]
+        print(f"| {name}, selected / cut | {ratios[0]} | {selected:.2f} / {of_cut:.2f} = {ratios[1]} |", flush=True)
 
     step = bench.student_step(supernet, optimizer)
 
@@ -148,8 +141,7 @@ def feature_encoders(bench: Bench) -> float:
     """
     space = SearchSpace.small()
     a_small, rate = space.named["a_small"], 0.0
-    print("\n| a step | encoder frozen / learns | shared / learns | shared / frozen |")
-    print("|---|---|---|---|")
+    print("\n| a step | encoder frozen / learns | shared / learns | shared / frozen |\n|---|---|---|---|")
     for name, subnets in {
         "a_small, of the student alone": [],
         "a_small, with the teacher": [a_small],
@@ -174,12 +166,9 @@ def feature_encoders(bench: Bench) -> float:
 
 def librispeech_like(num_recordings: int) -> SpeechDataset:
     """Noise in FLAC, of lengths drawn between 1 and 35 s."""
-    rng, rows = np.random.default_rng(0), []
-    for seconds in rng.uniform(1, 35, num_recordings):
-        file = io.BytesIO()
-        waveform = 0.1 * rng.standard_normal(int(seconds * SAMPLING_RATE)).astype(np.float32)
-        soundfile.write(file, waveform, SAMPLING_RATE, format="FLAC")
-        rows.append({"audio": {"bytes": file.getvalue(), "path": None}})
+    rng = np.random.default_rng(0)
+    lengths = rng.uniform(1, 35, num_recordings) * SAMPLING_RATE
+    rows = [{"audio": encode_flac(0.1 * rng.standard_normal(int(length)).astype(np.float32))} for length in lengths]
     return SpeechDataset(Dataset.from_list(rows).cast_column("audio", Audio(decode=False)), "audio", SAMPLING_RATE)
 
 
@@ -189,46 +178,33 @@ def data_pipeline(rate: float, num_batches: int = 100) -> None:
     speech = librispeech_like(400)
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     sampler = RandomAccessSampler(durations(speech), batch_size=32, max_batch_seconds=160.0, crop_seconds=35.0, seed=0)
-    loader = DataLoader(
-        CroppedRecordings(speech, SAMPLING_RATE, 35.0, seed=0),
-        batch_sampler=sampler,
-        collate_fn=DistillationCollator(extractor, extractor, 400),
-        num_workers=1,
-    )
-    batches = iter(loader)
+    crops = CroppedRecordings(speech, SAMPLING_RATE, 35.0, seed=0)
+    collator = DistillationCollator(extractor, extractor, 400)
+    batches = iter(DataLoader(crops, batch_sampler=sampler, collate_fn=collator, num_workers=1))
     next(batches)
     start, true, padded = time.perf_counter(), 0, 0
     for batch in itertools.islice(batches, num_batches):
         true, padded = true + int(batch["attention_mask"].sum()), padded + batch["attention_mask"].numel()
     seconds = true / SAMPLING_RATE / (time.perf_counter() - start)
-    print(
-        f"\ndata pipeline, one worker: {seconds:.0f} s of audio a second; a step of a_small with the teacher, shared:"
-        f" {rate:.1f}; {seconds / rate:.0f} times as much"
-    )
+    of_step = f"{seconds / rate:.0f} times the {rate:.1f} of a step of a_small with the teacher, shared"
+    print(f"\ndata pipeline, one worker: {seconds:.0f} s of audio a second, {of_step}")
     print(f"padding, lengths of 1 to 35 s: {1 - true / padded:.1%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help=DEVICE_HELP.replace("a GPU if there is one", "cpu"))
-    parser.add_argument(
-        "--mixed_precision", default="no", choices=("no", "bf16"), help="Precision of the student's passes."
-    )
+    parser.add_argument("--mixed_precision", default="no", choices=("no", "bf16"), help="Precision of the student.")
     parser.add_argument("--batch_size", type=int, default=16, help="Clips in a batch (default: 16).")
     parser.add_argument("--seconds", type=float, default=5.0, help="Length of a clip (default: 5).")
     parser.add_argument("--repeats", type=int, default=3, help="Timed rounds (default: 3).")
-    parser.add_argument(
-        "--subnets",
-        nargs="*",
-        default=["a_small", "largest", "smallest"],
-        help="Subnets to compare with their cut models.",
-    )
+    named = ["a_small", "largest", "smallest"]
+    parser.add_argument("--subnets", nargs="*", default=named, help="Subnets to compare with their cut models.")
     options = parser.parse_args()
     bench = Bench(options)
-    print(
-        f"batch {options.batch_size} x {options.seconds:g} s, {options.device}, {options.mixed_precision}, torch"
-        f" {torch.__version__}, {torch.get_num_threads()} threads\n"
-    )
+    threads = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    audio = f"batch {options.batch_size} x {options.seconds:g} s"
+    print(f"{audio}, {options.device}, {options.mixed_precision}, {threads}\n")
     if options.subnets:
         selected_against_cut(bench)
     data_pipeline(feature_encoders(bench))
