@@ -80,8 +80,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 5, 30], help="Lengths (default: 1 5 30).")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="What to measure (default: all).")
     options = parser.parse_args()
-    print("| minutes | attention | real-time factor | MiB |")
-    print("|---|---|---|---|")
+    print("| minutes | attention | real-time factor | MiB |\n|---|---|---|---|")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as process:
         for minutes in options.minutes:
             for way in options.ways:

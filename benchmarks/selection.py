@@ -49,22 +49,17 @@ def main() -> None:
             model.set_subnet(options.subnet)
     cut = supernet.extract_subnet()
     models = {"cut": cut, "stock": to_hubert(cut), "selected": supernet, "trimmed": trimmed}
-    print(
-        f"{options.subnet}, batch {options.batch_size}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{options.subnet}, batch {options.batch_size}, {threads}")
     print("| seconds of audio | cut, ms | cut / stock HubertModel | selected / cut | selected in trimmed / cut |")
     print("|---|---|---|---|---|")
     for seconds in options.seconds:
         audio = torch.randn(options.batch_size, int(seconds * SAMPLING_RATE))
         runs = {name: partial(model, audio) for name, model in models.items()}
         times = time_in_turns(runs, options.repeats, warm_up=2)
-        print(
-            f"| {seconds:g} | {statistics.median(times['cut']) * 1e3:.0f}"
-            f" | {median_ratio(times['cut'], times['stock']):.3f}"
-            f" | {median_ratio(times['selected'], times['cut']):.3f}"
-            f" | {median_ratio(times['trimmed'], times['cut']):.3f} |",
-            flush=True,
-        )
+        pairs = (("cut", "stock"), ("selected", "cut"), ("trimmed", "cut"))
+        ratios = " | ".join(f"{median_ratio(times[one], times[other]):.3f}" for one, other in pairs)
+        print(f"| {seconds:g} | {statistics.median(times['cut']) * 1e3:.0f} | {ratios} |", flush=True)
 
 
 if __name__ == "__main__":
