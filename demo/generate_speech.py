@@ -35,48 +35,26 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 @dataclass(frozen=True)
 class Speaker:
-    """One voice: an espeak-ng accent and variant, pitch (0 to 99), and speed in words per minute."""
+    """One voice: its name in espeak-ng, accent and variant; pitch (0 to 99); and speed in words per minute."""
 
-    accent: str
-    variant: str
+    name: str
     pitch: int
     speed: int
 
-    @property
-    def name(self) -> str:
-        return f"{self.accent}+{self.variant}"
-
 
 TRAIN_SPEAKERS = (
-    Speaker("en-us", "m1", 45, 165),
-    Speaker("en-gb", "m2", 35, 150),
-    Speaker("en-gb-scotland", "m3", 55, 180),
-    Speaker("en-gb-x-rp", "m4", 40, 140),
-    Speaker("en-029", "m5", 50, 170),
-    Speaker("en-us", "m6", 30, 155),
-    Speaker("en-gb", "Andy", 60, 175),
-    Speaker("en-us", "michael", 48, 160),
-    Speaker("en-gb-x-gbclan", "max", 38, 185),
-    Speaker("en-gb-x-gbcwmd", "john", 52, 150),
-    Speaker("en-us", "f1", 55, 165),
-    Speaker("en-gb", "f2", 65, 150),
-    Speaker("en-gb-scotland", "f3", 50, 175),
-    Speaker("en-gb-x-rp", "f4", 70, 160),
-    Speaker("en-029", "Annie", 60, 145),
-    Speaker("en-us", "linda", 45, 180),
-    Speaker("en-gb-x-gbclan", "steph", 58, 170),
-    Speaker("en-gb-x-gbcwmd", "belinda", 66, 155),
-    Speaker("en-us", "klatt2", 42, 160),
-    Speaker("en-gb", "Alex", 47, 190),
-)
+    Speaker("en-us+m1", 45, 165), Speaker("en-gb+m2", 35, 150), Speaker("en-gb-scotland+m3", 55, 180),
+    Speaker("en-gb-x-rp+m4", 40, 140), Speaker("en-029+m5", 50, 170), Speaker("en-us+m6", 30, 155),
+    Speaker("en-gb+Andy", 60, 175), Speaker("en-us+michael", 48, 160), Speaker("en-gb-x-gbclan+max", 38, 185),
+    Speaker("en-gb-x-gbcwmd+john", 52, 150), Speaker("en-us+f1", 55, 165), Speaker("en-gb+f2", 65, 150),
+    Speaker("en-gb-scotland+f3", 50, 175), Speaker("en-gb-x-rp+f4", 70, 160), Speaker("en-029+Annie", 60, 145),
+    Speaker("en-us+linda", 45, 180), Speaker("en-gb-x-gbclan+steph", 58, 170),
+    Speaker("en-gb-x-gbcwmd+belinda", 66, 155), Speaker("en-us+klatt2", 42, 160), Speaker("en-gb+Alex", 47, 190),
+)  # fmt: skip
 TEST_SPEAKERS = (
-    Speaker("en-us", "m7", 50, 158),
-    Speaker("en-gb", "f5", 60, 168),
-    Speaker("en-gb-scotland", "David", 44, 172),
-    Speaker("en-gb-x-rp", "Alicia", 62, 152),
-    Speaker("en-029", "m8", 40, 162),
-    Speaker("en-us", "anika", 54, 178),
-)
+    Speaker("en-us+m7", 50, 158), Speaker("en-gb+f5", 60, 168), Speaker("en-gb-scotland+David", 44, 172),
+    Speaker("en-gb-x-rp+Alicia", 62, 152), Speaker("en-029+m8", 40, 162), Speaker("en-us+anika", 54, 178),
+)  # fmt: skip
 
 
 @dataclass
@@ -133,9 +111,8 @@ def record(speakers: tuple[Speaker, ...], num_takes: int, num_strings: int, argu
         speaker, text, digit, seed = task
         file = io.BytesIO()
         waveform = speak(text, speaker, random.Random(seed))
-        soundfile.write(
-            file, waveform, SAMPLING_RATE, format="OGG", subtype="OPUS", compression_level=arguments.compression_level
-        )
+        compression = {"format": "OGG", "subtype": "OPUS", "compression_level": arguments.compression_level}
+        soundfile.write(file, waveform, SAMPLING_RATE, **compression)
         audio = {"bytes": file.getvalue(), "path": None}
         return {"audio": audio, "text": text, "digit": digit, "speaker": speaker.name}
 
