@@ -10,7 +10,6 @@ SUPERB results. The same seed makes the same data.
 """
 
 import csv
-import io
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -19,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import soxr
 from datasets import Audio, Dataset, disable_progress_bars
 from transformers import HfArgumentParser
 
 from lighthubert_training.data.audio import load_waveform
-from lighthubert_training.data.strings import SAMPLING_RATE, read_parquet
+from lighthubert_training.data.strings import SAMPLING_RATE, encode_flac, read_parquet
 from lighthubert_training.runs.options import option, parse_options
 from modeling_lighthubert.errors import UserError, run
 from modeling_lighthubert.files import write_text
@@ -184,10 +182,8 @@ def write_part(folder: Path, name: str, rows: Sequence[Row]) -> None:
     """Writes a Parquet file with the recordings encoded as FLAC, attenuated where they would clip."""
     encoded = []
     for row in rows:
-        file = io.BytesIO()
         loudest = max(1.0, float(np.abs(row["audio"]).max()))
-        soundfile.write(file, row["audio"] / loudest, SAMPLING_RATE, format="FLAC")
-        encoded.append(row | {"audio": {"bytes": file.getvalue(), "path": None}})
+        encoded.append(row | {"audio": encode_flac(row["audio"] / loudest)})
     folder.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(encoded).cast_column("audio", Audio(decode=False)).to_parquet(folder / f"{name}.parquet")
 
