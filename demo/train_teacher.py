@@ -19,21 +19,14 @@ from scipy.fft import dct
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 from tqdm import tqdm
-from transformers import (
-    HfArgumentParser,
-    HubertConfig,
-    HubertModel,
-    Wav2Vec2FeatureExtractor,
-    get_scheduler,
-    set_seed,
-)
+from transformers import HfArgumentParser, HubertConfig, HubertModel, Wav2Vec2FeatureExtractor, get_scheduler, set_seed
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 from transformers.models.hubert.modeling_hubert import _compute_mask_indices
 
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.data.collators import pad, padded_batches
 from lighthubert_training.data.strings import SAMPLING_RATE, read_parquet
-from lighthubert_training.masks import true_frames
+from lighthubert_training.models import true_frames
 from lighthubert_training.probing import pooled_features, probe_accuracy
 from lighthubert_training.runs.options import option, parse_options
 from modeling_lighthubert.errors import run
@@ -43,18 +36,10 @@ from modeling_lighthubert.files import require_unused, whole_folder
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW, HOP = 400, 320  # of HuBERT's frames, in samples
 CONFIG = HubertConfig(
-    hidden_size=128,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    intermediate_size=512,
-    conv_dim=(64,) * 7,
-    feat_extract_norm="layer",
-    num_conv_pos_embeddings=32,
-    hidden_dropout=0.0,
-    activation_dropout=0.0,
-    attention_dropout=0.0,
-    layerdrop=0.0,
-)
+    hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, conv_dim=(64,) * 7,
+    feat_extract_norm="layer", num_conv_pos_embeddings=32,
+    hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, layerdrop=0.0,
+)  # fmt: skip
 
 
 @dataclass
@@ -66,9 +51,7 @@ class TeacherArguments:
     test_file: str = option(str(ROOT / "demo/speech/test.parquet"), "Parquet file of the digit probe.")
     num_units: int = option(100, "Clusters of MFCCs, as in HuBERT's first iteration.")
     mask_time_prob: float = option(0.5, "Share of frames that are masked.")
-    mask_time_length: int = option(
-        6, "Length of a masked span in frames. HuBERT has 10; single digits have about 25 in all."
-    )
+    mask_time_length: int = option(6, "Length of a masked span in frames. HuBERT has 10; a digit is about 25 long.")
     max_steps: int = option(2500, "Optimiser steps.")
     batch_size: int = option(16, "Recordings in a batch.")
     learning_rate: float = option(2e-3, "Peak learning rate.")
@@ -84,16 +67,8 @@ def read(file: str) -> tuple[list[np.ndarray], np.ndarray]:
 def mfcc(waveform: np.ndarray) -> np.ndarray:
     """13 MFCCs with first and second differences, (num_frames, 39), on HuBERT's frames."""
     filters = mel_filter_bank(WINDOW // 2 + 1, 40, 0.0, SAMPLING_RATE / 2, SAMPLING_RATE, norm="slaney")
-    energies = spectrogram(
-        waveform,
-        window_function(WINDOW, "hann"),
-        WINDOW,
-        HOP,
-        power=2.0,
-        center=False,
-        mel_filters=filters,
-        log_mel="log",
-    )
+    window, mel = window_function(WINDOW, "hann"), {"mel_filters": filters, "log_mel": "log"}
+    energies = spectrogram(waveform, window, WINDOW, HOP, power=2.0, center=False, **mel)
     cepstra = dct(energies.T, norm="ortho")[:, :13]
     first = np.gradient(cepstra, axis=0)
     features = np.concatenate([cepstra, first, np.gradient(first, axis=0)], axis=1)
@@ -132,9 +107,7 @@ def train(
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=0.01)
     scheduler = get_scheduler("cosine", optimizer, arguments.max_steps // 10, arguments.max_steps)
-    batches = draw_batches(
-        [len(waveform) for waveform in waveforms], arguments.batch_size, random.Random(arguments.seed)
-    )
+    batches = draw_batches(list(map(len, waveforms)), arguments.batch_size, random.Random(arguments.seed))
     bar = tqdm(range(arguments.max_steps), desc="training")
     accuracies, seconds, start = [], 0.0, time.perf_counter()
     for _, indices in zip(bar, batches):
@@ -142,9 +115,8 @@ def train(
         targets = nn.utils.rnn.pad_sequence([units[index] for index in indices], batch_first=True)
         frames = true_frames(model, targets.shape[1], batch["attention_mask"])
         span = min(arguments.mask_time_length, int(frames.sum(-1).min()))
-        mask = _compute_mask_indices(
-            tuple(frames.shape), arguments.mask_time_prob, span, attention_mask=frames.long(), min_masks=2
-        )
+        shape, prob = tuple(frames.shape), arguments.mask_time_prob
+        mask = _compute_mask_indices(shape, prob, span, attention_mask=frames.long(), min_masks=2)
         mask = torch.from_numpy(np.asarray(mask)) & frames
         logits = head(model(batch["input_values"], batch["attention_mask"], mask).last_hidden_state[mask])
         loss = nn.functional.cross_entropy(logits, targets[mask])
@@ -155,12 +127,8 @@ def train(
         optimizer.zero_grad()
         accuracies.append(float((logits.argmax(-1) == targets[mask]).float().mean()))
         seconds += float(batch["attention_mask"].sum()) / SAMPLING_RATE
-        bar.set_postfix(
-            loss=f"{float(loss):.3f}",
-            accuracy=f"{np.mean(accuracies[-100:]):.3f}",
-            audio_per_second=f"{seconds / (time.perf_counter() - start):.0f}",
-            refresh=False,
-        )
+        rate = f"{seconds / (time.perf_counter() - start):.0f} s of audio a second"
+        bar.set_postfix_str(f"loss {loss:.3f}, accuracy {np.mean(accuracies[-100:]):.3f}, {rate}", refresh=False)
     return float(np.mean(accuracies[-100:]))
 
 
