@@ -50,12 +50,9 @@ def load_supernet(arguments: OrderingArguments) -> LightHubertPreTrainedModel:
     if space is None and not is_supernet(config):
         raise UserError(f"{source} is no supernet: give --search_space to make one of it")
     has_heads = LightHubertForPreTraining.__name__ in (config.architectures or ())
-    return load_model(
-        source,
-        head=LightHubertForPreTraining if has_heads else LightHubertModel,
-        device=choose_device(arguments.device),
-        **({} if space is None else {"search_space": space}),
-    )
+    head = LightHubertForPreTraining if has_heads else LightHubertModel
+    options = {} if space is None else {"search_space": space}
+    return load_model(source, head=head, device=choose_device(arguments.device), **options)
 
 
 def draw_waveforms(

@@ -42,7 +42,7 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
     if start is None or is_random:
         start = arguments.teacher_name_or_path
     options = {
-        "teacher_hidden_size": teacher.hidden_size,
+        "teacher_hidden_size": teacher.model.config.hidden_size,
         "num_prediction_heads": teacher.objective.num_prediction_heads,
         "layerdrop": 0.0,
         # the subnet that is selected where the student starts from may not be in another space

@@ -13,8 +13,7 @@ from modeling_lighthubert import LightHubertPreTrainedModel
 
 
 def has_fixed_feature_encoder(model: LightHubertPreTrainedModel) -> bool:
-    """Whether the feature encoder gives the same features in all steps and for all subnets: it is frozen, and subnets
-    do not choose its channels."""
+    """Whether the feature encoder is frozen and its channels are no choice of subnets: its features never change."""
     encoder = model.base_model.get_submodule("feature_extractor")
     is_frozen = not any(parameter.requires_grad for parameter in encoder.parameters())
     return is_frozen and (model.search_space is None or model.search_space.conv_dim is None)

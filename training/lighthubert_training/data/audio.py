@@ -46,11 +46,7 @@ def load_waveform(audio: Any, sampling_rate: int) -> np.ndarray:
 
 
 def duration(audio: Any) -> float:
-    """Seconds of a recording by its header, which is all that is read; 0 if it has none.
-
-    Args:
-        audio: a path, bytes, or a row of an undecoded `Audio` column.
-    """
+    """Seconds of a recording, see `encoded_source`, by its header, which is all that is read; 0 if it has none."""
     try:
         return soundfile.info(encoded_source(audio)).duration
     except UNREADABLE:

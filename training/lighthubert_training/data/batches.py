@@ -224,8 +224,7 @@ class EpochSampler(torch.utils.data.Sampler[list[int]]):
     another order.
 
     Args:
-        seconds: length of each recording. Those of length 0 are left out.
-        options: of `BatchSampler`.
+        seconds, options: of `RandomAccessSampler`.
 
     Raises:
         UserError: the recordings are too few for one step.

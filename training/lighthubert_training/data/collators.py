@@ -19,13 +19,8 @@ Batch = Mapping[str, torch.Tensor]
 def pad(extractor: Wav2Vec2FeatureExtractor, waveforms: Sequence[np.ndarray]) -> BatchFeature:
     """Tensors `input_values`, float32, and `attention_mask`, int32, each (batch_size, num_samples), as the feature
     extractor makes them (normalised or raw). Padding, zeros, is on the right."""
-    return extractor(
-        list(waveforms),
-        sampling_rate=extractor.sampling_rate,
-        padding=True,
-        return_attention_mask=True,
-        return_tensors="pt",
-    )
+    options: dict[str, Any] = {"padding": True, "return_attention_mask": True, "return_tensors": "pt"}
+    return extractor(list(waveforms), sampling_rate=extractor.sampling_rate, **options)
 
 
 def padded_batches(

@@ -1,5 +1,4 @@
-"""From an item of data to a `Recording`: its waveform, or the reason why there is none; and the one policy, of all
-jobs, for recordings that cannot be read."""
+"""From an item of data to a `Recording`: a waveform, or why there is none; one policy for what cannot be read."""
 
 import logging
 import random

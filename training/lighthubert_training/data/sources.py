@@ -72,11 +72,8 @@ def load_speech(
             if column not in there:
                 advice = f"choose --{flag} from {there}" if flag else f"it has {there}"
                 raise UserError(f"{name} has no column {column!r}: {advice}")
-    encoded = [
-        source.select_columns(columns).cast_column(arguments.audio_column_name, Audio(decode=False))
-        for source in sources.values()
-    ]
-    speech = concatenate_datasets(encoded)
+    chosen = (source.select_columns(columns) for source in sources.values())
+    speech = concatenate_datasets([each.cast_column(columns[0], Audio(decode=False)) for each in chosen])
     if limit is not None:
         speech = speech.take(limit) if streaming else speech.select(range(min(limit, len(speech))))
     speech = _filtered(speech, arguments)

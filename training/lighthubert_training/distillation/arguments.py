@@ -29,9 +29,7 @@ class DistillationArguments:
     output_dir: str = option(help="Folder for the trained student.")
     teacher_name_or_path: str = option(help="HuBERT-like model to distil.")
     teacher_dtype: str = option(
-        "auto",
-        "Precision of the teacher. Default: that of its weights.",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        "auto", "Precision of the teacher; auto: its weights'.", choices=("auto", "float32", "bfloat16", "float16")
     )
     student_name_or_path: str | None = option(
         None, "Initial weights of the student: a checkpoint, or 'random'. Default: the teacher's weights."
@@ -41,8 +39,7 @@ class DistillationArguments:
     )
     sampling: str = option(
         "uniform",
-        "Subnets of each step: largest (stage 1), uniform (stage 2), uniform_size (sizes as likely as each"
-        " other), or sandwich (smallest, random ones, largest).",
+        "Subnets of a step: largest (stage 1), uniform (stage 2), uniform_size (by size), sandwich (with both ends).",
         choices=SAMPLING_STRATEGIES,
     )
     num_random_subnets: int = option(1, "Number of random subnets in each step.")

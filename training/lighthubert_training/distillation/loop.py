@@ -31,8 +31,7 @@ from modeling_lighthubert.errors import UserError
 
 @contextmanager
 def stop_on_sigterm() -> Iterator[threading.Event]:
-    """Inside the block, an event that is set when the process is asked to end, as by a scheduler that takes the
-    machine away; the process itself goes on."""
+    """Inside the block, an event that is set when the process is asked to end; the process itself goes on."""
     stop = threading.Event()
     earlier = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:

@@ -40,10 +40,9 @@ class PreparedBatch:
         """Loss of the selected subnet: the mean over its prediction heads, and the temporal relation."""
         objective, batch, outputs = teacher.objective, self.batch, self.outputs
         wants_states = objective.temporal_relation_weight > 0
+        inputs = batch["input_values"], batch["attention_mask"], self.mask
         with computed_once(student.hubert.feature_extractor, self.conv_features):
-            predicted = student(
-                batch["input_values"], batch["attention_mask"], self.mask, output_hidden_states=wants_states
-            )
+            predicted = student(*inputs, output_hidden_states=wants_states)
         frames = self.mask if objective.loss_frames == "masked" else outputs.frames
         losses = [
             prediction_loss(prediction, target, frames, objective.cosine_weight)

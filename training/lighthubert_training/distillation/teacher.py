@@ -66,10 +66,6 @@ class Teacher(nn.Module):
         """Stays in evaluation mode."""
         return super().train(False)
 
-    @property
-    def hidden_size(self) -> int:
-        return self.model.config.hidden_size
-
     @torch.no_grad()
     def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> TeacherOutputs:
         """The targets of a batch.
@@ -125,8 +121,7 @@ def normalise(hidden_states: torch.Tensor, frames: torch.Tensor, norm: str) -> t
 
 
 def instance_norm(hidden_states: torch.Tensor, frames: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """Zero mean and unit variance of every feature over the true frames of its recording; zeros elsewhere. The
-    arguments are those of `normalise`."""
+    """Zero mean and unit variance of every feature over a recording's true frames; arguments as in `normalise`."""
     weight = frames.unsqueeze(-1).to(hidden_states.dtype)
     count = weight.sum(dim=1, keepdim=True)
     centred = (hidden_states - (hidden_states * weight).sum(dim=1, keepdim=True) / count) * weight
@@ -166,9 +161,7 @@ def check_frame_rates(
 def check_feature_encoder(student: LightHubertForPreTraining, teacher: Teacher) -> None:
     """Raises a `UserError` unless the convolutions are the same and can be computed once for student and teacher."""
     if student.search_space is not None and student.search_space.conv_dim is not None:
-        raise UserError(
-            "share_feature_encoder: here subnets choose their own part of the feature encoder, so leave it out"
-        )
+        raise UserError("share_feature_encoder: leave it out where subnets choose their own part of the convolutions")
     ours, theirs = (model.feature_extractor.state_dict() for model in (student.hubert, teacher.model))
     differing = []
     for name in ("feat_extract_norm", "feat_extract_activation", "conv_stride"):

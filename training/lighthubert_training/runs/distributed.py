@@ -61,9 +61,8 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], accelerator: Acceler
     gradients = []
     for parameter, count in zip(trained, uses, strict=True):
         if count:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = gradient
-            gradients.append(gradient)
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
     if not gradients:
         return
     total = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")

@@ -56,7 +56,14 @@ def parse_options(
             if given.config not in names:
                 raise UserError(f"--config {given.config} is no file and no recipe: give a YAML file{listed}")
             recipe = RECIPES / str(job) / f"{given.config}.yaml"
-        words = [*_to_words(recipe, parser), *words]
+        known = {action.dest for action in parser._actions}
+        of_recipe: list[str] = []
+        for name, value in read_options(recipe).items():
+            if name not in known:
+                raise UserError(f"--config {recipe}: there is no option {name!r}")
+            if value is not None:
+                of_recipe += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        words = [*of_recipe, *words]
     with user_error():  # of a dataclass whose values contradict each other
         *parsed, _ = parser.parse_args_into_dataclasses(words)
     return tuple(parsed)
@@ -79,18 +86,6 @@ def read_options(path: Path) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise UserError(f"--config {path} has to be a mapping of option names to values")
     return options
-
-
-def _to_words(path: Path, parser: argparse.ArgumentParser) -> list[str]:
-    """The options in a recipe, as words of a command line."""
-    known = {action.dest for action in parser._actions}
-    words: list[str] = []
-    for name, value in read_options(path).items():
-        if name not in known:
-            raise UserError(f"--config {path}: there is no option {name!r}")
-        if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
 
 
 def save_options(options: dict[str, Any], output_dir: str | Path) -> None:
