@@ -39,6 +39,19 @@ def test_what_a_verb_runs_is_there(name):
     assert find_script(target).is_file() if target.endswith(".py") else find_spec(target)
 
 
+def test_a_script_runs_as_main_under_the_name_of_its_verb(monkeypatch, tmp_path, capsys):
+    script = tmp_path / "run_distillation.py"
+    script.write_text(
+        "import pickle, sys\nclass Here: ...\nprint(__name__, sys.argv, pickle.dumps(Here()) and 'pickled')"
+    )
+    monkeypatch.setattr("lighthubert_training.cli.find_script", lambda name: tmp_path / name)
+    monkeypatch.setattr(sys, "argv", ["/bin/lighthubert", "distill", "--seed", "1"])
+    before = sys.modules["__main__"]
+    main()
+    assert capsys.readouterr().out == "__main__ ['lighthubert distill', '--seed', '1'] pickled\n"
+    assert sys.modules["__main__"] is before
+
+
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.setattr(sys, "argv", ["lighthubert", "search", "--help"])

@@ -5,7 +5,9 @@ The scripts import heavy packages, and are loaded when their verb runs.
 
 import runpy
 import sys
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +57,20 @@ def find_script(name: str) -> Path:
     return installed if installed.exists() else Path(__file__).parents[1] / name
 
 
+def run_script(file: Path) -> None:
+    """Runs a script as `__main__`, as `runpy.run_path` does, which would call it by its file in `sys.argv`."""
+    loader = SourceFileLoader("__main__", str(file))
+    spec = spec_from_loader("__main__", loader)
+    assert spec is not None
+    module, command = module_from_spec(spec), sys.modules["__main__"]
+    module.__spec__ = None  # a script has none
+    sys.modules["__main__"] = module
+    try:
+        loader.exec_module(module)
+    finally:
+        sys.modules["__main__"] = command
+
+
 def fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -73,7 +89,7 @@ def main() -> None:
         verb, sys.argv = VERBS[name], [f"lighthubert {name}", *words]
         try:
             if verb.target.endswith(".py"):
-                runpy.run_path(str(find_script(verb.target)), run_name="__main__")
+                run_script(find_script(verb.target))
             else:
                 runpy.run_module(verb.target, run_name="__main__")
         except ModuleNotFoundError as error:
