@@ -132,7 +132,6 @@ def measure_subnets(arguments: DemoArguments, supernet: LightHubertModel, bench:
 
 
 COLUMNS = ("model", "parameters", "MMAC/s", "real-time factor", "digit", "speaker", "R2")
-CTC_COLUMNS = ("fine-tuned with CTC", "WER", "CER")
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -163,29 +162,22 @@ def write_card(folder: Path, arguments: DemoArguments, result: Mapping[str, Any]
     facts["teacher"] = arguments.teacher.removeprefix(f"{ROOT}/")
     facts["results"] = [{"metric": metric, "value": result[metric]} for metric in ("wer", "cer")]
     write_json(folder / FACTS_FILE, facts)
-    test_file = Path(arguments.test_file).name
-    card = render_subnet_card(
-        facts,
-        "lighthubert-demo-middle",
-        "apache-2.0",
-        f"`{Path(arguments.train_file).name}`, tested on `{test_file}`.",
-        dataset=test_file,
-        language="en",
-        limits="A demonstration: it has learnt the words of its small training set, and no others.",
-    )
+    train_file, test_file = Path(arguments.train_file).name, Path(arguments.test_file).name
+    data = f"`{train_file}`, tested on `{test_file}`."
+    limits = "A demonstration: it has learnt the words of its small training set, and no others."
+    options = {"dataset": test_file, "language": "en", "limits": limits}
+    card = render_subnet_card(facts, "lighthubert-demo-middle", "apache-2.0", data, **options)
     save_card(card, folder / "README.md")
 
 
 def write_results(output: Path, rows: list[dict[str, Any]], ctc: list[dict[str, Any]]) -> str:
     """Writes both tables, as Markdown and as JSON, and the plot; returns the Markdown."""
-    table = markdown_table(COLUMNS, map(cells, rows))
-    table += "\n\n" + markdown_table(
-        CTC_COLUMNS, [[row["model"], f"{row['wer']:.1%}", f"{row['cer']:.1%}"] for row in ctc]
-    )
-    write_text(output / "results.md", table + "\n")
+    rates = [[row["model"], f"{row['wer']:.1%}", f"{row['cer']:.1%}"] for row in ctc]
+    tables = markdown_table(COLUMNS, map(cells, rows)), markdown_table(("fine-tuned with CTC", "WER", "CER"), rates)
+    write_text(output / "results.md", "\n\n".join(tables) + "\n")
     write_json(output / "results.json", {"models": rows, "ctc": ctc})
     plot(rows, output / "accuracy-against-macs.png")
-    return table
+    return "\n\n".join(tables)
 
 
 def compare_models(arguments: DemoArguments, output: Path, train: Speech, test: Speech) -> str:
@@ -221,11 +213,9 @@ def compare_models(arguments: DemoArguments, output: Path, train: Speech, test: 
 
 def main() -> None:
     (arguments,) = parse_options(HfArgumentParser(DemoArguments, description=__doc__.splitlines()[0]))
-    output = Path(arguments.output_dir).resolve()
+    folder, output = arguments.output_dir, Path(arguments.output_dir).resolve()
     if (output / "data").exists():
-        raise UserError(
-            f"--output_dir {arguments.output_dir} holds a demonstration: choose another folder, or delete it"
-        )
+        raise UserError(f"--output_dir {folder} holds a demonstration: choose another folder, or delete it")
     start = time.perf_counter()
     logging.set_verbosity_error()
     disable_progress_bars()
@@ -238,7 +228,7 @@ def main() -> None:
         )
         print(f"   {len(train.words)} words to train on, {len(test.words)} to test on, and strings")
     tables = compare_models(arguments, output, train, test)
-    print(f"\n{tables}\n\nAll of it is in {arguments.output_dir}; {time.perf_counter() - start:.0f} s in all.")
+    print(f"\n{tables}\n\nAll of it is in {folder}; {time.perf_counter() - start:.0f} s in all.")
 
 
 if __name__ == "__main__":
