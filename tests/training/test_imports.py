@@ -62,6 +62,10 @@ def test_imports_run_downwards(file):
     assert not {name: reason for name, reason in found.items() if reason}
 
 
+def test_no_file_edits_the_path_of_imports():
+    assert not [file for file in FILES if "sys.path" in file.read_text() or "noqa: E402" in file.read_text()]
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "modeling_lighthubert").glob("*.py")), ids=lambda file: file.name)
 def test_the_library_knows_nothing_of_training(file):
     assert not [name for name in imported(file.read_text()) if name.startswith("lighthubert_training")]

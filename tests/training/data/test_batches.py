@@ -130,15 +130,15 @@ def test_a_filtered_stream_goes_on_where_it_stopped():
 
 
 def test_a_stream_of_parquet_files_goes_on_where_it_stopped(tmp_path):
-    for number, row in enumerate(stream()):
+    for number, row in enumerate(stream(num_sources=1)):
         undecoded([row]).to_parquet(tmp_path / f"{number}.parquet")
     arguments = DataArguments(train_file=[str(path) for path in tmp_path.glob("*.parquet")], streaming=True)
     stopped = stream_sampler(load_speech(arguments, training=True))
     expected = list(itertools.islice(stopped, 10))
-    state = json.loads(json.dumps(stopped.state_dict(7)))
+    state = json.loads(json.dumps(stopped.state_dict(5)))
     assert state["stream"] is not None
-    resumed = stream_sampler(load_speech(arguments, training=True), state=state, start=7)
-    assert list(itertools.islice(resumed, 3)) == expected[7:]
+    resumed = stream_sampler(load_speech(arguments, training=True), state=state, start=5)
+    assert list(itertools.islice(resumed, 5)) == expected[5:]
 
 
 def test_processes_share_the_recordings_of_a_streamed_step():
