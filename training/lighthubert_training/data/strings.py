@@ -5,6 +5,7 @@ import random
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -31,6 +32,17 @@ def read_parquet(file: str | Path) -> Dataset:
     if missing := {"audio", "text"} - set(rows.column_names):
         raise UserError(f"{file} has no column {' and '.join(sorted(missing))}, but {', '.join(rows.column_names)}")
     return rows.cast_column("audio", Audio(decode=False))
+
+
+def encode_flac(waveform: np.ndarray) -> dict[str, Any]:
+    """A row of an undecoded `Audio` column.
+
+    Args:
+        waveform: (num_samples) at `SAMPLING_RATE`.
+    """
+    file = io.BytesIO()
+    soundfile.write(file, waveform, SAMPLING_RATE, format="FLAC")
+    return {"bytes": file.getvalue(), "path": None}
 
 
 @dataclass
@@ -96,8 +108,6 @@ def join_words(
         for audio in chosen["audio"]:
             silence = np.zeros(int(rng.uniform(*pause) * SAMPLING_RATE), dtype=np.float32)
             parts += [load_waveform(audio, SAMPLING_RATE), silence]
-        file = io.BytesIO()
-        soundfile.write(file, np.concatenate(parts), SAMPLING_RATE, format="FLAC")
-        audio = {"bytes": file.getvalue(), "path": None}
+        audio = encode_flac(np.concatenate(parts))
         rows.append({"audio": audio, "text": " ".join(chosen["text"]), "speaker": speaker})
     return Dataset.from_list(rows).cast_column("audio", Audio(decode=False))
