@@ -2,13 +2,14 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import soundfile
 import soxr
 from datasets import Audio, Dataset, load_dataset
-from scripts import run
+from scripts import fails, run
 from transformers import AutoModelForCTC
 
 
@@ -60,3 +61,21 @@ def test_the_demonstration_leaves_a_model_with_a_card_a_plot_and_transcripts(out
     assert (output / "accuracy-against-macs.png").read_bytes().startswith(b"\x89PNG")
     transcripts = json.loads((output / "asr" / "transcripts.json").read_text())["transcripts"]
     assert all(3 <= len(pair["reference"].split()) <= 6 for pair in transcripts)
+
+
+def test_the_folder_of_a_demonstration_is_not_used_again(output):
+    before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
+    message = fails(ROOT / "demo/run_demo.py", "--output_dir", output)
+    assert message == f"error: --output_dir {output} holds a demonstration: choose another folder, or delete it\n"
+    assert before == {file: file.stat().st_mtime_ns for file in output.rglob("*")}
+
+
+def test_transcripts_are_made_by_the_code_in_the_folder_alone(output, tmp_path, monkeypatch):
+    """The package is installed where the tests run. A model whose own code asks for it is not transcribed with."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = shutil.copytree(output / "asr", tmp_path / "model")
+    code = model / "modeling_lighthubert.py"
+    code.write_text(code.read_text().replace("import torch\n", "import modeling_lighthubert\nimport torch\n", 1))
+    message = fails(ROOT / "demo/transcribe.py", model, output / "data/test-strings.parquet", status=1)
+    assert "modeling_lighthubert" in message.splitlines()[-1]
+    assert "not found" in message or "halted" in message
