@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Sequence
 
+import datasets
 import pytest
 from datasets import IterableDataset, concatenate_datasets
 from speech import RATE, TONE, at_hand, encoded, undecoded
@@ -129,7 +130,8 @@ def test_a_filtered_stream_goes_on_where_it_stopped():
     assert list(itertools.islice(resumed, 8)) == expected[12:]
 
 
-def test_a_stream_of_parquet_files_goes_on_where_it_stopped(tmp_path):
+def test_a_stream_of_parquet_files_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # seconds at the end of every epoch
     for number, row in enumerate(stream(num_sources=1)):
         undecoded([row]).to_parquet(tmp_path / f"{number}.parquet")
     arguments = DataArguments(train_file=[str(path) for path in tmp_path.glob("*.parquet")], streaming=True)
