@@ -16,10 +16,10 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 test: $(ENVIRONMENT)  ## All tests.
 	$(PYTEST) $(ARGS)
 
-test-fast: $(ENVIRONMENT)  ## Those that run no whole script.
+test-fast: $(ENVIRONMENT)  ## Those that run no whole script, and export nothing.
 	$(PYTEST) tests/modeling tests/training $(ARGS)
 
-test-integration: $(ENVIRONMENT)  ## Those that run whole scripts, as users do.
+test-integration: $(ENVIRONMENT)  ## Those that run whole scripts and processes, as users do.
 	$(PYTEST) tests/integration $(ARGS)
 
 quality: $(ENVIRONMENT)

@@ -12,6 +12,7 @@ import torch
 
 
 os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else datasets calls the Hub for every file that is loaded
+from transformers.utils import logging
 
 from modeling_lighthubert import (
     LightHubertConfig,
@@ -201,3 +202,11 @@ def run_without_package(
 def one_thread():
     """Sums in the same order here and in a fresh process, so that answers can be compared bit by bit."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def verbosity_of_transformers():
+    """Scripts that run in this process may silence transformers: the next test sees its messages again."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
