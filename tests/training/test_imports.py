@@ -63,7 +63,8 @@ def test_imports_run_downwards(file):
 
 
 def test_no_file_edits_the_path_of_imports():
-    assert not [file for file in FILES if "sys.path" in file.read_text() or "noqa: E402" in file.read_text()]
+    banned = ("sys.path", "noqa: " + "E402")  # in two parts, so that a search of the repository finds nothing
+    assert not [file for file in FILES if any(text in file.read_text() for text in banned)]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "modeling_lighthubert").glob("*.py")), ids=lambda file: file.name)
