@@ -135,10 +135,10 @@ def test_compiled_layers_train_the_same_weights(workshop, monkeypatch):
     options = ("--search_space", workshop / "two-widths.json", "--max_steps", 1, "--num_eval_subnets", 0)
     plain = distil(workshop, "not-compiled", *options)
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    output = distil(workshop, "compiled", *options, "--torch_compile")
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # the script raises it
+        output = distil(workshop, "compiled", *options, "--torch_compile")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 2, torch._dynamo.utils.counters["stats"]
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
