@@ -2,12 +2,20 @@
 
 import io
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +41,17 @@ SPACE = {
 }
 
 
-def python(*command: object, processes: int = 1, check: bool = True) -> list[str]:
-    """The command line of a Python script, on one process or several.
-
-    Args:
-        check: of several, each checks at its end that it has left their group.
-    """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    launcher += [str(TESTS / "one_of_several.py")] if check else []
-    return [sys.executable, *(launcher if processes > 1 else []), *map(str, command)]
+PRELOADED = [
+    "accelerate",
+    "datasets",
+    "torch.utils.tensorboard",
+    "transformers.models.hubert.modeling_hubert",
+    "lighthubert_training.distillation.loop",
+    "lighthubert_training.recognition.trainer",
+    "lighthubert_training.search.search",
+    "lighthubert_training.superb.training",
+]
+"""What the scripts import. A new interpreter takes five seconds for it, and the fork of a process that has it none."""
 
 
 def environment() -> dict[str, str]:
@@ -49,21 +59,94 @@ def environment() -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "1"} | os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def finish(words: list[str], seconds: float = 1800) -> subprocess.CompletedProcess:
-    """Runs a command line to its end, which has to come within `seconds`."""
+@cache
+def fork_context() -> ForkServerContext:
+    """Makes processes by forking one that has imported `PRELOADED`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():  # some are read at import
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
+
+
+def run_forked(words: list[str], variables: dict[str, str], output: dict[int, str]) -> None:
+    """Runs a script in this process, which was forked for it.
+
+    Args:
+        output: the files that take what the process writes, by file descriptor.
+    """
+    for descriptor, file in output.items():
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = words
+    sys.path.insert(0, str(Path(words[0]).parent))
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    # threads of a group that is still there may abort the interpreter at its end: pytorch/pytorch#179291
+    assert not torch.distributed.is_initialized(), "the process group was not destroyed"
+
+
+def start(*command: object, processes: int = 1, folder: Path | None = None) -> list[ForkServerProcess]:
+    """A script in the background, in one process, or in several that `torch.distributed` may join.
+
+    Args:
+        folder: for the files `stdout` and `stderr`. Default: nothing that it writes is kept.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": processes}
+    group |= {"LOCAL_WORLD_SIZE": processes}
+    output = {number: str(folder / name) if folder else os.devnull for number, name in ((1, "stdout"), (2, "stderr"))}
+    members = []
+    for rank in range(processes):
+        variables = group | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+        variables = environment() | {name: str(value) for name, value in variables.items()}
+        arguments = (list(map(str, command)), variables, output)
+        members.append(fork_context().Process(target=run_forked, args=arguments))
+        members[-1].start()
+    return members
+
+
+def finish(*command: object, processes: int = 1, seconds: float = 300) -> subprocess.CompletedProcess:
+    """Runs a script to its end, which has to come within `seconds`: if a process fails, the others are terminated."""
+    with tempfile.TemporaryDirectory() as folder:
+        members, deadline = start(*command, processes=processes, folder=Path(folder)), time.monotonic() + seconds
+        while running := [member.sentinel for member in members if member.exitcode is None]:
+            ended = multiprocessing.connection.wait(running, deadline - time.monotonic())
+            for member in members:
+                if not ended:
+                    member.kill()
+                elif any(other.exitcode for other in members):
+                    member.terminate()
+            assert ended, f"{command[0]} did not end within {seconds} s"
+        status = next((member.exitcode for member in members if member.exitcode), 0)
+        output = [(Path(folder) / name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(command, status, *output)
+
+
+def finish_as_a_user(*command: object, processes: int = 1, seconds: float = 300) -> subprocess.CompletedProcess:
+    """The same from a command line: in new interpreters, which read their environment at import."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    words = [sys.executable, *(launcher if processes > 1 else []), *map(str, command)]
     return subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=seconds)
 
 
-def run(*command: object, processes: int = 1) -> str:
-    """Output of a Python script, on one process or several."""
-    finished = finish(python(*command, processes=processes))
+def run(*command: object, processes: int = 1, finish: Callable[..., subprocess.CompletedProcess] = finish) -> str:
+    """Output of a script that has to succeed."""
+    finished = finish(*command, processes=processes)
     assert finished.returncode == 0, (finished.stdout + finished.stderr)[-4000:]
     return finished.stdout + finished.stderr
 
 
-def fails(*command: object, status: int = 2) -> str:
+def fails(*command: object, status: int = 2, finish: Callable[..., subprocess.CompletedProcess] = finish) -> str:
     """Standard error of a script that must not succeed."""
-    finished = finish(python(*command))
+    finished = finish(*command)
     assert finished.returncode == status, finished.stderr[-4000:]
     return finished.stderr
 
@@ -74,23 +157,14 @@ def killed(function: str, call: int, *command: object, processes: int = 1) -> No
     Args:
         call: which of its calls, from 1.
     """
-    signalled = (TESTS / "signalled.py", "SIGKILL", function, call)
-    finished = finish(python(*signalled, *command, processes=processes, check=False), seconds=300)
-    expected = -signal.SIGKILL if processes == 1 else 1  # the status of the launcher
-    assert finished.returncode == expected, f"it was not killed: {finished.stderr[-4000:]}"
+    finished = finish(TESTS / "signalled.py", "SIGKILL", function, call, *command, processes=processes)
+    assert finished.returncode == -signal.SIGKILL, f"it was not killed: {finished.stderr[-4000:]}"
 
 
-def start(*command: object, processes: int = 1) -> subprocess.Popen:
-    """A script in the background, with a process group of its own."""
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    words = python(*command, processes=processes, check=False)
-    return subprocess.Popen(words, env=environment(), start_new_session=True, **silent)
-
-
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_until(happened: Callable[[], bool], process: ForkServerProcess, seconds: float = 120) -> None:
     """Waits for `happened()`, or for the end of `process`; not longer than `seconds`."""
     deadline = time.monotonic() + seconds
-    while process.poll() is None and not happened():
+    while process.is_alive() and not happened():
         assert time.monotonic() < deadline, f"it did not happen within {seconds} s"
         time.sleep(0.01)
 

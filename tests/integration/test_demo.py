@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import soxr
 from datasets import Audio, Dataset, load_dataset
-from scripts import fails, run
+from scripts import fails, finish_as_a_user, run
 from transformers import AutoModelForCTC
 
 
@@ -76,6 +76,7 @@ def test_transcripts_are_made_by_the_code_in_the_folder_alone(output, tmp_path, 
     model = shutil.copytree(output / "asr", tmp_path / "model")
     code = model / "modeling_lighthubert.py"
     code.write_text(code.read_text().replace("import torch\n", "import modeling_lighthubert\nimport torch\n", 1))
-    message = fails(ROOT / "demo/transcribe.py", model, output / "data/test-strings.parquet", status=1)
+    command = (ROOT / "demo/transcribe.py", model, output / "data/test-strings.parquet")
+    message = fails(*command, status=1, finish=finish_as_a_user)
     assert "modeling_lighthubert" in message.splitlines()[-1]
     assert "not found" in message or "halted" in message

@@ -14,7 +14,19 @@ import yaml
 from conftest import stock_settings
 from hub_server import loopback_hub
 from safetensors.torch import load_file
-from scripts import SPACE, TESTS, TRAINING, call, distil, distillation, fails, run, weights
+from scripts import (
+    SPACE,
+    TESTS,
+    TRAINING,
+    call,
+    distil,
+    distillation,
+    fails,
+    finish,
+    finish_as_a_user,
+    run,
+    weights,
+)
 from transformers import (
     AutoModel,
     HubertConfig,
@@ -98,11 +110,11 @@ def test_two_processes_train_what_one_trains_with_the_doubled_batch(workshop, sa
     assert results[0] == pytest.approx(results[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_with_subnets_of_their_own_end_with_one_supernet(workshop, processes):
+@pytest.mark.parametrize(("processes", "finish"), [(2, finish_as_a_user), (3, finish)], ids=["two", "three"])
+def test_processes_with_subnets_of_their_own_end_with_one_supernet(workshop, processes, finish):
     options = ("--per_device_train_batch_size", 2, "--subnet_per_process", True)
     command = distillation(workshop, f"own-subnets-{processes}", "--max_steps", 3, *options)
-    output = run(TESTS / "rank_digests.py", *command, processes=processes)
+    output = run(TESTS / "rank_digests.py", *command, processes=processes, finish=finish)
     digests = dict(re.findall(r"weights of rank (\d+): (\w+)", output))
     assert len(digests) == processes
     assert len(set(digests.values())) == 1
@@ -286,7 +298,7 @@ def test_the_student_is_pushed_to_the_hub_without_its_checkpoints(workshop, monk
         for name, value in (hub.environment | {"HF_HUB_OFFLINE": "0"}).items():
             monkeypatch.setenv(name, value)
         options = ("--max_steps", 2, "--save_steps", 1, "--push_to_hub", "--hub_model_id", "me/student")
-        run(*distillation(workshop, "pushed", *options))  # a new process, for these are read at import
+        run(*distillation(workshop, "pushed", *options), finish=finish_as_a_user)
     files = set(hub.repositories["me/student"].files())
     assert {"model.safetensors", "config.json", "README.md", "loss.png", "modeling_lighthubert.py"} <= files
     assert not [name for name in files if "checkpoint" in name]
@@ -295,7 +307,8 @@ def test_the_student_is_pushed_to_the_hub_without_its_checkpoints(workshop, monk
 def test_a_hub_that_cannot_be_reached_loses_nothing(workshop, monkeypatch):
     for name, value in {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}.items():
         monkeypatch.setenv(name, value)
-    message = fails(*distillation(workshop, "unpushed", "--max_steps", 1, "--push_to_hub"), status=1)
+    command = distillation(workshop, "unpushed", "--max_steps", 1, "--push_to_hub")
+    message = fails(*command, status=1, finish=finish_as_a_user)
     assert "unpushed could not be pushed" in message.splitlines()[-1]
     assert "hf_secret" not in message
     assert (workshop / "unpushed" / "model.safetensors").exists()

@@ -3,9 +3,7 @@
 import io
 import json
 import random
-import signal
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from datasets import Dataset
 from evaluate import evaluator
 from hub_server import loopback_hub
 from safetensors.torch import load_file
-from scripts import TRAINING, distil, make_workshop, newest, run, start, weights
+from scripts import TRAINING, distil, finish_as_a_user, make_workshop, newest, run, start, wait_until, weights
 from speech import encoded, undecoded
 from transformers import (
     AutoConfig,
@@ -205,7 +203,8 @@ def test_the_model_is_pushed_to_the_hub_with_its_card_and_without_its_checkpoint
         for name, value in (hub.environment | {"HF_HUB_OFFLINE": "0"}).items():
             monkeypatch.setenv(name, value)
         data = ("--validation_file", shop / "speech.parquet", "--save_strategy", "steps", "--save_steps", 1)
-        run(SCRIPT, *options(shop, "pushed-asr", *data, "--push_to_hub", "--hub_model_id", "me/asr"))
+        words = options(shop, "pushed-asr", *data, "--push_to_hub", "--hub_model_id", "me/asr")
+        run(SCRIPT, *words, finish=finish_as_a_user)
     files = set(hub.repositories["me/asr"].files())
     assert {"model.safetensors", "config.json", "processor_config.json", "vocab.json", "README.md"} <= files
     assert not [name for name in files if "checkpoint" in name]
@@ -242,13 +241,11 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(shop):
     killed, rng = shop / "killed", random.Random(0)
     command = [SCRIPT, *options(shop, "killed", *shared, "--resume_from_checkpoint", "latest")]
     for _ in range(2):
-        goal, deadline = newest(killed) + rng.randint(1, 8), time.monotonic() + 120
-        process = start(*command)
-        while newest(killed) < goal and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait(60)
+        goal = newest(killed) + rng.randint(1, 8)
+        (process,) = start(*command)
+        wait_until(lambda goal=goal: newest(killed) >= goal, process)
+        process.kill()
+        process.join()
     run(*command)
     for name, weight in weights(undisturbed).items():
         assert torch.equal(weights(killed)[name], weight), name
@@ -371,7 +368,7 @@ def test_a_recording_that_breaks_off_is_left_out_and_named(shop, tmp_path, caplo
         output = fine_tune(shop, "torn", *words)
         said = caplog.text
     else:
-        said = run(SCRIPT, *options(shop, "torn-2", *words), processes=2)
+        said = run(SCRIPT, *options(shop, "torn-2", *words), processes=2, finish=finish_as_a_user)
         output = shop / "torn-2"
     assert said.count("left out, because it cannot be read: 3.flac") == 2 * processes  # in training, in evaluation
     assert all(torch.isfinite(weight).all() for weight in weights(output).values())

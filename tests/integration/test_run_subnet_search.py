@@ -3,10 +3,8 @@
 import csv
 import json
 import re
-import signal
 import sqlite3
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import run_speech_recognition_ctc
 import run_subnet_search
 from conftest import assert_close
 from datasets import Audio, load_dataset
-from scripts import TRAINING, distil, start
+from scripts import TRAINING, distil, start, wait_until
 from speech import undecoded
 from transformers import AutoModel
 
@@ -168,14 +166,10 @@ def test_a_report_says_what_matters_and_how_subnets_do_after_further_training(
 def test_a_killed_search_repeats_and_loses_nothing(workshop, supernet, tmp_path):
     output = tmp_path / "killed"
     options = ("--num_evaluations", 30)
-    process, deadline = start(*command(workshop, supernet, output, *options)), time.monotonic() + 120
-    try:
-        while process.poll() is None and num_finished(output) < 5:
-            assert time.monotonic() < deadline, "nothing was measured"
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait(60)
+    (process,) = start(*command(workshop, supernet, output, *options))
+    wait_until(lambda: num_finished(output) >= 5, process)
+    process.kill()
+    process.join()
     before = num_finished(output)
     assert 5 <= before < 30
     run_script(workshop, supernet, output, *options)
@@ -185,12 +179,10 @@ def test_a_killed_search_repeats_and_loses_nothing(workshop, supernet, tmp_path)
 
 def test_two_processes_share_a_search(workshop, supernet, tmp_path):
     words = command(workshop, supernet, tmp_path / "shared", "--num_evaluations", 30)
-    processes = [start(*words) for _ in range(2)]
-    try:
-        assert [process.wait(240) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    processes = [*start(*words), *start(*words)]
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0]
     subnets = [row["subnet"] for row in rows(tmp_path / "shared")]
     assert len(subnets) == len(set(subnets)) == 30
 

@@ -4,8 +4,6 @@ import json
 import logging
 import os
 import pickle
-import subprocess
-import sys
 from contextlib import suppress
 
 import pytest
@@ -179,20 +177,6 @@ def test_a_trimmed_folder_is_smaller_and_answers_alike(command, tmp_path):
 def test_an_empty_folder_is_filled(command, tmp_path):
     (tmp_path / "empty").mkdir()
     assert (command(folder=tmp_path / "empty") / "config.json").is_file()
-
-
-def test_the_module_runs_as_a_command(tmp_path):
-    SPACE.to_json_file(tmp_path / "space.json")
-    arguments = ["--checkpoint_path", CHECKPOINT, "--pytorch_dump_folder_path", tmp_path / "out"]
-    module = "modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch"
-    finished = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments), "--search_space", str(tmp_path / "space.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 # The Hub

@@ -1,6 +1,5 @@
 """Claims about failing: a mistake of the user is one line and exit status 2, a bug is a traceback."""
 
-import subprocess
 import sys
 
 import pytest
@@ -52,32 +51,6 @@ def test_a_bug_keeps_its_traceback(error):
 @pytest.mark.parametrize(("result", "status"), [(None, 0), (0, 0), (3, 3)])
 def test_a_command_ends_with_the_status_that_it_returns(capsys, result, status):
     assert ended(capsys, lambda: result) == (status, "", "")
-
-
-COMMAND = """
-from modeling_lighthubert.errors import UserError, run
-
-def main():
-    print("so far")
-    raise {error}
-
-run(main)
-"""
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "lines"),
-    [("UserError('no such file')", 2, ["error: no such file"]), ("KeyError('bug')", 1, None)],
-)
-def test_a_process_ends_with_the_status_and_the_line(error, status, lines):
-    command = [sys.executable, "-c", COMMAND.format(error=error)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (finished.returncode, finished.stdout) == (status, "so far\n")
-    if lines is None:
-        assert finished.stderr.startswith("Traceback (most recent call last):")
-        assert finished.stderr.endswith("KeyError: 'bug'\n")
-    else:
-        assert finished.stderr.splitlines() == lines
 
 
 # Errors of libraries

@@ -4,13 +4,12 @@ import json
 import os
 import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from scripts import finish
 
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.files import UNFINISHED, require_unused, whole_file, whole_folder, write_json, write_text
@@ -39,7 +38,10 @@ with (whole_file if sys.argv[1] == "file" else whole_folder)(sys.argv[2]) as pat
 
 
 def kill_while_writing(kind: str, path: Path) -> None:
-    finished = subprocess.run([sys.executable, "-c", KILLED, kind, str(path)], capture_output=True, check=False)
+    script = path.parent / "killed.py"
+    script.write_text(KILLED)
+    finished = finish(script, kind, path)
+    script.unlink()
     assert finished.returncode == -signal.SIGKILL, finished.stderr
 
 

@@ -736,41 +736,6 @@ def test_masking_works_in_half_precision(cut, waveform):
     assert model(waveform.bfloat16()).last_hidden_state.dtype is torch.bfloat16
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("cut", FORMS)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_answers_alike(cut, backend, waveform):
-    model = make(LightHubertForCTC, cut=cut, subnet="smallest")
-    expected = answer(model, waveform)
-    assert_close(answer(torch.compile(model, backend=backend), waveform), expected)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_model_answers_padded_batches_alike():
-    model = make(subnet="smallest")
-    mask = (torch.arange(4000) < torch.tensor([[4000], [2500]])).long()
-    expected = answer(model, noise(2, 4000), attention_mask=mask)
-    assert_close(answer(torch.compile(model, backend="eager"), noise(2, 4000), attention_mask=mask), expected)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_supernet_answers_for_the_subnet_selected_since(waveform):
-    model = make(LightHubertForCTC, subnet="largest")
-    compiled = torch.compile(model, backend="eager")
-    for subnet in ("largest", "smallest", TWO_DEEP.sample(0), "largest"):
-        model.set_subnet(subnet)
-        expected = answer(model, waveform)
-        compiled.set_subnet(subnet)
-        assert_close(answer(compiled, waveform), expected)
-
-
 # Padding and batching
 
 

@@ -1,9 +1,7 @@
 """Plots are written whole, without pyplot."""
 
-import subprocess
-import sys
-
 import pytest
+from scripts import run
 
 from lighthubert_training.runs.plots import new_figure, plot_losses, save_figure
 
@@ -49,5 +47,5 @@ def test_a_figure_has_panels_side_by_side(tmp_path):
 
 def test_no_display_is_asked_for(tmp_path):
     """pyplot would choose a window system, and keep every figure."""
-    plotted = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "a.png")], capture_output=True, text=True)
-    assert plotted.stdout.strip() == "['matplotlib.backends.backend_agg']", plotted.stderr
+    (tmp_path / "plot.py").write_text(SCRIPT)
+    assert run(tmp_path / "plot.py", tmp_path / "a.png").strip() == "['matplotlib.backends.backend_agg']"
