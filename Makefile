@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 test: $(ENVIRONMENT)  ## All tests.
 	$(PYTEST) $(ARGS)
 
-test-fast: $(ENVIRONMENT)  ## Those that run no whole script, and export nothing.
+test-fast: $(ENVIRONMENT)  ## Those that run no whole script, and compile and export nothing.
 	$(PYTEST) tests/modeling tests/training $(ARGS)
 
 test-integration: $(ENVIRONMENT)  ## Those that run whole scripts and processes, as users do.
