@@ -41,4 +41,4 @@ $(ENVIRONMENT): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo/output *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) demo/output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
