@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -25,6 +26,10 @@ from modeling_lighthubert import (
     SearchSpace,
 )
 
+
+# the same examples on every machine, however slow it is
+hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("reproducible")
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 
