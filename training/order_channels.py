@@ -80,7 +80,7 @@ def main() -> None:
     with user_error(f"{arguments.model_name_or_path} has no feature extractor: "):
         extractor = AutoFeatureExtractor.from_pretrained(arguments.model_name_or_path)
     waveforms = draw_waveforms(arguments, data_arguments, extractor, model.base_model.samples_per_first_frame)
-    importance = measure_importance(model, (waveform.to(model.device) for waveform in waveforms))
+    importance = measure_importance(model, (waveform.to(model.device, model.dtype) for waveform in waveforms))
     if not importance:
         raise UserError("no recording is as long as a frame: give others, with --train_file or --dataset_name")
     reorder(model, importance)

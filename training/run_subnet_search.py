@@ -116,6 +116,11 @@ class SearchArguments:
         return Budget(limits, self.hubert_exportable)
 
     @property
+    def dtype(self) -> str:
+        """Of the supernet: that of the checkpoint, or, where subnets are trained further, fp32."""
+        return "float32" if self.report else "auto"
+
+    @property
     def needs_latency(self) -> bool:
         return "latency_ms" in {*self.objectives, *self.budget.limits}
 
@@ -155,7 +160,7 @@ def build_fitness(
     if arguments.fitness == "probe":
         return building.build_probe_error(name, choose_device(device), data, arguments.label_column_name, size), ()
     column = arguments.text_column_name
-    fitness = building.build_ctc_error(name, choose_device(device), data, column, size)
+    fitness = building.build_ctc_error(name, choose_device(device), data, column, size, arguments.dtype)
     if not arguments.report:
         return fitness, ()
     return fitness, building.ctc_training_batches(fitness, data, column, size, arguments.report_steps, arguments.seed)
@@ -169,7 +174,7 @@ def build_distillation_loss(
     accelerator = build_accelerator(choose_device(device))
     teacher, teacher_extractor = build_teacher(arguments.teacher_name_or_path, objective=objective)
     teacher.to(accelerator.device)
-    student = building.load_supernet(name, LightHubertForPreTraining, str(accelerator.device))
+    student = building.load_supernet(name, LightHubertForPreTraining, str(accelerator.device), arguments.dtype)
     student.freeze_feature_encoder()
     with user_error():
         extractor = AutoFeatureExtractor.from_pretrained(name)

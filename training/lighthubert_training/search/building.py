@@ -19,13 +19,16 @@ from modeling_lighthubert.errors import UserError, user_error
 from modeling_lighthubert.loading import is_supernet, load_model
 
 
-def load_supernet(model_name_or_path: str, head: Any, device: str) -> Any:
+def load_supernet(model_name_or_path: str, head: Any, device: str, dtype: str = "auto") -> Any:
     """A supernet of the class `head`, with all its weights.
+
+    Args:
+        dtype: as in `load_model`. To be trained, it has to be float32.
 
     Raises:
         UserError: it is no supernet, or lacks weights, such as those of the head.
     """
-    model, report = load_model(model_name_or_path, head=head, device=device, output_loading_info=True)
+    model, report = load_model(model_name_or_path, None, head, device, dtype, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"{model_name_or_path} lacks {missing}: give a supernet with the head that the fitness needs, as it was"
@@ -85,7 +88,12 @@ def to_features_and_labels(
 
 
 def build_ctc_error(
-    model_name_or_path: str, device: str, data: DataArguments, text_column_name: str, batch_size: int
+    model_name_or_path: str,
+    device: str,
+    data: DataArguments,
+    text_column_name: str,
+    batch_size: int,
+    dtype: str = "auto",
 ) -> CTCError:
     """
     Raises:
@@ -97,7 +105,7 @@ def build_ctc_error(
         raise UserError(
             f"{model_name_or_path} is no CTC model with its processor: fine-tune it first ({error})"
         ) from error
-    model, extractor = load_supernet(model_name_or_path, AutoModelForCTC, device), processor.feature_extractor
+    model, extractor = load_supernet(model_name_or_path, AutoModelForCTC, device, dtype), processor.feature_extractor
     batches = read_batches(data, False, extractor.sampling_rate, batch_size, text_column_name)
     return CTCError(model, processor, *to_features_and_labels(batches, extractor, model))
 
