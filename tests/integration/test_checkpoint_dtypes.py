@@ -48,21 +48,11 @@ def test_transcribe(half, workshop, tmp_path):
 
 @pytest.mark.parametrize("kind", [("--subnet", "smallest"), ("--once_for_all", True)], ids=["cut", "once_for_all"])
 def test_fine_tune_in_fp32(half, workshop, tmp_path, kind):
-    call(
-        run_speech_recognition_ctc.main,
-        "run_speech_recognition_ctc.py",
-        *("--model_name_or_path", half / "distilled", "--train_file", workshop / "speech.parquet"),
-        *("--validation_file", workshop / "speech.parquet", "--output_dir", tmp_path / "asr", "--max_steps", 1),
-        *(
-            "--use_cpu",
-            "--report_to",
-            "none",
-            "--disable_tqdm",
-            True,
-            kind,
-            "smallest" if kind == "--subnet" else True,
-        ),
-    )
+    speech = workshop / "speech.parquet"
+    given = ("--model_name_or_path", half / "distilled", "--train_file", speech, "--validation_file", speech, *kind)
+    quiet = ("--use_cpu", "--report_to", "none", "--disable_tqdm", True)
+    command = ("run_speech_recognition_ctc.py", *given, *quiet, "--max_steps", 1, "--output_dir", tmp_path / "asr")
+    call(run_speech_recognition_ctc.main, *command)
     assert dtypes(tmp_path / "asr") == {torch.float32}
 
 
