@@ -47,6 +47,36 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def give_permissions(folder: Path) -> None:
+    """Gives the files in a folder the permissions of the folder: safetensors keeps its files from all but their
+    owner."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(file.stat().st_mode | folder.stat().st_mode & 0o666)
+
+
+@contextmanager
+def whole_files(folder: str | Path) -> Iterator[Path]:
+    """Inside the block, a new folder in `folder`, which is made. Its files move to `folder` at the end, each replacing
+    the one of its name; not on an error.
+
+    Their permissions are those of the umask. A kill leaves the new folder behind.
+    """
+    folder = Path(folder)
+    unfinished = folder / f"{UNFINISHED}{uuid4().hex[:8]}"
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        give_permissions(unfinished)
+        for file in sorted(unfinished.rglob("*")):
+            if file.is_file():
+                target = folder / file.relative_to(unfinished)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """Inside the block, a new folder beside `folder`, which replaces it at the end; not on an error.
@@ -59,9 +89,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        for file in unfinished.rglob("*"):
-            if file.is_file():
-                file.chmod(file.stat().st_mode | unfinished.stat().st_mode & 0o666)  # as above
+        give_permissions(unfinished)
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             folder.replace(replaced)

@@ -12,9 +12,11 @@ word. Two CPU processes:
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from transformers import HfArgumentParser, Wav2Vec2FeatureExtractor, get_scheduler
 
 from lighthubert_training.cards.supernet import write_supernet_card
@@ -23,16 +25,23 @@ from lighthubert_training.data.sources import DataArguments, load_speech
 from lighthubert_training.distillation.arguments import DistillationArguments, ObjectiveArguments
 from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.loop import Distiller, compile_layers, prepare_output
-from lighthubert_training.distillation.teacher import Teacher, build_teacher, check_feature_encoder, check_frame_rates
-from lighthubert_training.runs.distributed import build_accelerator
+from lighthubert_training.distillation.teacher import (
+    Teacher,
+    build_teacher,
+    check_feature_encoder,
+    check_frame_rates,
+    masking_options,
+)
+from lighthubert_training.runs.checkpoints import saving_results
+from lighthubert_training.runs.distributed import build_accelerator, locked_by_main_process, require_whole_weights
 from lighthubert_training.runs.hub import push_folder
 from lighthubert_training.runs.log import RunLog
 from lighthubert_training.runs.options import parse_options
 from lighthubert_training.runs.plots import plot_losses
 from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining
-from modeling_lighthubert.errors import UserError, run, user_error
-from modeling_lighthubert.files import write_json
-from modeling_lighthubert.loading import load_model, parse_search_space
+from modeling_lighthubert.errors import run
+from modeling_lighthubert.files import whole_files, write_json
+from modeling_lighthubert.loading import load_config, load_model, parse_search_space
 
 
 def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHubertForPreTraining:
@@ -49,8 +58,8 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
         **({} if space is None else {"search_space": space, "subnet": None}),
         **({} if arguments.feat_extract_norm is None else {"feat_extract_norm": arguments.feat_extract_norm}),
     }
-    with user_error(f"no student can be made of {start}: "):
-        config = LightHubertConfig.from_pretrained(start, **options)
+    config = load_config(start, LightHubertConfig, **options)
+    config.update(masking_options(config))
     if is_random:
         student = LightHubertForPreTraining(config)
     else:
@@ -79,8 +88,9 @@ def save_student(distiller: Distiller, feature_extractor: Wav2Vec2FeatureExtract
     folder, student, log = Path(distiller.arguments.output_dir), distiller.student, distiller.log
     if student.search_space is not None:
         student.set_subnet("largest")
-    student.save_pretrained(folder)
-    feature_extractor.save_pretrained(folder)
+    with whole_files(folder) as unfinished:
+        student.save_pretrained(unfinished)
+        feature_extractor.save_pretrained(unfinished)
     if log.eval_losses:
         write_json(folder / "eval_results.json", {f"eval_loss_{name}": loss for name, loss in log.eval_losses.items()})
         print(" ".join(f"eval_loss_{name}={loss:.4f}" for name, loss in log.eval_losses.items()))
@@ -89,16 +99,14 @@ def save_student(distiller: Distiller, feature_extractor: Wav2Vec2FeatureExtract
     write_supernet_card(student, distiller.recipe, log.eval_losses, folder)
 
 
-def main() -> None:
-    kinds = (DistillationArguments, ObjectiveArguments, DataArguments)
-    parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
-    arguments, objective, data_arguments = parsed = parse_options(parser, "distillation")
-    recipe = {name: value for options in parsed for name, value in asdict(options).items()}
-    tracker = None if arguments.report_to == "none" else arguments.report_to
-    tracking = {"log_with": tracker, "project_dir": arguments.output_dir}
-    accelerator = build_accelerator(arguments.device, mixed_precision=arguments.mixed_precision, **tracking)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError("weights have to be whole on every process: use data parallelism, not FSDP or DeepSpeed")
+def distil(
+    accelerator: Accelerator,
+    arguments: DistillationArguments,
+    objective: ObjectiveArguments,
+    data_arguments: DataArguments,
+    recipe: dict[str, Any],
+) -> bool:
+    """Trains the student and saves it. Returns whether all steps were made: see `Distiller.train`."""
     checkpoint, state = prepare_output(arguments, recipe, accelerator)
     set_seed(arguments.seed)
 
@@ -141,10 +149,26 @@ def main() -> None:
     )
     finished = distiller.train(state["step"])
     if finished and accelerator.is_main_process:
-        save_student(distiller, extractor)
+        with saving_results(Path(arguments.output_dir)):
+            save_student(distiller, extractor)
     accelerator.end_training()
-    if finished and arguments.push_to_hub and accelerator.is_main_process:
-        push_folder(Path(arguments.output_dir), arguments.hub_model_id)
+    return finished
+
+
+def main() -> None:
+    kinds = (DistillationArguments, ObjectiveArguments, DataArguments)
+    parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
+    arguments, objective, data_arguments = parsed = parse_options(parser, "distillation")
+    recipe = {name: value for options in parsed for name, value in asdict(options).items()}
+    tracker = None if arguments.report_to == "none" else arguments.report_to
+    tracking = {"log_with": tracker, "project_dir": arguments.output_dir}
+    accelerator = build_accelerator(arguments.device, mixed_precision=arguments.mixed_precision, **tracking)
+    require_whole_weights(accelerator)
+    folder, is_main = Path(arguments.output_dir), accelerator.is_main_process
+    with locked_by_main_process(folder):
+        finished = distil(accelerator, arguments, objective, data_arguments, recipe)
+    if finished and arguments.push_to_hub and is_main:
+        push_folder(folder, arguments.hub_model_id)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from transformers import (
     WhisperModel,
 )
 
+from modeling_lighthubert import LightHubertForPreTraining
 from modeling_lighthubert.errors import UserError
 
 
@@ -211,6 +212,35 @@ def test_a_student_may_start_from_the_folder_of_another_space(workshop, narrow_s
     first = distil(workshop, "first-space", "--search_space", narrow_space, "--max_steps", 1)
     second = distil(workshop, "second-space", "--student_name_or_path", first, "--max_steps", 1)
     assert AutoModel.from_pretrained(second).search_space.conv_dim is None
+
+
+@pytest.fixture(scope="module")
+def unmasked(workshop) -> dict[str, Path]:
+    """A supernet, and the same as it comes out of fine-tuning without SpecAugment, or with SpecAugment of features."""
+    start = distil(workshop, "masked", "--max_steps", 1, "--learning_rate", 0.0)
+    folders = {"as it was": start}
+    changes = {"no time masks": {"mask_time_prob": 0.0}, "no SpecAugment": {"apply_spec_augment": False}}
+    for name, changed in (changes | {"masked features": {"mask_feature_prob": 0.5}}).items():
+        folders[name] = workshop / name.replace(" ", "-")
+        model = LightHubertForPreTraining.from_pretrained(start, **changed)
+        model.save_pretrained(folders[name])
+        shutil.copy(start / "preprocessor_config.json", folders[name])
+    return folders
+
+
+@pytest.mark.parametrize("name", ["no time masks", "no SpecAugment", "masked features"])
+def test_the_masks_of_a_student_are_those_of_the_recipe_wherever_it_starts(workshop, unmasked, name):
+    """Where there was no mask embedding it is new, so the loss differs a little; without masks, it would be lower."""
+    step = ("--max_steps", 1, "--logging_steps", 1)
+    history = {}
+    for start in ("as it was", name):
+        options = ("--student_name_or_path", unmasked[start], *step)
+        output = distil(workshop, f"again from {start} for {name}", *options)
+        history[start] = json.loads((output / "history.json").read_text())[0]["loss"]
+    rel = 0.05 if name == "no time masks" else 1e-6
+    assert history[name] == pytest.approx(history["as it was"], rel=rel)
+    config = json.loads((output / "config.json").read_text())
+    assert config.get("apply_spec_augment", True) and not config.get("mask_feature_prob")
 
 
 def test_a_run_shows_how_it_went(workshop):

@@ -12,7 +12,15 @@ from safetensors.torch import save_file
 from scripts import finish
 
 from modeling_lighthubert.errors import UserError
-from modeling_lighthubert.files import UNFINISHED, require_unused, whole_file, whole_folder, write_json, write_text
+from modeling_lighthubert.files import (
+    UNFINISHED,
+    require_unused,
+    whole_file,
+    whole_files,
+    whole_folder,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -106,7 +114,10 @@ def test_weights_have_the_permissions_of_the_umask_too(tmp_path):
         save_file({"weight": torch.zeros(2)}, unfinished / "model.safetensors")
         (unfinished / "part").mkdir()
         save_file({"weight": torch.zeros(2)}, unfinished / "part" / "model.safetensors")
-    for file in ("model.safetensors", "out/model.safetensors", "out/part/model.safetensors"):
+    with whole_files(tmp_path / "in") as unfinished:
+        save_file({"weight": torch.zeros(2)}, unfinished / "model.safetensors")
+    files = ("model.safetensors", "out/model.safetensors", "out/part/model.safetensors", "in/model.safetensors")
+    for file in files:
         assert mode(tmp_path / file) == 0o640
 
 
@@ -123,6 +134,29 @@ def test_json_is_for_people_too(tmp_path):
     assert "Müller" in text
     assert text.endswith("}\n")
     assert json.loads(text) == {"name": "Müller", "numbers": [1, 2.5]}
+
+
+# Several files in a folder that stays
+
+
+def test_files_appear_in_a_folder_when_the_block_ends_beside_those_that_are_there(old_folder):
+    (old_folder / "config.json").write_text("old")
+    with whole_files(old_folder) as unfinished:
+        (unfinished / "config.json").write_text("new")
+        (unfinished / "part").mkdir()
+        (unfinished / "part" / "code.py").write_text("code")
+        assert (old_folder / "config.json").read_text() == "old"
+    assert names(old_folder) == ["config.json", "old.txt", "part"]
+    assert (old_folder / "config.json").read_text() == "new"
+    assert names(old_folder / "part") == ["code.py"]
+
+
+def test_an_error_leaves_the_old_files_and_nothing_else(old_folder):
+    with pytest.raises(KeyboardInterrupt), whole_files(old_folder) as unfinished:
+        (unfinished / "old.txt").write_text("half")
+        raise KeyboardInterrupt
+    assert names(old_folder) == ["old.txt"]
+    assert (old_folder / "old.txt").read_text() == "old"
 
 
 # Folders

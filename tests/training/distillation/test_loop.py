@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import SIX_DEEP, TWO_DEEP
 from speech import TONE, encoded, undecoded
 from tiny_distillation import tiny_student, tiny_teacher
@@ -113,6 +114,20 @@ def test_a_step_without_recordings_logs_no_loss(distiller):
     shown = distiller.step(0, [])
     assert "loss" not in shown
     assert all(torch.equal(weight, before[name]) for name, weight in state(distiller).items())
+
+
+def test_a_step_without_recordings_is_none_for_a_scaler_of_gradients_either(distiller, accelerator, monkeypatch):
+    """As in fp16 on a GPU, with real scaling on the CPU."""
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
+    monkeypatch.setattr(accelerator, "_optimizers", [])  # those of other tests
+    distiller.optimizer = accelerator.prepare_optimizer(distiller.optimizer.optimizer)
+    before = state(distiller)
+    assert "loss" not in distiller.step(0, [])
+    assert all(torch.equal(weight, before[name]) for name, weight in state(distiller).items())
+    assert distiller.step(1, next_batches(distiller))["grad_norm"] < 1000
+    assert any(not torch.equal(weight, before[name]) for name, weight in state(distiller).items())
 
 
 def test_what_cannot_be_read_is_counted_and_left_out(distiller):

@@ -1,6 +1,10 @@
 """Checkpoints are whole or absent, are pruned, and a failed one leaves the others alone."""
 
 import json
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -8,10 +12,12 @@ import torch
 from accelerate import Accelerator
 
 from lighthubert_training.runs.checkpoints import (
+    FailedSaves,
     best_checkpoint,
     checkpoint_damage,
     checkpoints,
     find_checkpoint,
+    is_write_error,
     newest_checkpoint,
     require_no_run,
     require_whole,
@@ -30,13 +36,18 @@ def accelerator() -> Accelerator:
     accelerator.free_memory()
 
 
+def save(accelerator: Accelerator, output_dir: Path, step: int, state: dict, limit: int, **given) -> Path | None:
+    """`save_checkpoint`, by default in a run of which no save has failed."""
+    return save_checkpoint(accelerator, output_dir, step, state, limit, **({"failed": FailedSaves()} | given))
+
+
 def weight(accelerator: Accelerator) -> torch.Tensor:
     return accelerator._models[0].weight.data
 
 
 def test_a_checkpoint_brings_back_weights_step_and_state(accelerator, tmp_path):
     before = weight(accelerator).clone()
-    folder = save_checkpoint(accelerator, tmp_path, 7, {"recipe": {"seed": 1}}, limit=2)
+    folder = save(accelerator, tmp_path, 7, {"recipe": {"seed": 1}}, limit=2)
     assert folder == tmp_path / "checkpoint-7"
     assert checkpoint_damage(folder) is None
     weight(accelerator).zero_()
@@ -47,49 +58,97 @@ def test_a_checkpoint_brings_back_weights_step_and_state(accelerator, tmp_path):
 
 def test_the_newest_stay(accelerator, tmp_path):
     for step in (2, 4, 10, 12):
-        save_checkpoint(accelerator, tmp_path, step, {}, limit=2)
+        save(accelerator, tmp_path, step, {}, limit=2)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-12"]
     assert not list(tmp_path.glob("unfinished-*"))
 
 
 def test_the_best_stays_however_old(accelerator, tmp_path):
     for step, loss in enumerate([0.5, 0.3, None, 0.4, None], start=1):
-        save_checkpoint(accelerator, tmp_path, step, {"eval_loss": loss}, limit=1)
+        save(accelerator, tmp_path, step, {"eval_loss": loss}, limit=1)
     assert best_checkpoint(tmp_path).name == "checkpoint-2"
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-5"]
 
 
-def test_a_save_that_fails_leaves_the_last_good_one(accelerator, tmp_path, monkeypatch, caplog):
-    save_checkpoint(accelerator, tmp_path, 1, {}, limit=2)
+@contextmanager
+def small_disk(num_bytes: int) -> Iterator[None]:
+    """Inside the block, files have no room for more; what the system then says is no stand-in."""
+    earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, earlier[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
 
-    def disk_full(folder: str) -> None:
-        Path(folder).mkdir()
-        (Path(folder) / "model.safetensors").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(accelerator, "save_state", disk_full)
-    assert save_checkpoint(accelerator, tmp_path, 2, {}, limit=2) is None
-    assert "checkpoint-2 could not be written ([Errno 28] No space left on device)" in caplog.text
+@pytest.mark.parametrize(
+    ("num_bytes", "error"),
+    [
+        (100, "Error while serializing: .*File too large"),
+        (1000, "iostream error|inline_container"),
+        (30_000, "Errno 27"),
+    ],
+    ids=["weights", "optimiser", "state"],
+)
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(accelerator, tmp_path, caplog, num_bytes, error):
+    (parameter,) = list(accelerator._models[0].parameters())[:1]
+    parameter.grad = torch.ones_like(parameter)
+    accelerator._optimizers[0].step()  # its state is larger than the weights
+    save(accelerator, tmp_path, 1, {}, limit=1)
+    with small_disk(num_bytes):
+        assert save(accelerator, tmp_path, 2, {"log": "much" * 10_000}, limit=1) is None
+    assert re.search(f"checkpoint-2 could not be written .*{error}.*: going on without it", caplog.text)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert checkpoint_damage(tmp_path / "checkpoint-1") is None
+    assert save(accelerator, tmp_path, 3, {}, limit=1) == tmp_path / "checkpoint-3"
 
 
-def test_a_state_that_cannot_be_written_leaves_the_last_good_one(accelerator, tmp_path, monkeypatch):
-    save_checkpoint(accelerator, tmp_path, 1, {}, limit=2)
+def test_a_run_ends_when_three_saves_in_a_row_have_failed(accelerator, tmp_path):
+    failed = FailedSaves()
 
-    def disk_full(path: Path, value: object) -> None:
-        raise OSError(28, "No space left on device")
+    def saves(step: int, num_bytes: int) -> bool:
+        with small_disk(num_bytes):
+            return save(accelerator, tmp_path, step, {}, limit=1, failed=failed) is not None
 
-    monkeypatch.setattr("lighthubert_training.runs.checkpoints.write_json", disk_full)
-    assert save_checkpoint(accelerator, tmp_path, 2, {}, limit=2) is None
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert [saves(step, 10**6 if step == 3 else 100) for step in range(1, 6)] == [False, False, True, False, False]
+    message = (
+        r"checkpoint-6 could not be written \(.*\), nor could the 2 before: .* the disk has room, and go on with --res"
+    )
+    with pytest.raises(UserError, match=message):
+        saves(6, 100)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("NCCL error"), ValueError()]
+)
+def test_what_is_no_fault_of_a_disk_ends_the_run(accelerator, tmp_path, monkeypatch, error):
+    assert not is_write_error(error)
+
+    def fail(folder: str) -> None:
+        raise error
+
+    monkeypatch.setattr(accelerator, "save_state", fail)
+    with pytest.raises(type(error)):
+        save(accelerator, tmp_path, 2, {}, limit=2)
+
+
+@pytest.mark.parametrize("content", ["", "[]", None], ids=["emptied", "another", "missing"])
+def test_a_damaged_older_checkpoint_is_no_obstacle_to_a_save(accelerator, tmp_path, caplog, content):
+    for step, loss in ((1, 0.5), (2, 0.7)):
+        save(accelerator, tmp_path, step, {"eval_loss": loss}, limit=2)
+    state = tmp_path / "checkpoint-1" / "run_state.json"
+    state.unlink() if content is None else state.write_text(content)
+    assert save(accelerator, tmp_path, 3, {"eval_loss": 0.8}, limit=1) == tmp_path / "checkpoint-3"
+    assert "checkpoint-1 is damaged, run_state.json cannot be read" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-3"}
 
 
 def test_what_a_kill_left_of_a_save_or_of_a_deletion_goes_with_the_next_save(accelerator, tmp_path):
     for step in (1, 2):
         (tmp_path / f"unfinished-checkpoint-{step}").mkdir()
         (tmp_path / f"unfinished-checkpoint-{step}" / "half").touch()
-    folder = save_checkpoint(accelerator, tmp_path, 2, {}, limit=2)
+    folder = save(accelerator, tmp_path, 2, {}, limit=2)
     assert list(tmp_path.iterdir()) == [folder]
     assert not (folder / "half").exists()
 
@@ -97,7 +156,7 @@ def test_what_a_kill_left_of_a_save_or_of_a_deletion_goes_with_the_next_save(acc
 @pytest.mark.parametrize("name", ["model.safetensors", "run_state.json", "optimizer.bin", "manifest.json"])
 @pytest.mark.parametrize("how", ["cut", "changed", "missing"])
 def test_any_damage_is_noticed(accelerator, tmp_path, name, how):
-    folder = save_checkpoint(accelerator, tmp_path, 1, {}, limit=2)
+    folder = save(accelerator, tmp_path, 1, {}, limit=2)
     content = (folder / name).read_bytes()
     (folder / name).unlink()
     if how != "missing":
@@ -107,7 +166,7 @@ def test_any_damage_is_noticed(accelerator, tmp_path, name, how):
 
 def test_the_newest_whole_checkpoint_is_taken_and_named_damage_is_refused(accelerator, tmp_path, caplog):
     for step in (1, 2):
-        save_checkpoint(accelerator, tmp_path, step, {}, limit=2)
+        save(accelerator, tmp_path, step, {}, limit=2)
     (tmp_path / "checkpoint-2" / "run_state.json").write_text(json.dumps({"step": 3}))
     assert find_checkpoint(accelerator, "latest", tmp_path)[0].name == "checkpoint-1"
     assert newest_checkpoint(tmp_path) == require_whole(tmp_path / "checkpoint-1") == tmp_path / "checkpoint-1"

@@ -1,15 +1,28 @@
 """Gradients are summed over processes, and devices are the ones that were asked for."""
 
+import multiprocessing
 import os
+import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from lighthubert_training.runs.distributed import any_process, build_accelerator, choose_device, sum_gradients
+from lighthubert_training.runs.distributed import (
+    any_process,
+    build_accelerator,
+    choose_device,
+    locked,
+    locked_by_main_process,
+    on_main_process,
+    sum_gradients,
+)
 from modeling_lighthubert.errors import UserError
 
 
@@ -89,3 +102,59 @@ def test_a_device_that_is_not_there_is_refused(device):
         build_accelerator(device)
     with pytest.raises(UserError, match=f"device {device} cannot be used"):
         choose_device(device)
+
+
+# Two runs
+
+
+def hold(folder: Path, name: str, is_held, may_end) -> None:
+    """In a process of its own: holds the lock until it may end."""
+    with locked(folder, name):
+        if not os.fork():  # a worker, which outlives a kill for a moment
+            time.sleep(3)
+            os._exit(0)
+        is_held.set()
+        may_end.wait(60)
+
+
+@pytest.mark.parametrize("name", ["", "all.jsonl"])
+def test_a_run_is_refused_while_another_writes_there_and_named_not_after_it_was_killed(tmp_path, name):
+    context = multiprocessing.get_context("fork")
+    is_held, may_end = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path / "new", name, is_held, may_end))
+    other.start()
+    assert is_held.wait(60)
+    whole = f"^{tmp_path / 'new' / name} is being written by process {other.pid} on {socket.gethostname()}: wait until"
+    with pytest.raises(UserError, match=whole), locked(tmp_path / "new", name):
+        pass
+    with locked(tmp_path / "new", "other.jsonl"):
+        pass
+    other.kill()
+    psutil.Process(other.pid).wait(2)
+    with locked(tmp_path / "new", name):
+        pass
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_lock_is_given_back_on_an_error_and_a_folder_that_cannot_be_made_is_named(tmp_path):
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match="file/out cannot be written: .*Not a directory"),
+        locked(tmp_path / "file/out"),
+    ):
+        pass
+
+
+def test_what_the_main_process_finds_out_all_know(tmp_path):
+    assert on_main_process(lambda: 7) == 7
+    with locked_by_main_process(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+    def mistake():
+        raise UserError("no such folder")
+
+    with pytest.raises(UserError, match="no such folder"):
+        on_main_process(mistake)

@@ -7,12 +7,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from tqdm.auto import tqdm
 
 from lighthubert_training.data.batches import BatchSampler
@@ -20,7 +21,7 @@ from lighthubert_training.distillation.arguments import DistillationArguments, c
 from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.step import evaluate, training_step
 from lighthubert_training.distillation.teacher import Teacher
-from lighthubert_training.runs.checkpoints import find_checkpoint, require_no_run, save_checkpoint
+from lighthubert_training.runs.checkpoints import FailedSaves, find_checkpoint, require_no_run, save_checkpoint
 from lighthubert_training.runs.distributed import any_process
 from lighthubert_training.runs.log import RunLog
 from lighthubert_training.runs.options import save_options
@@ -83,18 +84,20 @@ class Distiller:
         loader: batches of training, from the step on that it begins with.
         eval_loader: batches of held-out speech, if there is any.
         recipe: all options of the run, kept in its checkpoints.
+        failed_saves: what became of the checkpoints that were to be written.
     """
 
     arguments: DistillationArguments
     student: LightHubertForPreTraining
     teacher: Teacher
-    optimizer: torch.optim.Optimizer
+    optimizer: AcceleratedOptimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     accelerator: Accelerator
     loader: SpeechLoader
     eval_loader: SpeechLoader | None
     log: RunLog
     recipe: dict[str, Any]
+    failed_saves: FailedSaves = field(default_factory=FailedSaves)
 
     def train(self, start: int) -> bool:
         """The steps from `start` to `max_steps`, with a progress bar, evaluations and checkpoints.
@@ -147,12 +150,12 @@ class Distiller:
                 f"{error} at step {step}, on {', '.join(names)}. The last checkpoint is as it was: lower the learning"
                 " rate, or leave these recordings out"
             ) from error
-        grad_norm = accelerator.clip_grad_norm_(self.student.parameters(), arguments.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
         values: dict[str, float] = {}
-        if losses:
+        if not losses:  # there are no gradients: a scaler of them would fail, and the optimiser itself does nothing
+            self.optimizer.optimizer.step()
+        else:
+            grad_norm = accelerator.clip_grad_norm_(self.student.parameters(), arguments.max_grad_norm)
+            self.optimizer.step()
             values = {"loss": sum(losses) / len(losses), "grad_norm": float(grad_norm)}
             ends = {} if space is None else {space.largest: "largest", space.smallest: "smallest"}
             by_class = defaultdict(list)
@@ -160,6 +163,8 @@ class Distiller:
                 if subnet is not None:
                     by_class[f"loss_{ends.get(subnet, 'random')}"].append(loss)
             values |= {name: sum(of_class) / len(of_class) for name, of_class in by_class.items()}
+        self.scheduler.step()
+        self.optimizer.zero_grad()
         samples = sum(int(batch["attention_mask"].sum()) for batch in batches)
         seconds = accelerator.num_processes * samples / self.loader.sampling_rate
         return self.log.step(step + 1, values, seconds, float(self.scheduler.get_last_lr()[0]))
@@ -184,4 +189,4 @@ class Distiller:
         state = {"recipe": self.recipe, "eval_loss": eval_loss}
         state |= {"log": self.log.state_dict(), "sampler": sampler.state_dict(step)}
         output_dir, limit = Path(self.arguments.output_dir), self.arguments.save_total_limit
-        save_checkpoint(self.accelerator, output_dir, step, state, limit)
+        save_checkpoint(self.accelerator, output_dir, step, state, limit, self.failed_saves)

@@ -10,15 +10,17 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 
-from lighthubert_training.runs.distributed import any_process
+from lighthubert_training.runs.distributed import any_process, on_main_process
 from modeling_lighthubert.errors import UserError
-from modeling_lighthubert.files import write_json
+from modeling_lighthubert.files import give_permissions, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -27,8 +29,103 @@ UNFINISHED = f"unfinished-{PREFIX}"
 """What stands before the step of a checkpoint that is being written, or deleted. A kill leaves it behind."""
 
 
+class FailedSaves:
+    """Lets a run outlive saves that fail: on a disk that is full now and has room again in an hour, say.
+
+    Attributes:
+        in_a_row: number of saves that have failed since the last that did not.
+    """
+
+    MOST = 3
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+
+    def note(self, path: Path, error: Exception | None, accelerator: Accelerator) -> bool:
+        """Notes the outcome of a save, and warns if it failed. All processes call it.
+
+        Args:
+            error: of this process, if there was one.
+
+        Returns:
+            Whether all processes have written what they had to.
+
+        Raises:
+            UserError: it is the third save in a row that failed, on all processes.
+        """
+        if not any_process(accelerator, error is not None):
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        message = f"{path} could not be written ({error or 'by another process'})"
+        if self.in_a_row == self.MOST:
+            raise UserError(
+                f"{message}, nor could the {self.MOST - 1} before: what was saved earlier is as it was. See to it that"
+                " the disk has room, and go on with --resume_from_checkpoint latest"
+            )
+        if accelerator.is_main_process:
+            logger.warning(f"{message}: going on without it")
+        return False
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether an error says that a file could not be written. torch has no class of its own for that."""
+    of_torch = type(error) is RuntimeError and any(name in str(error) for name in ("inline_container", "iostream"))
+    return of_torch or isinstance(error, OSError | SafetensorError)
+
+
+@contextmanager
+def saving_results(folder: Path) -> Iterator[None]:
+    """Inside the block, what cannot be written to `folder` is a `UserError`. Checkpoints are as they were."""
+    try:
+        yield
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        raise UserError(
+            f"{folder} cannot be written: {error}. See to it that the disk has room, and go on with"
+            " --resume_from_checkpoint latest"
+        ) from error
+
+
+def write_checkpoint(
+    accelerator: Accelerator, folder: Path, write: Callable[[Path], object], failed: FailedSaves
+) -> bool:
+    """Writes the checkpoint `folder` beside its place, and renames it when it is whole. All processes call it.
+
+    Args:
+        folder: `checkpoint-{step}` in the output folder.
+        write: writes the part of this process into a folder of the same name, which it makes.
+
+    Returns:
+        Whether it was written. If not, earlier ones are as they were, and the run may go on.
+    """
+    unfinished = folder.with_name(folder.name.replace(PREFIX, UNFINISHED)) / folder.name
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished.parent, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        write(unfinished)
+    except Exception as failure:
+        if not is_write_error(failure):
+            raise
+        error = failure
+    if not any_process(accelerator, error is not None) and accelerator.is_main_process:
+        try:
+            give_permissions(unfinished)
+            write_manifest(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.replace(folder)
+        except OSError as failure:
+            error = failure
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished.parent, ignore_errors=True)
+    return failed.note(folder, error, accelerator)
+
+
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, step: int, state: dict[str, Any], limit: int
+    accelerator: Accelerator, output_dir: Path, step: int, state: dict[str, Any], limit: int, failed: FailedSaves
 ) -> Path | None:
     """Writes `output_dir/checkpoint-{step}` and deletes older ones. All processes call it.
 
@@ -36,35 +133,27 @@ def save_checkpoint(
         state: what else is to be known when the run goes on, as JSON. Its `eval_loss`, where there is one, says which
             checkpoint is the best.
         limit: how many checkpoints stay, the newest, besides the best.
+        failed: what became of earlier saves.
 
     Returns:
         The checkpoint; `None` if it could not be written (a full disk). Then earlier ones are as they were, and the
         run may go on.
+
+    Raises:
+        UserError: nor could the saves before.
     """
-    folder, unfinished = output_dir / f"{PREFIX}{step}", output_dir / f"{UNFINISHED}{step}"
-    error: OSError | RuntimeError | None = None
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    try:
+    folder = output_dir / f"{PREFIX}{step}"
+
+    def write(unfinished: Path) -> None:
         accelerator.save_state(str(unfinished))
-    except (OSError, RuntimeError) as failure:  # torch and safetensors raise RuntimeErrors of their own
-        error = failure
-    if not any_process(accelerator, error is not None) and accelerator.is_main_process:
-        try:
+        if accelerator.is_main_process:
             write_json(unfinished / STATE, {"step": step, **state})
-            write_manifest(unfinished)
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.replace(folder)
-            _prune(output_dir, limit)
-        except OSError as failure:
-            error = failure
-    if not any_process(accelerator, error is not None):
-        return folder
+
+    if not write_checkpoint(accelerator, folder, write, failed):
+        return None
     if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        logger.warning(f"{folder} could not be written ({error or 'by another process'}): going on without it")
-    return None
+        _prune(output_dir, limit)
+    return folder
 
 
 def find_checkpoint(accelerator: Accelerator, which: str, output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -79,16 +168,9 @@ def find_checkpoint(accelerator: Accelerator, which: str, output_dir: Path) -> t
     Raises:
         UserError: the folder that was named is no whole checkpoint, or all checkpoints are damaged.
     """
-    found: list[Path | str | None] = [None]  # a message, if it is a string
-    if accelerator.is_main_process:
-        try:
-            found = [newest_checkpoint(output_dir) if which == "latest" else require_whole(Path(which))]
-        except UserError as error:
-            found = [str(error)]
-    broadcast_object_list(found)
-    folder = found[0]
-    if isinstance(folder, str):
-        raise UserError(folder)
+    folder = on_main_process(
+        lambda: newest_checkpoint(output_dir) if which == "latest" else require_whole(Path(which))
+    )
     return None if folder is None else (folder, _state(folder))
 
 
@@ -173,18 +255,32 @@ def _digest(path: Path) -> str:
 
 
 def best_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint with the lowest `eval_loss` in its state, if any has one."""
-    losses = {folder: _state(folder).get("eval_loss") for folder in checkpoints(output_dir)}
-    measured = {folder: loss for folder, loss in losses.items() if loss is not None}
-    return min(measured, key=measured.__getitem__, default=None)
+    """The checkpoint with the lowest `eval_loss` in its state, if any has one; those without a state that can be read
+    are named and passed over."""
+    losses: dict[Path, float] = {}
+    for folder in checkpoints(output_dir):
+        try:
+            loss = _state(folder).get("eval_loss")
+        except (OSError, ValueError, AttributeError) as error:
+            logger.warning(f"{folder} is damaged, {STATE} cannot be read ({error}): it does not count as the best")
+            continue
+        if isinstance(loss, int | float):
+            losses[folder] = loss
+    return min(losses, key=losses.__getitem__, default=None)
 
 
 def _prune(output_dir: Path, limit: int) -> None:
-    """Deletes all checkpoints but the newest and the best, and what a kill has left behind."""
+    """Deletes all checkpoints but the newest and the best, and what a kill has left behind. What cannot be deleted is
+    named, and stays."""
     best = best_checkpoint(output_dir)
     for folder in checkpoints(output_dir)[:-limit]:
         if folder != best:
             # renamed first: a kill in the middle must not leave what looks like a checkpoint
-            folder.replace(folder.with_name(folder.name.replace(PREFIX, UNFINISHED)))
+            unfinished = folder.with_name(folder.name.replace(PREFIX, UNFINISHED))
+            try:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                folder.replace(unfinished)
+            except OSError as error:
+                logger.warning(f"{folder} could not be deleted: {error}")
     for left in output_dir.glob(f"{UNFINISHED}*"):
         shutil.rmtree(left, ignore_errors=True)

@@ -1,16 +1,26 @@
-"""Devices and processes: one accelerator for every script, and what processes do together."""
+"""Devices and processes: one accelerator for every script, what the processes of a run do together, and what keeps
+two runs apart."""
 
-from collections.abc import Iterable
-from typing import Any
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import patch_environment
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list, patch_environment
 
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.loading import parse_device
 
 
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 DEVICE_HELP = "Device to run on, such as cpu or cuda:1. Default: a GPU if there is one."
 
 
@@ -41,9 +51,87 @@ def choose_device(device: str | None = None) -> str:
     return str(parse_device(device)) if device else "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def require_whole_weights(accelerator: Accelerator) -> None:
+    """Raises a `UserError` where processes keep parts of the weights: subnets take theirs out of whole ones."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError("weights have to be whole on every process: use data parallelism, not FSDP or DeepSpeed")
+
+
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Whether `flag` is set on any process. All processes call it."""
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+
+
+def on_main_process(function: Callable[[], T]) -> T:
+    """What `function` returns on the main process, which alone calls it, to all processes. All of them call this.
+
+    Raises:
+        UserError: of `function`, on all processes.
+    """
+    outcome: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            outcome = [function()]
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+@contextmanager
+def locked(folder: Path, name: str = "") -> Iterator[None]:
+    """Inside the block, no other process is inside one of the same `folder`, which is made, or of the file `name` in
+    it. The lock ends with its process, however that ends.
+
+    Raises:
+        UserError: another process is inside; the message names it. Or the folder cannot be written.
+    """
+    path = folder / f".{name}.lock" if name else folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _lock(path)
+    except BlockingIOError as error:
+        raise UserError(
+            f"{folder / name} is being written by {error}: wait until it has ended, or choose another output"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}") from error
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> TextIO:
+    """The file, made and locked; a `BlockingIOError` names the process that has the lock."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers would inherit, and keep, a flock
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                with file:
+                    file.seek(0)
+                    raise BlockingIOError(file.read() or "another process") from None
+            logger.warning(f"{path} cannot be locked ({error}): see to it that no other run writes there")
+            return file
+        if path.exists() and os.path.samefile(path, file.fileno()):
+            return file
+        file.close()  # the process that had the lock has deleted it since
+
+
+@contextmanager
+def locked_by_main_process(folder: Path) -> Iterator[None]:
+    """`locked(folder)` by the main process, for all processes. All of them call it."""
+    with ExitStack() as stack:
+        on_main_process(lambda: stack.enter_context(locked(folder)))
+        yield
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], accelerator: Accelerator) -> None:
