@@ -24,21 +24,27 @@ class MissingExtraError(UserError, ImportError):
 
 
 @contextmanager
-def user_error(prefix: str = "") -> Iterator[None]:
-    """Inside the block, an error of a library in `LIBRARY_ERRORS` is the user's mistake.
+def user_error(prefix: str = "", errors: tuple[type[Exception], ...] = LIBRARY_ERRORS) -> Iterator[None]:
+    """Inside the block, an error of a library in `errors` is the user's mistake.
 
     A `ConnectionError` is not, and passes.
 
+    Args:
+        errors: `(Exception,)` where a library reads a file without checking what is in it: a number in place of a list
+            then is a `TypeError` or an `AttributeError` of the library.
+
     Raises:
-        UserError: with the message of the error, behind `prefix`.
+        UserError: with the message of the error, behind `prefix`, and with its type if the message was not written for
+            users.
     """
     try:
         yield
     except (UserError, ConnectionError):
         raise
-    except LIBRARY_ERRORS as error:
+    except errors as error:
         cause = error.__cause__ if isinstance(error, StrictDataclassError) else None  # it names the validator first
-        raise UserError(f"{prefix}{cause or error}") from error
+        kind = "" if isinstance(error, LIBRARY_ERRORS) else f"{type(error).__name__}: "
+        raise UserError(f"{prefix}{kind}{cause or error}") from error
 
 
 def optional_module(module: str, extra: str, purpose: str) -> ModuleType:

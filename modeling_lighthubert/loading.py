@@ -1,11 +1,22 @@
 """The one way to load a model for a command or a job: any checkpoint, a subnet of it, a head, a device, a dtype."""
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    Wav2Vec2Processor,
+)
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from . import LightHubertForPreTraining, LightHubertModel, LightHubertPreTrainedModel, modeling_lighthubert
 from .errors import UserError, user_error
@@ -14,6 +25,23 @@ from .search_space import SearchSpace, Subnet, search_space_from
 
 SubnetLike = str | Path | Subnet | Mapping[str, Any]
 """A name, a JSON file, a `Subnet`, or a dict in our keys or those of the released code."""
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
+TOKENIZER_FILES = (("tokenizer_config.json",), ("vocab.json", "tokenizer.json"))
+EXTRACTOR_FILES = (("preprocessor_config.json", "processor_config.json"),)
+PROCESSORS = {
+    Wav2Vec2Processor: ("tokenizer and feature extractor", (*TOKENIZER_FILES, *EXTRACTOR_FILES)),
+    AutoFeatureExtractor: ("feature extractor", EXTRACTOR_FILES),
+    AutoTokenizer: ("tokenizer", TOKENIZER_FILES),
+}
+"""What a processor and its parts are called, and the files that they are in, each with others that take its place."""
+NUMBERS_OF_PARTS = {"num_hidden_layers", "num_prediction_heads"}
+SIZES = {
+    *("hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "vocab_size", "num_labels"),
+    *("conv_dim", "conv_kernel", "conv_stride", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups"),
+    *("classifier_proj_size", "teacher_hidden_size", "xvector_output_dim", "tdnn_dim", "tdnn_kernel", "tdnn_dilation"),
+}
+"""What a configuration names that takes memory, or divides."""
 
 
 def parse_subnet(subnet: SubnetLike) -> str | Subnet | Mapping[str, Any]:
@@ -40,17 +68,97 @@ def parse_search_space(space: str | Path | SearchSpace | None) -> SearchSpace | 
         return SearchSpace.from_json_file(space) if str(space).endswith(".json") else search_space_from(space)
 
 
-def load_config(model_name_or_path: str | Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint.
+def check_name(model_name_or_path: str | Path) -> None:
+    """Refuses what is neither a folder nor a name that the Hub could have, which would be asked for it for minutes.
+
+    Raises:
+        UserError: it is a file, or looks like a path and is none.
+    """
+    name, path = str(model_name_or_path), Path(model_name_or_path)
+    if path.is_file():
+        what = "an ONNX file, which only transcription runs" if path.suffix == ".onnx" else "a file"
+        raise UserError(f"{path} is {what}: give the folder of a checkpoint, such as {path.parent}")
+    # a name on the Hub is organisation/name; below a folder that is here, it would be a file or folder of it
+    if not path.exists() and not (HUB_NAME.fullmatch(name) and not Path(name.partition("/")[0]).exists()):
+        raise UserError(f"{path} does not exist: give the folder of a checkpoint, or its name on the Hub")
+
+
+def load_config(model_name_or_path: str | Path, config_class: Any = AutoConfig, **options: Any) -> PreTrainedConfig:
+    """The configuration of a checkpoint. Its sizes are checked before anything is made of them.
+
+    Args:
+        config_class: class with `from_pretrained`.
+        options: of `from_pretrained`.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    path = Path(model_name_or_path)
-    if not path.exists() and (path.is_absolute() or path.parts[:1] == ("..",) or len(path.parts) > 2):
-        raise UserError(f"{path} does not exist: give the folder of a checkpoint, or its name on the Hub")
-    with user_error(f"{model_name_or_path} cannot be loaded: "):
-        return AutoConfig.from_pretrained(model_name_or_path)
+    check_name(model_name_or_path)
+    with user_error(f"{model_name_or_path} cannot be loaded: ", (Exception,)):
+        if (file := cached_file(model_name_or_path, "config.json")) is None:
+            raise ValueError("it has no config.json")
+        with user_error(f"{file} is no JSON: "):
+            values = json.loads(Path(file).read_text(encoding="utf-8"))
+        _check_sizes(values)
+        if config_class is AutoConfig:
+            options["trust_remote_code"] = False  # else transformers asks on the terminal
+        return config_class.from_pretrained(model_name_or_path, **options)
+
+
+def _check_sizes(config: Any) -> None:
+    """Raises a `ValueError` for a configuration with a size that no model has."""
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json has to be a JSON object, not {str(config)[:80]}")
+    for name in config.keys() & (SIZES | NUMBERS_OF_PARTS):
+        least, most = (0, 1000) if name in NUMBERS_OF_PARTS else (1, 1_000_000)
+        value = config[name]
+        for size in value if isinstance(value, list) else [] if value is None else [value]:
+            if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= most:
+                raise ValueError(f"{name} in config.json has to be whole, from {least} to {most:,}, not {size!r}")
+
+
+def _check_weights(model_name_or_path: str | Path, config: PreTrainedConfig) -> None:
+    """Raises a `ValueError` where the weights cannot be those of the configuration: missing layers would be made anew,
+    in as much memory as they take."""
+    folder, missing_is_none = Path(model_name_or_path), {"_raise_exceptions_for_missing_entries": False}
+    if (onnx := sorted(folder.glob("*.onnx"))) and not [*folder.glob("*.safetensors*"), *folder.glob("*.bin*")]:
+        raise ValueError(f"it has no weights but those of {onnx[0]}: transcription runs that file, if it is given")
+    file = cached_file(model_name_or_path, SAFE_WEIGHTS_NAME, **missing_is_none)
+    if file is None:  # weights in several files, or of an older form
+        return
+    with safe_open(file, framework="pt") as weights:
+        found = [int(match[1]) for name in weights.keys() if (match := LAYER.search(name))]  # noqa: SIM118
+    asked = getattr(config, "num_hidden_layers", 0)
+    if found and asked > max(found) + 1:
+        raise ValueError(f"config.json names {asked} layers, but {SAFE_WEIGHTS_NAME} has {max(found) + 1}")
+
+
+def has_processor(model_name_or_path: str | Path, kind: Any) -> bool:
+    """Whether a checkpoint has all the files of `kind`, as in `load_processor`."""
+    lookup = {"_raise_exceptions_for_missing_entries": False}
+    _, files = PROCESSORS[kind]
+    return all(any(cached_file(model_name_or_path, each, **lookup) for each in file) for file in files)
+
+
+def load_processor(model_name_or_path: str | Path, kind: Any = Wav2Vec2Processor) -> Any:
+    """The processor of a CTC model, or a part of one: what makes input of audio, and text of output.
+
+    Args:
+        kind: `Wav2Vec2Processor`, `AutoFeatureExtractor` or `AutoTokenizer`.
+
+    Raises:
+        UserError: it is not there, or cannot be read.
+    """
+    check_name(model_name_or_path)
+    (name, files), folder = PROCESSORS[kind], Path(model_name_or_path)
+    missing = [file for file in files if folder.is_dir() and not any((folder / each).exists() for each in file)]
+    with user_error(f"{model_name_or_path} has no {name} that can be read: ", (Exception,)):
+        try:
+            return kind.from_pretrained(model_name_or_path)
+        except Exception as error:
+            if not missing:
+                raise
+            raise ValueError(f"there is no {missing[0][0]} in it") from error
 
 
 def load_model(
@@ -78,7 +186,8 @@ def load_model(
     """
     config = load_config(model_name_or_path)
     device = None if device is None else parse_device(device)
-    with user_error(f"{model_name_or_path} cannot be loaded: "):
+    with user_error(f"{model_name_or_path} cannot be loaded: ", (Exception,)):
+        _check_weights(model_name_or_path, config)
         loaded = (head or _default_class(config)).from_pretrained(model_name_or_path, dtype=dtype, **options)
     model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
     if subnet is not None:
@@ -108,7 +217,7 @@ def load_cut_lighthubert(
     """
     config = load_config(model_name_or_path)
     if config.model_type != "lighthubert":
-        name = (config.architectures or [f"{config.model_type} checkpoint"])[0]
+        name = (named_classes(config) or [f"{config.model_type} checkpoint"])[0]
         raise UserError(f"{model_name_or_path} is a {name}: give a LightHuBERT")
     return load_cut_model(model_name_or_path, subnet, **options)
 
@@ -130,9 +239,15 @@ def is_supernet(model: Any) -> bool:
     return getattr(getattr(model, "config", model), "search_space", None) is not None
 
 
+def named_classes(config: PreTrainedConfig) -> list[str]:
+    """The classes of a model that its checkpoint names, such as `HubertForCTC`; older ones name none."""
+    names = config.architectures
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def _default_class(config: PreTrainedConfig) -> Any:
     """The class of a checkpoint of ours, the base model for one with the heads of distillation; else `AutoModel`."""
-    name = (config.architectures or [""])[0]
+    name = (named_classes(config) or [""])[0]
     if name == LightHubertForPreTraining.__name__:
         return LightHubertModel
     return getattr(modeling_lighthubert, name) if name in modeling_lighthubert.__all__ else AutoModel

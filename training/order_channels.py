@@ -23,9 +23,9 @@ from lighthubert_training.distillation.channel_order import measure_importance, 
 from lighthubert_training.runs.distributed import DEVICE_HELP, choose_device
 from lighthubert_training.runs.options import option, parse_options
 from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, LightHubertPreTrainedModel
-from modeling_lighthubert.errors import UserError, run, user_error
+from modeling_lighthubert.errors import UserError, run
 from modeling_lighthubert.files import require_unused
-from modeling_lighthubert.loading import is_supernet, load_config, load_model, parse_search_space
+from modeling_lighthubert.loading import is_supernet, load_config, load_model, load_processor, parse_search_space
 
 
 @dataclass
@@ -77,8 +77,7 @@ def main() -> None:
     if data_arguments.streaming:
         raise UserError("--streaming: recordings are drawn at random, which a stream does not allow. Leave it out")
     model = load_supernet(arguments)
-    with user_error(f"{arguments.model_name_or_path} has no feature extractor: "):
-        extractor = AutoFeatureExtractor.from_pretrained(arguments.model_name_or_path)
+    extractor = load_processor(arguments.model_name_or_path, AutoFeatureExtractor)
     waveforms = draw_waveforms(arguments, data_arguments, extractor, model.base_model.samples_per_first_frame)
     importance = measure_importance(model, (waveform.to(model.device, model.dtype) for waveform in waveforms))
     if not importance:

@@ -38,8 +38,16 @@ from lighthubert_training.runs.hub import push_folder
 from lighthubert_training.runs.options import parse_options
 from lighthubert_training.runs.plots import plot_losses
 from lighthubert_training.sampling import evaluation_subnets
-from modeling_lighthubert.errors import UserError, run, user_error
-from modeling_lighthubert.loading import is_supernet, load_config, load_cut_model, load_model
+from modeling_lighthubert.errors import UserError, run
+from modeling_lighthubert.loading import (
+    has_processor,
+    is_supernet,
+    load_config,
+    load_cut_model,
+    load_model,
+    load_processor,
+    named_classes,
+)
 
 
 KINDS = (ModelArguments, CTCArguments, TextArguments, DataArguments, TestArguments, TrainingArguments)
@@ -48,7 +56,7 @@ KINDS = (ModelArguments, CTCArguments, TextArguments, DataArguments, TestArgumen
 
 def is_ctc(config: Any) -> bool:
     """Whether a checkpoint has been fine-tuned with CTC."""
-    return any(name.endswith("ForCTC") for name in config.architectures or ())
+    return any(name.endswith("ForCTC") for name in named_classes(config))
 
 
 def build_processor(
@@ -63,16 +71,14 @@ def build_processor(
     if tokenizer_source is None and is_ctc(load_config(source)) and not arguments.ignore_mismatched_sizes:
         tokenizer_source = source
     if tokenizer_source is not None:
-        with user_error(f"the tokenizer of {tokenizer_source} cannot be loaded: "):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
+        tokenizer = load_processor(tokenizer_source, AutoTokenizer)
     elif transcripts is None:
         raise UserError("--streaming: no transcripts are at hand for a vocabulary: give --tokenizer_name_or_path")
     else:
         tokenizer = build_tokenizer(transcripts, folder)
-    try:
-        extractor = AutoFeatureExtractor.from_pretrained(source)
-    except OSError:  # a cut model that was saved without one
-        extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    if has_processor(source, AutoFeatureExtractor):  # cut models may have been saved without one
+        extractor = load_processor(source, AutoFeatureExtractor)
     return Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer)
 
 

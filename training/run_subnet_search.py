@@ -23,7 +23,7 @@ from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.step import PreparedBatch, prepare_batch
-from lighthubert_training.distillation.teacher import build_teacher, check_frame_rates
+from lighthubert_training.distillation.teacher import build_teacher, check_frame_rates, masking_options
 from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator, choose_device
 from lighthubert_training.runs.options import option, parse_options
 from lighthubert_training.search import building
@@ -34,7 +34,8 @@ from lighthubert_training.search.ledger import Ledger
 from lighthubert_training.search.report import FurtherTraining, write_report, write_results
 from lighthubert_training.search.search import Search
 from modeling_lighthubert import LightHubertForPreTraining, LightHubertPreTrainedModel
-from modeling_lighthubert.errors import UserError, run, user_error
+from modeling_lighthubert.errors import UserError, run
+from modeling_lighthubert.loading import load_config, load_processor
 
 
 @dataclass
@@ -174,10 +175,12 @@ def build_distillation_loss(
     accelerator = build_accelerator(choose_device(device))
     teacher, teacher_extractor = build_teacher(arguments.teacher_name_or_path, objective=objective)
     teacher.to(accelerator.device)
-    student = building.load_supernet(name, LightHubertForPreTraining, str(accelerator.device), arguments.dtype)
+    masking = masking_options(load_config(name))
+    student = building.load_supernet(
+        name, LightHubertForPreTraining, str(accelerator.device), arguments.dtype, **masking
+    )
     student.freeze_feature_encoder()
-    with user_error():
-        extractor = AutoFeatureExtractor.from_pretrained(name)
+    extractor = load_processor(name, AutoFeatureExtractor)
     check_frame_rates(student, teacher, (extractor, teacher_extractor))
     collate = DistillationCollator(extractor, teacher_extractor, student.base_model.samples_per_first_frame)
 

@@ -2,18 +2,21 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TWO_DEEP, answer, noise, tiny_model
-from transformers import AutoModelForCTC, HubertModel
+from recognizers import TOKENS, save_processor
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer, HubertModel
 
 from modeling_lighthubert import (
     LightHubertForCTC,
     LightHubertForPreTraining,
     LightHubertModel,
     SearchSpace,
+    loading,
 )
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.export import to_hubert
@@ -23,6 +26,7 @@ from modeling_lighthubert.loading import (
     load_cut_lighthubert,
     load_cut_model,
     load_model,
+    load_processor,
     parse_device,
     parse_search_space,
     parse_subnet,
@@ -224,8 +228,19 @@ def test_a_device_that_this_machine_lacks_is_refused(folders):
 # What cannot be loaded
 
 
-def test_a_path_that_does_not_exist_is_called_so(tmp_path):
-    for path in (tmp_path / "nowhere", "../nowhere", "a/b/nowhere"):
+def test_a_path_that_does_not_exist_is_called_so_and_the_hub_is_not_asked(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "cached_file", pytest.fail)
+    for path in (
+        tmp_path / "nowhere",
+        "../nowhere",
+        "a/b/nowhere",
+        "nowhere",
+        "./nowhere",
+        "runs/nowhere",
+        "nowhere/",
+    ):
         with pytest.raises(
             UserError, match=r"nowhere does not exist: give the folder of a checkpoint, or its name on"
         ):
@@ -233,8 +248,57 @@ def test_a_path_that_does_not_exist_is_called_so(tmp_path):
 
 
 def test_a_folder_without_a_checkpoint_is_refused(folders):
-    with pytest.raises(UserError, match="empty cannot be loaded: .*config.json"):
+    with pytest.raises(UserError, match="empty cannot be loaded: it has no config.json"):
         load_model(folders / "empty")
+
+
+def test_a_file_in_place_of_its_folder_is_refused(folders):
+    for file in ("config.json", "model.safetensors"):
+        with pytest.raises(UserError, match=f"{file} is a file: give the folder of a checkpoint, such as .*ctc$"):
+            load_model(folders / "ctc" / file)
+
+
+def test_an_onnx_file_and_its_folder_are_told_from_a_checkpoint(folders, tmp_path):
+    folder = copy(folders / "ctc", tmp_path / "exported")
+    (folder / "model.safetensors").rename(folder / "model.onnx")
+    with pytest.raises(UserError, match="exported cannot be loaded: it has no weights but those of .*model.onnx"):
+        load_model(folder)
+    with pytest.raises(UserError, match="model.onnx is an ONNX file, which only transcription runs: give the folder"):
+        load_model(folder / "model.onnx")
+
+
+# Processors
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("vocab.json", None, "there is no vocab.json in it$"),
+        ("tokenizer_config.json", None, "there is no tokenizer_config.json in it$"),
+        ("processor_config.json", None, "there is no preprocessor_config.json in it$"),
+        ("vocab.json", b"", "Expecting value"),
+        ("vocab.json", b"[]", "AttributeError: "),
+        ("tokenizer_config.json", b"{", "Expecting property"),
+        ("tokenizer_config.json", b'{"tokenizer_class": 5}', "AttributeError: "),
+        ("processor_config.json", b'{"feature_extractor": 5}', "AttributeError: "),
+    ],
+)
+def test_a_processor_that_cannot_be_read_is_refused(tmp_path, file, content, message):
+    save_processor(tmp_path)
+    load_processor(tmp_path)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"has no tokenizer and feature extractor that can be read: {message}"):
+        load_processor(tmp_path)
+
+
+def test_a_part_of_a_processor_can_be_asked_for(tmp_path):
+    save_processor(tmp_path)
+    assert load_processor(tmp_path, AutoFeatureExtractor).sampling_rate == 16_000
+    assert len(load_processor(tmp_path, AutoTokenizer)) == len(TOKENS)
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        load_processor("nowhere", AutoTokenizer)
 
 
 def copy(folder: Path, target: Path) -> Path:
@@ -245,19 +309,95 @@ def copy(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
+    ("file", "content", "message"),
     [
-        ("config.json", b"{"),
-        ("config.json", b'{"model_type": "nothing"}'),
-        ("model.safetensors", b""),
-        ("model.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{"),
+        ("config.json", b"", "config.json is no JSON: "),
+        ("config.json", b"\xff", "config.json is no JSON: "),
+        ("config.json", b'{"a": ' * 3000, "cannot be loaded: RecursionError"),
+        ("config.json", b"[]", "config.json has to be a JSON object, not "),
+        ("config.json", b"null", "config.json has to be a JSON object, not None"),
+        ("config.json", b'{"model_type": "nothing"}', "cannot be loaded: .*nothing"),
+        ("model.safetensors", b"", "cannot be loaded: .*header"),
+        ("model.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{", "cannot be loaded: .*header"),
+        ("model.safetensors", (2**62).to_bytes(8, "little"), "cannot be loaded: .*header"),
     ],
-    ids=["config", "model type", "empty weights", "cut weights"],
 )
-def test_a_damaged_checkpoint_is_refused(folders, tmp_path, file, content):
+def test_a_damaged_checkpoint_is_refused(folders, tmp_path, file, content, message):
     folder = copy(folders / "ctc", tmp_path / "damaged")
     (folder / file).write_bytes(content)
-    with pytest.raises(UserError, match="(?s)damaged cannot be loaded: "):
+    with pytest.raises(UserError, match=f"(?s)damaged.*{message}"):
+        load_model(folder)
+
+
+def test_weights_that_were_cut_off_are_refused(folders, tmp_path):
+    folder = copy(folders / "ctc", tmp_path / "damaged")
+    os.truncate(folder / "model.safetensors", 20_000)
+    with pytest.raises(UserError, match="damaged cannot be loaded: .*incomplete"):
+        load_model(folder)
+
+
+def with_setting(folder: Path, target: Path, name: str, value: object) -> Path:
+    """A copy of a checkpoint with another value in its configuration."""
+    copy(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {name: value}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", "48"),
+        ("hidden_size", -1),
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 1e9),
+        ("num_prediction_heads", 10**7),
+        ("num_labels", 10**9),
+        ("vocab_size", 3 * 10**8),
+        ("conv_dim", [10**9] * 7),
+        ("conv_dim", ["a"] * 7),
+        ("conv_stride", [0] * 7),
+        ("num_conv_pos_embedding_groups", 0),
+        ("head_dim", True),
+    ],
+)
+def test_a_size_that_no_model_has_is_refused_before_anything_is_made(folders, tmp_path, name, value, monkeypatch):
+    folder = with_setting(folders / "ctc", tmp_path / "sizes", name, value)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", pytest.fail)
+    with pytest.raises(UserError, match=f"sizes cannot be loaded: {name} in config.json has to be whole, from "):
+        load_model(folder)
+
+
+def test_layers_that_the_weights_lack_are_not_made_up(folders, tmp_path, monkeypatch):
+    folder = with_setting(folders / "cut", tmp_path / "deep", "num_hidden_layers", 900)
+    folder = with_setting(folder, tmp_path / "deeper", "subnet", None)
+    monkeypatch.setattr(LightHubertForCTC, "from_pretrained", pytest.fail)
+    with pytest.raises(UserError, match="config.json names 900 layers, but model.safetensors has 1$"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_act", "nothing"),
+        ("architectures", 5),
+        ("auto_map", 5),
+        ("dtype", "banana"),
+        ("id2label", 5),
+        ("model_type", []),
+        ("model_type", None),
+        ("quantization_config", 5),
+        ("search_space", 5),
+        ("subnet", [16]),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_in_one_line(folders, tmp_path, name, value):
+    """Also where transformers fails in its own code; and it does not ask on the terminal whether to run other code."""
+    folder = with_setting(folders / "ctc", tmp_path / "types", name, value)
+    if name == "architectures":  # of which there may be none
+        assert type(load_model(folder)) is LightHubertModel
+        return
+    with pytest.raises(UserError, match="types cannot be loaded: "):
         load_model(folder)
 
 

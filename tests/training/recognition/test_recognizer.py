@@ -1,5 +1,7 @@
 """Recognizers: every form of a model gives the transcripts of the model, alone, in batches, and in chunks."""
 
+import json
+import shutil
 import sys
 import warnings
 
@@ -218,6 +220,10 @@ def test_attention_over_chunks_changes_little(folders):
 
 
 def test_a_model_without_a_head_is_refused(folders, tmp_path):
+    """For its head, also where it has no tokenizer, which only models with this head have."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="base, a LightHubertModel, has no CTC head: fine-tune it"):
+        Recognizer.from_pretrained(tmp_path / "base")
     AutoModelForCTC.from_pretrained(folders / "stock").hubert.save_pretrained(tmp_path)
     save_processor(tmp_path)
     with pytest.raises(UserError, match="has no CTC head: fine-tune it"):
@@ -226,11 +232,20 @@ def test_a_model_without_a_head_is_refused(folders, tmp_path):
 
 def test_a_folder_without_a_processor_is_refused(folders, tmp_path):
     AutoModelForCTC.from_pretrained(folders / "stock").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="lacks a tokenizer or a feature extractor"):
+    with pytest.raises(UserError, match="has no tokenizer and feature extractor that can be read: there is no"):
         Recognizer.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         Recognizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["b", -1, 1000])
+def test_a_tokenizer_of_other_tokens_than_the_models_is_refused(folders, tmp_path, index):
+    shutil.copytree(folders / "cut", tmp_path / "cut")
+    vocabulary = json.loads((tmp_path / "cut" / "vocab.json").read_text())
+    (tmp_path / "cut" / "vocab.json").write_text(json.dumps(vocabulary | {"a": index}))
+    with pytest.raises(UserError, match=f"the tokenizer gives 'a' the id {index!r}, but the model has 12 tokens"):
+        Recognizer.from_pretrained(tmp_path / "cut")
 
 
 def test_a_subnet_of_no_supernet_is_refused(folders):

@@ -3,7 +3,7 @@ learn from it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel, Wav2V
 
 from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.models import true_frames
-from modeling_lighthubert import LightHubertForPreTraining
-from modeling_lighthubert.errors import UserError, user_error
-from modeling_lighthubert.loading import load_model
+from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining
+from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.loading import load_model, load_processor
 
 
 class TeacherOutputs(NamedTuple):
@@ -138,8 +138,14 @@ def build_teacher(
         UserError: there is no such checkpoint, it has no feature extractor, or it is no teacher for `objective`.
     """
     teacher = Teacher(load_model(name_or_path, head=AutoModel, dtype=dtype), objective)
-    with user_error(f"{name_or_path} has no feature extractor: "):
-        return teacher, AutoFeatureExtractor.from_pretrained(name_or_path)
+    return teacher, load_processor(name_or_path, AutoFeatureExtractor)
+
+
+def masking_options(config: Any) -> dict[str, Any]:
+    """Options for the configuration of a student, with which it applies the masks that it is given and no others,
+    whatever its own `config` says: that of a checkpoint fine-tuned without SpecAugment has no mask embedding."""
+    probability = config.mask_time_prob or LightHubertConfig.mask_time_prob
+    return {"apply_spec_augment": True, "mask_time_prob": probability, "mask_feature_prob": 0.0}
 
 
 def check_frame_rates(

@@ -1,7 +1,7 @@
 """CTC models in PyTorch or ONNX that transcribe recordings of any length."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -12,12 +12,13 @@ from transformers import AutoModelForCTC, PreTrainedConfig, Wav2Vec2Processor
 from lighthubert_training.data.collators import pad
 from lighthubert_training.decoding import Alphabet, Decoder, Transcript, greedy, words_of
 from modeling_lighthubert.errors import UserError
-from modeling_lighthubert.loading import load_config, load_cut_model
+from modeling_lighthubert.loading import load_config, load_cut_model, load_processor, named_classes
 from modeling_lighthubert.onnx_export import onnx_session
 
 
 AcousticModel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Logits (batch_size, num_frames, vocab_size) of float32 audio and its int64 mask, each (batch_size, num_samples)."""
+NO_CTC_HEAD = "{} has no CTC head: fine-tune it with run_speech_recognition_ctc.py"
 
 
 class Piece(NamedTuple):
@@ -87,14 +88,16 @@ class Recognizer:
             UserError: no CTC head, no processor, or a subnet of what is no supernet.
         """
         is_onnx = Path(model_name_or_path).suffix == ".onnx"
-        folder = Path(model_name_or_path).parent if is_onnx else model_name_or_path
-        config = load_config(folder)
-        try:
-            processor = Wav2Vec2Processor.from_pretrained(folder)
-        except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{folder} lacks a tokenizer or a feature extractor: {error}") from error
+        if is_onnx and not Path(model_name_or_path).is_file():
+            raise UserError(f"{model_name_or_path} does not exist")
         if is_onnx and subnet is not None:
             raise UserError(f"subnet {subnet}: {model_name_or_path} holds one model, no supernet")
+        folder = Path(model_name_or_path).parent if is_onnx else model_name_or_path
+        config = load_config(folder)
+        if (names := named_classes(config)) and not any(name.endswith("ForCTC") for name in names):
+            raise UserError(NO_CTC_HEAD.format(f"{model_name_or_path}, a {names[0]},"))
+        processor = load_processor(folder)
+        check_vocabulary(processor.tokenizer.get_vocab(), config, str(folder))
         model = _onnx(model_name_or_path) if is_onnx else _pytorch(str(model_name_or_path), subnet, device)
         return cls(model, config, processor, **options)
 
@@ -158,12 +161,20 @@ class Recognizer:
         return [torch.from_numpy(each).log_softmax(dim=-1).numpy() for each in logits]
 
 
+def check_vocabulary(vocabulary: Mapping[str, Any], config: PreTrainedConfig, name: str) -> None:
+    """Raises a `UserError` unless every token is an output of the model."""
+    size = config.vocab_size
+    for token, index in vocabulary.items():
+        if not isinstance(index, int) or not 0 <= index < size:
+            raise UserError(f"{name}: the tokenizer gives {token!r} the id {index!r}, but the model has {size} tokens")
+
+
 def _pytorch(model_name_or_path: str, subnet: str | None, device: str) -> AcousticModel:
     """Runs a checkpoint on `device`, in its own dtype."""
     options = {"head": AutoModelForCTC, "device": device, "output_loading_info": True}
     model, report = load_cut_model(model_name_or_path, subnet, **options)
     if any(name.startswith("lm_head") for name in report["missing_keys"]):
-        raise UserError(f"{model_name_or_path} has no CTC head: fine-tune it with run_speech_recognition_ctc.py")
+        raise UserError(NO_CTC_HEAD.format(model_name_or_path))
 
     @torch.inference_mode()
     def logits(input_values: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
@@ -176,7 +187,7 @@ def _pytorch(model_name_or_path: str, subnet: str | None, device: str) -> Acoust
 
 def _onnx(file: str | Path) -> AcousticModel:
     """Runs an ONNX file with as many threads as torch has."""
-    if not Path(file).is_file():
-        raise UserError(f"{file} does not exist")
     session = onnx_session(file)
+    if "logits" not in [output.name for output in session.get_outputs()]:
+        raise UserError(NO_CTC_HEAD.format(file))
     return lambda audio, mask: session.run(["logits"], {"input_values": audio, "attention_mask": mask})[0]

@@ -8,27 +8,28 @@ from itertools import islice
 from typing import Any
 
 from accelerate.utils import send_to_device
-from transformers import AutoFeatureExtractor, AutoModelForCTC, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from transformers import AutoFeatureExtractor, AutoModelForCTC, Wav2Vec2FeatureExtractor
 
 from lighthubert_training.data.collators import Batch, CTCCollator, pad
 from lighthubert_training.data.recordings import Recording, SpeechDataset, Unreadable
 from lighthubert_training.data.sources import DataArguments, load_speech
 from lighthubert_training.search.fitness import CTCError, ProbeError
 from modeling_lighthubert import LightHubertModel, LightHubertPreTrainedModel
-from modeling_lighthubert.errors import UserError, user_error
-from modeling_lighthubert.loading import is_supernet, load_model
+from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.loading import is_supernet, load_model, load_processor
 
 
-def load_supernet(model_name_or_path: str, head: Any, device: str, dtype: str = "auto") -> Any:
+def load_supernet(model_name_or_path: str, head: Any, device: str, dtype: str = "auto", **options: Any) -> Any:
     """A supernet of the class `head`, with all its weights.
 
     Args:
         dtype: as in `load_model`. To be trained, it has to be float32.
+        options: of the model's configuration.
 
     Raises:
         UserError: it is no supernet, or lacks weights, such as those of the head.
     """
-    model, report = load_model(model_name_or_path, None, head, device, dtype, output_loading_info=True)
+    model, report = load_model(model_name_or_path, None, head, device, dtype, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"{model_name_or_path} lacks {missing}: give a supernet with the head that the fitness needs, as it was"
@@ -100,11 +101,10 @@ def build_ctc_error(
         UserError: the model is no supernet with a processor, or there is no speech.
     """
     try:
-        processor = Wav2Vec2Processor.from_pretrained(model_name_or_path)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{model_name_or_path} is no CTC model with its processor: fine-tune it first ({error})"
-        ) from error
+        processor = load_processor(model_name_or_path)
+    except UserError as error:
+        message = f"{model_name_or_path} is no CTC model with its processor: fine-tune it first ({error})"
+        raise UserError(message) from error
     model, extractor = load_supernet(model_name_or_path, AutoModelForCTC, device, dtype), processor.feature_extractor
     batches = read_batches(data, False, extractor.sampling_rate, batch_size, text_column_name)
     return CTCError(model, processor, *to_features_and_labels(batches, extractor, model))
@@ -131,8 +131,7 @@ def build_probe_error(
         UserError: the model is no supernet, there is no speech, or nothing to tell apart.
     """
     model = load_supernet(model_name_or_path, LightHubertModel, device)
-    with user_error():
-        extractor = AutoFeatureExtractor.from_pretrained(model_name_or_path)
+    extractor = load_processor(model_name_or_path, AutoFeatureExtractor)
     train, test = (
         read_batches(data, training, extractor.sampling_rate, batch_size, label_column_name)
         for training in (True, False)

@@ -25,9 +25,9 @@ from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel, Seque
 
 from lighthubert_training.data.audio import duration
 from lighthubert_training.data.recordings import SpeechDataset, Unreadable
-from modeling_lighthubert.errors import UserError, user_error
+from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.files import whole_file
-from modeling_lighthubert.loading import SubnetLike, load_cut_model
+from modeling_lighthubert.loading import SubnetLike, load_cut_model, load_processor
 
 
 class Upstream:
@@ -58,8 +58,7 @@ class Upstream:
     ) -> "Upstream":
         """A checkpoint, or a subnet that is cut out of it: see `load_cut_model`, also for what is raised."""
         model = load_cut_model(model_name_or_path, subnet, head=AutoModel, device=device)
-        with user_error(f"{model_name_or_path} has no feature extractor: "):
-            extractor = AutoFeatureExtractor.from_pretrained(model_name_or_path)
+        extractor = load_processor(model_name_or_path, AutoFeatureExtractor)
         name = Path(model_name_or_path).name
         return cls(model, extractor, name if subnet is None else f"{name}, {Path(str(subnet)).stem}")
 
