@@ -299,6 +299,15 @@ class ElasticLayerList(nn.ModuleList):
         return f"{super().__repr__()[:-1]}  kept={list(self.kept)} of {len(self)}\n)"
 
 
+def share_weights(module: nn.Module) -> nn.Module:
+    """The same layers over the same parameters and buffers, whose elastic layers select for themselves."""
+    twin: nn.Module = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    children = module._modules.items()
+    twin.__dict__["_modules"] = {name: None if child is None else share_weights(child) for name, child in children}
+    return twin
+
+
 def selected_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules right below `module`, as its cut form has them: layers that are not selected are left out."""
     if isinstance(module, ElasticLayerList):

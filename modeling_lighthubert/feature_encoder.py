@@ -28,11 +28,17 @@ class FrameConv1d(nn.Conv1d):
     A row has `stride` frames. All rows are multiplied with the first `stride` taps of the kernel, and with the taps
     that reach into the next row: nothing is copied. The time has to be a multiple of the stride. For the last frames
     of the output the kernel reaches beyond the recording: they have to be dropped.
+
+    With `rows` set to `False` it is torch's convolution, for any time, with as many frames.
     """
+
+    rows = True
 
     def _conv_forward(  # (batch, in, time) -> (batch, out, time / stride)
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
+        if not self.rows:
+            return super()._conv_forward(input, weight, bias)
         batch_size, channels, _ = input.shape
         taps, stride = self.kernel_size[0], self.stride[0]
         rows = input.transpose(1, 2).reshape(-1, stride * channels)
@@ -84,6 +90,8 @@ class LightHubertFeatureEncoder(HubertFeatureEncoder):
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:  # (batch, samples) -> (batch, channels, frames)
         if not self.has_frames_in_rows:
             return super().forward(input_values)
+        if self._is_looked_into():
+            return self._plain_frames(input_values)
         values_at_once = VALUES_AT_ONCE.get(input_values.device.type, VALUES_AT_ONCE["cuda"])
         samples_at_once = values_at_once // self.num_channels * self.config.conv_stride[0]
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or input_values.numel() <= samples_at_once:
@@ -100,6 +108,26 @@ class LightHubertFeatureEncoder(HubertFeatureEncoder):
         starts = range(0, max(1, num_samples - samples_of_first + 1), step)
         length = step + samples_of_first - samples_per_frame
         return torch.cat([self._frames(input_values[:, start : start + length]) for start in starts], dim=-1)
+
+    def _is_looked_into(self) -> bool:
+        """Whether anyone sees what goes in and out of a convolution: a tracer, an adapter around it, or a hook."""
+        if torch.jit.is_tracing() or not all(isinstance(layer.conv, FrameConv1d) for layer in self.conv_layers):
+            return True
+        if torch.compiler.is_compiling():
+            return False
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return any(getattr(module, name) for module in self.conv_layers.modules() for name in hooks)
+
+    def _plain_frames(self, input_values: torch.Tensor) -> torch.Tensor:
+        """The whole at once, with as many frames in each layer as in HuBERT."""
+        convolutions = [module for module in self.conv_layers.modules() if isinstance(module, FrameConv1d)]
+        for convolution in convolutions:
+            convolution.rows = False
+        try:
+            return super().forward(input_values)
+        finally:
+            for convolution in convolutions:
+                convolution.rows = True
 
     def _frames(self, input_values: torch.Tensor) -> torch.Tensor:
         num_samples, samples_per_frame = input_values.shape[1], 1

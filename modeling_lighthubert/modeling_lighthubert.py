@@ -7,8 +7,9 @@ plain layers; no elastic code runs in it. The convolutions of both live in `feat
 
 import copy
 import random
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -51,6 +52,7 @@ from .elastic import (
     PositionalConv1d,
     cut_state,
     num_selected_parameters,
+    share_weights,
 )
 from .feature_encoder import LightHubertFeatureEncoder
 from .search_space import SearchSpace, Subnet, kept_layers, search_space_from, subnet_from
@@ -256,10 +258,29 @@ class LightHubertEncoderStableLayerNorm(SizedEncoder, HubertEncoderStableLayerNo
     layer_class = LightHubertEncoderLayerStableLayerNorm
 
 
+class SelectionLock:
+    """A re-entrant lock, of which a copied or pickled model gets one of its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), ()
+
+
 class LightHubertPreTrainedModel(HubertPreTrainedModel):
     """What all LightHuBERT models share: choosing a subnet, and cutting it out.
 
     A model owns its configuration (a copy of the one it is given), so that two models never share a selection.
+
+    A supernet is for choosing and training. What replaces layers (adapters, quantisation) belongs on the cut model:
+    `torch.ao.quantization.quantize_dynamic`, say, does not know elastic layers, and leaves them as they are.
     """
 
     config: LightHubertConfig
@@ -281,10 +302,18 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
 
         A HuBERT or wav2vec 2.0 checkpoint starts a supernet when `search_space` is given: every weight of its
         encoder is kept, and what is new (a head, say) is named in the loading report. `subnet` selects one at load.
+
+        Raises:
+            ValueError: a `quantization_config` for a supernet: quantisers do not know elastic layers.
         """
         kwargs.setdefault("key_mapping", {r"^wav2vec2\.": "hubert."})
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.search_space is not None and getattr(model, "hf_quantizer", None) is not None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a supernet, which quantisers leave as it is: cut a subnet out"
+                " with extract_subnet(), save it, and load that with quantization_config"
+            )
         model._weight_conversions = None  # transformers would undo the renaming when the model is saved
         return loaded
 
@@ -304,12 +333,16 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
     def set_subnet(self, subnet: str | Subnet | Mapping[str, Any]) -> Subnet:
         """Selects the subnet that runs from now on, and returns it. On a model with a head, call it there.
 
+        A model has one selection, for all threads: requests that want different subnets run inside `using_subnet`,
+        where they take turns. A selection waits for a block that another thread is in.
+
         Args:
             subnet: a name (`"largest"`, `"smallest"`, `"a_small"` ...), a [`Subnet`], or a dict in our keys or the
                 released code's.
 
         Raises:
-            ValueError: the subnet is not in the search space, or this is a cut model. The selection stays.
+            ValueError: the subnet is not in the search space, this is a cut model, or an adapter has replaced an
+                elastic layer. The selection stays.
         """
         subnet = self._require_search_space().resolve(subnet)
         self.select_unchecked(subnet)
@@ -317,9 +350,42 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
 
     def select_unchecked(self, subnet: Subnet) -> None:
         """`set_subnet` for any part of the stored weights, whether or not the search space has it."""
+        with self.base_model.selection_lock:
+            earlier = self.subnet
+            try:
+                self._select(subnet)
+            except AttributeError as error:  # of a layer that is not elastic: those below it go back
+                with suppress(AttributeError):
+                    self._select(earlier)
+                raise ValueError(
+                    f"this supernet cannot select a subnet ({error}): an adapter sits on it. Adapt a cut model instead"
+                    " (extract_subnet), or merge and unload the adapter first"
+                ) from error
+
+    def _select(self, subnet: Subnet) -> None:
         self.base_model.select(subnet)
         for head in self.elastic_heads():
             head.select(subnet.hidden_size, head.out_features)
+
+    def with_subnet(self, subnet: str | Subnet | Mapping[str, Any] | None = None) -> Self:
+        """This supernet with a selection of its own, `subnet` (default: the selected one). The weights are shared.
+
+        It takes a millisecond and no memory: threads that want different subnets at once may each have one.
+
+        Raises:
+            ValueError: as in `set_subnet`.
+        """
+        space = self._require_search_space()
+        return self._selecting(self.subnet if subnet is None else space.resolve(subnet))
+
+    def _selecting(self, subnet: Subnet) -> Self:
+        twin, config = share_weights(self), copy.copy(self.config)
+        for module in twin.modules():
+            if "config" in module.__dict__:
+                module.__dict__["config"] = config
+        twin.base_model.selection_lock = SelectionLock()
+        twin.select_unchecked(subnet)
+        return twin
 
     def sample_subnet(self, rng: random.Random | int | None = None) -> Subnet:
         """Draws a subnet (see [`SearchSpace.sample`]), selects it and returns it."""
@@ -327,39 +393,49 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
 
     @contextmanager
     def using_subnet(self, subnet: str | Subnet | Mapping[str, Any]) -> Iterator[Self]:
-        """Selects `subnet` inside the block; the earlier selection is restored after it, also on error."""
-        earlier = self.subnet
-        self.set_subnet(subnet)
-        try:
-            yield self
-        finally:
-            self.set_subnet(earlier)
+        """Selects `subnet` inside the block; the earlier selection is restored after it, also on error.
+
+        Threads take turns: a block waits until that of another thread is over. Blocks of one thread may be nested.
+        """
+        with self.base_model.selection_lock:
+            earlier = self.subnet
+            self.set_subnet(subnet)
+            try:
+                yield self
+            finally:
+                self.set_subnet(earlier)
 
     def num_subnet_parameters(self, subnet: str | Subnet | Mapping[str, Any] | None = None) -> int:
         """`num_parameters()` of the cut model of `subnet` (default: the selected one), without building it.
 
-        `subnet` is selected for the moment: no other thread may run the model meanwhile.
+        The selection of this model is neither changed nor waited for.
         """
-        if subnet is not None:
-            with self.using_subnet(subnet):
-                return self.num_subnet_parameters()
+        model = self if self.search_space is None and subnet is None else self.with_subnet(subnet)
         has_mask_embedding = hasattr(self.base_model, "masked_spec_embed")
-        missing_width = self.config.hidden_size - self.subnet.hidden_size
-        return num_selected_parameters(self) - (missing_width if has_mask_embedding else 0)
+        missing_width = self.config.hidden_size - model.subnet.hidden_size
+        return num_selected_parameters(model) - (missing_width if has_mask_embedding else 0)
 
     def extract_subnet(self, subnet: str | Subnet | Mapping[str, Any] | None = None) -> Self:
         """Cuts out `subnet` (default: the selected one): an ordinary small model with the same outputs, and its own
         weights.
 
         It has this model's class, head, dtype, device and training mode, and trains in full. The selection of this
-        model is left as it was.
+        model is neither changed nor waited for.
+
+        Raises:
+            ValueError: the subnet is not in the search space, this is a cut model, or weights are offloaded.
         """
+        if any(parameter.is_meta for parameter in self.parameters()) and hasattr(self.base_model, "_hf_hook"):
+            raise ValueError(
+                f"weights of this {type(self).__name__} are offloaded, not in memory: load it without device_map to"
+                " cut a subnet out"
+            )
         if subnet is None and self.search_space is None:
             return copy.deepcopy(self)
-        with self.using_subnet(self.subnet if subnet is None else subnet):
-            with torch.device("meta"):
-                cut = type(self)(self.config.cut_to(self.subnet))
-            cut.load_state_dict(self.cut_state(), assign=True)
+        selected = self.with_subnet(subnet)
+        with torch.device("meta"):
+            cut = type(self)(self.config.cut_to(selected.subnet))
+        cut.load_state_dict(selected.cut_state(), assign=True)
         return cut.train(self.training)
 
     def trim(self) -> Self:
@@ -373,15 +449,11 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
             raise ValueError(
                 "only a supernet can be trimmed: this checkpoint is one model (give --search_space to make it one)"
             )
-        config, selected = self.config.trimmed(), self.subnet
+        config = self.config.trimmed()
         with torch.device("meta"):
             trimmed = type(self)(config)
         # all layers, and whole FFN blocks, even where no subnet fills them: others find their part by block and index
-        self.select_unchecked(config.full_subnet())
-        try:
-            trimmed.load_state_dict(self.cut_state(), assign=True)
-        finally:
-            self.select_unchecked(selected)
+        trimmed.load_state_dict(self._selecting(config.full_subnet()).cut_state(), assign=True)
         return trimmed.eval()
 
     @torch.no_grad()
@@ -406,8 +478,15 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
             subnet = self.subnet
 
             def recompute(*inputs, **named_inputs):
-                with nullcontext() if self.subnet == subnet else self.using_subnet(subnet):
+                earlier = self.subnet
+                if earlier == subnet:
                     return function(*inputs, **named_inputs)
+                # without the lock: this may be a thread of the backward pass, which a block of its caller waits for
+                self._select(subnet)
+                try:
+                    return function(*inputs, **named_inputs)
+                finally:
+                    self._select(earlier)
 
             return gradient_checkpointing_func(recompute, *args, **options)
 
@@ -447,6 +526,7 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
         encoder = LightHubertEncoderStableLayerNorm if config.do_stable_layer_norm else LightHubertEncoder
         self.encoder = encoder(config)
         self.selected_subnet = subnet_from(config.selected_subnet())
+        self.selection_lock = SelectionLock()
         self.post_init()
         if config.search_space is not None:
             self.select(self.selected_subnet)
@@ -465,23 +545,34 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
         input_values: torch.Tensor | None,
         attention_mask: torch.Tensor | None = None,
         mask_time_indices: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
     ):
         r"""
         Args:
             input_values (`torch.FloatTensor` of shape `(batch_size, num_samples)`):
-                Waveforms at 16 kHz; the released models want zero mean and unit variance per recording, taken before
-                padding (`Wav2Vec2FeatureExtractor(do_normalize=True)`).
+                Waveforms at 16 kHz, which are cast to the dtype of the model; the released models want zero mean and
+                unit variance per recording, taken before padding (`Wav2Vec2FeatureExtractor(do_normalize=True)`).
             attention_mask (`torch.LongTensor` of shape `(batch_size, num_samples)`, *optional*):
                 1 for samples of the recording, 0 for padding on its right.
             mask_time_indices (`torch.BoolTensor` of shape `(batch_size, num_frames)`, *optional*):
                 Frames to replace by the mask embedding.
+            output_attentions, output_hidden_states, return_dict: as in HuBERT.
 
         Raises:
-            ValueError: integer, empty, NaN or infinite audio, or a recording shorter than one frame.
+            ValueError: integer or empty audio, or less than one frame of it; on a CPU also NaN, infinite samples, and
+                padding on the left, which other devices would be waited for to find.
         """
         self._check_audio(input_values, attention_mask)
-        return super().forward(input_values, attention_mask, mask_time_indices, **kwargs)
+        choices = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        kwargs |= {name: choice for name, choice in choices.items() if choice is not None}
+        return super().forward(input_values.to(self.dtype), attention_mask, mask_time_indices, **kwargs)
 
     def _check_audio(self, input_values: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         if input_values.ndim != 2 or input_values.shape[0] == 0:
@@ -494,15 +585,25 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
                 f"input_values is {input_values.dtype}: audio has to be floating point. The feature extractor converts"
                 " integer samples"
             )
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        shortest = input_values.shape[1] if attention_mask is None else int(attention_mask.sum(-1).min())
-        if shortest < self.samples_per_first_frame:
+        if input_values.shape[1] < self.samples_per_first_frame:
             raise ValueError(
-                f"a recording has {shortest} samples of audio, but one frame needs {self.samples_per_first_frame}"
+                f"input_values has {input_values.shape[1]} samples, but one frame needs"
+                f" {self.samples_per_first_frame}: pad the recording, or leave it out"
             )
+        if input_values.device.type != "cpu":
+            return
         if not torch.isfinite(input_values).all():
-            raise ValueError("input_values has NaN or infinite samples: the audio, or what was done to it, is broken")
+            broken = (~torch.isfinite(input_values)).any(dim=1).nonzero().flatten().tolist()
+            raise ValueError(
+                f"recording {broken[0]} of the batch has NaN or infinite samples: the audio, or what was done to it,"
+                " is broken"
+            )
+        if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+            raise ValueError(
+                "attention_mask has zeros before ones: pad recordings on the right (padding_side='right')"
+            )
 
     @property
     def samples_per_first_frame(self) -> int:

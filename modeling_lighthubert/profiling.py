@@ -90,17 +90,15 @@ def profile_subnet(
     the pairs inside it are counted. Of a head, the layers that read hidden states are counted.
 
     Args:
-        model: a supernet or a cut model. A `subnet` of a supernet is selected for the moment: no other thread may run
-            the model meanwhile.
+        model: a supernet or a cut model. The selection of a supernet is neither changed nor waited for.
         subnet: default: the selected one.
         seconds: length of the clip at 16 kHz.
 
     Raises:
         ValueError: the clip is shorter than one frame, or the subnet is not in the search space.
     """
-    if subnet is not None and model.search_space is not None:
-        with model.using_subnet(subnet):
-            return profile_subnet(model, seconds=seconds)
+    if model.search_space is not None:
+        model = model.with_subnet(subnet)
     base, config, subnet = model.base_model, model.config, model.subnet
     width, groups = subnet.hidden_size, config.num_conv_pos_embedding_groups
 

@@ -1109,18 +1109,21 @@ def test_a_cut_model_cannot_be_trimmed():
 @pytest.mark.parametrize(
     ("inputs", "mask", "message"),
     [
-        (torch.zeros(1, 399), None, "399 samples of audio, but one frame needs 400"),
-        (torch.zeros(2, 4000), (torch.arange(4000) < torch.tensor([[4000], [300]])).long(), "300 samples of audio"),
-        (torch.zeros(2, 4000), (torch.arange(4000) < torch.tensor([[4000], [0]])).long(), "0 samples of audio"),
+        (torch.zeros(1, 399), None, "399 samples, but one frame needs 400: pad the recording, or leave it out"),
+        (
+            torch.zeros(2, 4000),
+            (torch.arange(4000) >= torch.tensor([[0], [300]])).long(),
+            "pad recordings on the right",
+        ),
         (torch.zeros(0, 4000), None, "at least one recording"),
-        (torch.zeros(1, 0), None, "0 samples of audio"),
+        (torch.zeros(1, 0), None, "0 samples, but"),
         (torch.zeros(4000), None, r"has to be \(batch_size, num_samples\)"),
         (torch.zeros(1, 1, 4000), None, r"has to be \(batch_size, num_samples\)"),
         (torch.zeros(1, 4000, dtype=torch.int16), None, "input_values is torch.int16: audio has to be floating point"),
-        (torch.full((1, 4000), float("nan")), None, "NaN or infinite samples"),
+        (torch.tensor([[0.0], [float("nan")]]).expand(2, 4000), None, "recording 1 of the batch has NaN or infinite"),
         (torch.full((1, 4000), float("inf")), None, "NaN or infinite samples"),
     ],
-    ids=["short", "short row", "empty row", "empty batch", "no samples", "1-d", "3-d", "integer", "NaN", "infinite"],
+    ids=["short", "padded on the left", "empty batch", "no samples", "1-d", "3-d", "integer", "NaN", "infinite"],
 )
 def test_bad_audio_is_refused_by_its_own_message(cut, inputs, mask, message):
     with pytest.raises(ValueError, match=message):
@@ -1135,7 +1138,7 @@ def test_a_frame_needs_as_many_samples_as_the_convolutions_see():
     model = make(conv_kernel=(8, 4), conv_stride=(4, 2), conv_dim=(16, 16))
     assert model.samples_per_first_frame == 20
     assert answer(model, noise(1, 20)).shape[1] == 1
-    with pytest.raises(ValueError, match="19 samples of audio, but one frame needs 20"):
+    with pytest.raises(ValueError, match="19 samples, but one frame needs 20"):
         model(noise(1, 19))
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, WINDOWED, answer, assert_close, noise, tiny_model
 
-from modeling_lighthubert import LightHubertForCTC, LightHubertModel, SearchSpace, Subnet, feature_encoder
+from modeling_lighthubert import LightHubertForCTC, LightHubertModel, SearchSpace, Subnet
 from modeling_lighthubert.export import to_hubert
 from modeling_lighthubert.modeling_lighthubert import LightHubertAttention
 from modeling_lighthubert.profiling import num_pairs, profile_subnet
@@ -127,29 +127,3 @@ def test_macs_of_a_window_are_those_of_its_pairs():
     windowed = dataclasses.replace(WINDOWED.largest, attention_window=(2, 9))
     near, far = (profile_subnet(model, subnet).macs for subnet in (windowed, WINDOWED.largest))
     assert far - near == sum(2 * 48 * (49**2 - num_pairs(49, window)) for window in (2, 9))
-
-
-def test_long_audio_is_encoded_in_chunks_with_the_same_frames(monkeypatch):
-    encoder = tiny_model(LightHubertModel).feature_extractor
-    for num_samples in (3599, 3600, 3601, 3680, 3681, 10_000):
-        audio = noise(2, num_samples)
-        with torch.no_grad():
-            whole = encoder(audio)
-            with monkeypatch.context() as patch:
-                patch.setitem(feature_encoder.VALUES_AT_ONCE, "cpu", 240 * encoder.num_channels)
-                chunks = encoder(audio)
-        assert_close(chunks, whole)
-
-
-def test_a_large_batch_is_encoded_in_parts_and_hooks_get_the_whole(monkeypatch):
-    encoder, audio, hooked = tiny_model(LightHubertModel).feature_extractor, noise(5, 1200), []
-    with torch.no_grad():
-        whole = encoder(audio)
-        monkeypatch.setitem(feature_encoder.VALUES_AT_ONCE, "cpu", 2 * 240 * encoder.num_channels)
-        encoder.register_forward_hook(lambda module, inputs, output: hooked.append(output))
-        batch_sizes = []
-        encoder.conv_layers[0].register_forward_hook(lambda module, inputs, _: batch_sizes.append(len(inputs[0])))
-        parts = encoder(audio)
-    assert batch_sizes == [2, 2, 1]
-    assert [output.shape for output in hooked] == [whole.shape]
-    assert_close(parts, whole)
