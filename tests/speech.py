@@ -1,6 +1,7 @@
 """Recordings for tests: a tone, in any format, and datasets of recordings."""
 
 import io
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,43 @@ def encoded(waveform: np.ndarray, rate: int = RATE, **format: str) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, waveform, rate, **format)
     return file.getvalue()
+
+
+def with_flac_length(flac: bytes, num_samples: int) -> bytes:
+    """A FLAC file whose header claims another length, without a checksum, as encoders write it to a pipe."""
+    total = (flac[21] & 0xF0 | num_samples >> 32).to_bytes(1, "big") + (num_samples & 0xFFFFFFFF).to_bytes(4, "big")
+    return flac[:21] + total + bytes(16) + flac[42:]
+
+
+FORMATS = (
+    {"format": "WAV"},
+    {"format": "WAV", "subtype": "FLOAT"},
+    {"format": "FLAC"},
+    {"format": "OGG", "subtype": "VORBIS"},
+    {"format": "OGG", "subtype": "OPUS"},
+    {"format": "MP3"},
+)
+
+
+def damaged(audio: bytes, rng: random.Random) -> bytes:
+    """A file of audio with flipped bytes, cut, spliced, or with a header that lies."""
+    data = bytearray(audio)
+    for _ in range(rng.randint(1, 4)):
+        start = rng.randrange(len(data) + 1)
+        match rng.randrange(5):
+            case 0:
+                data[start : start + 1] = rng.randbytes(1)
+            case 1:
+                del data[start:]
+            case 2:
+                del data[start : start + rng.randrange(200)]
+            case 3:
+                data[start:start] = data[rng.randrange(len(data) + 1) :][: rng.randrange(2000)]
+            case 4:
+                at = rng.randrange(min(len(data), 64) + 1)
+                size = rng.choice((1, 2, 4, 8))
+                data[at : at + size] = rng.choice((b"\x00", b"\xff", b"\x7f", b"\x01")) * size
+    return bytes(data)
 
 
 def undecoded(rows: Sequence[dict[str, Any]]) -> Dataset:
