@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import yaml
 from datasets import disable_progress_bars
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, PreTrainedModel, Wav2Vec2FeatureExtractor, set_seed
+from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor, set_seed
 from transformers.utils import logging
 
 from lighthubert_training.data.collators import Batch
@@ -27,7 +28,7 @@ from lighthubert_training.data.strings import SAMPLING_RATE, prepare_speech
 from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.teacher import Teacher
 from lighthubert_training.probing import ProbeBench
-from lighthubert_training.runs.options import RECIPES, option, parse_options, read_options
+from lighthubert_training.runs.options import RECIPES, OptionParser, option, parse_options
 from lighthubert_training.runs.tables import mean_and_deviation
 from modeling_lighthubert import LightHubertModel, SearchSpace, Subnet
 from modeling_lighthubert.errors import UserError
@@ -37,7 +38,7 @@ from modeling_lighthubert.loading import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER, SPACE = ROOT / "demo/teacher", ROOT / "demo/search_space.json"
-RECIPE = read_options(RECIPES / "distillation/small_budget.yaml")
+RECIPE = yaml.safe_load((RECIPES / "distillation/small_budget.yaml").read_text(encoding="utf-8"))
 SUBNETS = ("largest", "middle", "smallest")
 SLICE, CONTROL = "slice of the teacher", "random weights"
 A_SMALL = Subnet.uniform(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536)
@@ -67,7 +68,7 @@ class LearningArguments(SpeechArguments):
 def parse(kind: type, description: str | None) -> Any:
     """Options of a benchmark that runs in one thread, as `kind`."""
     prepare_process()
-    return parse_options(HfArgumentParser(kind, description=description))[0]
+    return parse_options(OptionParser(kind, description=description))[0]
 
 
 class Learning:

@@ -21,11 +21,10 @@ import numpy as np
 import soundfile
 import soxr
 from datasets import Audio, Dataset
-from transformers import HfArgumentParser
 
 from lighthubert_training.data.audio import duration
 from lighthubert_training.data.strings import SAMPLING_RATE
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import OptionParser, option, parse_options
 from modeling_lighthubert.errors import UserError, run
 from modeling_lighthubert.files import require_unused, whole_folder
 
@@ -128,7 +127,7 @@ def record(speakers: tuple[Speaker, ...], num_takes: int, num_strings: int, argu
 
 
 def main() -> None:
-    (arguments,) = parse_options(HfArgumentParser(SpeechArguments, description=__doc__.splitlines()[0]))
+    (arguments,) = parse_options(OptionParser(SpeechArguments, description=__doc__))
     with whole_folder(require_unused(arguments.output_dir)) as folder:
         for name, speakers, num_takes, num_strings in (
             ("train", TRAIN_SPEAKERS, arguments.train_takes, arguments.train_strings),

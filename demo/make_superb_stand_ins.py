@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import soxr
 from datasets import Audio, Dataset, disable_progress_bars
-from transformers import HfArgumentParser
 
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.data.strings import SAMPLING_RATE, encode_flac, read_parquet
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import OptionParser, option, parse_options
 from modeling_lighthubert.errors import UserError, run
 from modeling_lighthubert.files import write_text
 
@@ -236,7 +235,7 @@ def language_model() -> str:
 
 
 def main() -> None:
-    (arguments,) = parse_options(HfArgumentParser(StandInArguments, description=__doc__))
+    (arguments,) = parse_options(OptionParser(StandInArguments, description=__doc__))
     disable_progress_bars()
     output, rng = Path(arguments.output_dir), random.Random(arguments.seed)
     words = read_words(arguments.train_file)

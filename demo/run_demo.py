@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import disable_progress_bars
-from transformers import HfArgumentParser, PreTrainedModel, Wav2Vec2FeatureExtractor, set_seed
+from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor, set_seed
 from transformers.utils import logging
 
 from lighthubert_training.cards.render import save_card
@@ -29,7 +29,7 @@ from lighthubert_training.cards.subnet import FACTS_FILE, render_subnet_card, su
 from lighthubert_training.data.strings import Speech, prepare_speech
 from lighthubert_training.distillation.teacher import ObjectiveArguments, Teacher
 from lighthubert_training.probing import ProbeBench
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import OptionParser, option, parse_options
 from lighthubert_training.runs.plots import new_figure, save_figure
 from lighthubert_training.runs.tables import markdown_table
 from modeling_lighthubert import LightHubertModel
@@ -212,7 +212,7 @@ def compare_models(arguments: DemoArguments, output: Path, train: Speech, test: 
 
 
 def main() -> None:
-    (arguments,) = parse_options(HfArgumentParser(DemoArguments, description=__doc__.splitlines()[0]))
+    (arguments,) = parse_options(OptionParser(DemoArguments, description=__doc__))
     folder, output = arguments.output_dir, Path(arguments.output_dir).resolve()
     if (output / "data").exists():
         raise UserError(f"--output_dir {folder} holds a demonstration: choose another folder, or delete it")

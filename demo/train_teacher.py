@@ -19,7 +19,7 @@ from scipy.fft import dct
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 from tqdm import tqdm
-from transformers import HfArgumentParser, HubertConfig, HubertModel, Wav2Vec2FeatureExtractor, get_scheduler, set_seed
+from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor, get_scheduler, set_seed
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 from transformers.models.hubert.modeling_hubert import _compute_mask_indices
 
@@ -28,7 +28,7 @@ from lighthubert_training.data.collators import pad, padded_batches
 from lighthubert_training.data.strings import SAMPLING_RATE, read_parquet
 from lighthubert_training.models import true_frames
 from lighthubert_training.probing import pooled_features, probe_accuracy
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import OptionParser, option, parse_options
 from modeling_lighthubert.errors import run
 from modeling_lighthubert.files import require_unused, whole_folder
 
@@ -144,7 +144,7 @@ def digit_accuracy(model: HubertModel, extractor: Wav2Vec2FeatureExtractor, *cor
 
 
 def main() -> None:
-    (arguments,) = parse_options(HfArgumentParser(TeacherArguments, description=__doc__.splitlines()[0]))
+    (arguments,) = parse_options(OptionParser(TeacherArguments, description=__doc__))
     require_unused(arguments.output_dir)
     set_seed(arguments.seed)
     start = time.perf_counter()

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoFeatureExtractor, HfArgumentParser, Wav2Vec2FeatureExtractor
+from transformers import AutoFeatureExtractor, Wav2Vec2FeatureExtractor
 
 from lighthubert_training.data.collators import pad
 from lighthubert_training.data.recordings import SpeechDataset, Unreadable
 from lighthubert_training.data.sources import DataArguments, load_speech
 from lighthubert_training.distillation.channel_order import measure_importance, reorder
 from lighthubert_training.runs.distributed import DEVICE_HELP, choose_device
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import OptionParser, option, parse_options
 from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, LightHubertPreTrainedModel
 from modeling_lighthubert.errors import UserError, run
 from modeling_lighthubert.files import require_unused
@@ -71,7 +71,7 @@ def draw_waveforms(
 
 
 def main() -> None:
-    parser = HfArgumentParser((OrderingArguments, DataArguments), description=__doc__.splitlines()[0])
+    parser = OptionParser((OrderingArguments, DataArguments), description=__doc__)
     arguments, data_arguments = parse_options(parser)
     folder = require_unused(arguments.output_dir)
     if data_arguments.streaming:

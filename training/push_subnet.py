@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from lighthubert_training.cards.render import APACHE_LICENSE, public_name, save_card
@@ -30,7 +29,7 @@ from lighthubert_training.cards.subnet import (
     subnet_facts,
 )
 from lighthubert_training.runs.hub import reaching_hub
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import OptionParser, option, parse_options
 from modeling_lighthubert.errors import UserError, run
 from modeling_lighthubert.export import copy_processor, torch_runner, write_export
 from modeling_lighthubert.files import write_json
@@ -246,7 +245,7 @@ def publish(arguments: PushArguments) -> str:
 
 
 def main() -> None:
-    (arguments,) = parse_options(HfArgumentParser(PushArguments, description=__doc__.splitlines()[0]))
+    (arguments,) = parse_options(OptionParser(PushArguments, description=__doc__))
     logging.set_verbosity_error()
     print(publish(arguments))
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import HfArgumentParser, Wav2Vec2FeatureExtractor, get_scheduler
+from transformers import Wav2Vec2FeatureExtractor, get_scheduler
 
 from lighthubert_training.cards.supernet import write_supernet_card
 from lighthubert_training.data.collators import DistillationCollator
@@ -36,7 +36,7 @@ from lighthubert_training.runs.checkpoints import saving_results
 from lighthubert_training.runs.distributed import build_accelerator, locked_by_main_process, require_whole_weights
 from lighthubert_training.runs.hub import push_folder
 from lighthubert_training.runs.log import RunLog
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import OptionParser, parse_options
 from lighthubert_training.runs.plots import plot_losses
 from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining
 from modeling_lighthubert.errors import run
@@ -157,7 +157,7 @@ def distil(
 
 def main() -> None:
     kinds = (DistillationArguments, ObjectiveArguments, DataArguments)
-    parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
+    parser = OptionParser(kinds, description=__doc__)
     arguments, objective, data_arguments = parsed = parse_options(parser, "distillation")
     recipe = {name: value for options in parsed for name, value in asdict(options).items()}
     tracker = None if arguments.report_to == "none" else arguments.report_to

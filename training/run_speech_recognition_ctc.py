@@ -10,15 +10,17 @@ A recipe holds any of the options below; those on the command line have the last
 for `pipeline("automatic-speech-recognition")` and `training/transcribe.py`: model, code, tokenizer, feature extractor.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import (
     AutoFeatureExtractor,
     AutoModelForCTC,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     TrainingArguments,
     Wav2Vec2FeatureExtractor,
@@ -34,8 +36,10 @@ from lighthubert_training.recognition.data import TestArguments, build_speech, d
 from lighthubert_training.recognition.text import TextArguments, build_tokenizer
 from lighthubert_training.recognition.trainer import CTCTrainer, begin_with_blanks, shorten_mask_spans
 from lighthubert_training.recognition.transcripts import write_evaluation
+from lighthubert_training.runs.checkpoints import saving_results
+from lighthubert_training.runs.distributed import locked_by_main_process, on_main_process
 from lighthubert_training.runs.hub import push_folder
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import OptionParser, parse_options
 from lighthubert_training.runs.plots import plot_losses
 from lighthubert_training.sampling import evaluation_subnets
 from modeling_lighthubert.errors import UserError, run
@@ -80,6 +84,18 @@ def build_processor(
     if has_processor(source, AutoFeatureExtractor):  # cut models may have been saved without one
         extractor = load_processor(source, AutoFeatureExtractor)
     return Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer)
+
+
+def share_processor(
+    training_arguments: TrainingArguments, build: Callable[[], Wav2Vec2Processor], folder: Path
+) -> Wav2Vec2Processor:
+    """The processor that `build` makes on the process that saves, which writes it to `folder`; others read it there."""
+    with training_arguments.main_process_first(local=training_arguments.save_on_each_node):
+        if not training_arguments.should_save:
+            return Wav2Vec2Processor.from_pretrained(folder)
+        processor = build()
+        processor.save_pretrained(folder)
+        return processor
 
 
 def build_model(arguments: ModelArguments, ctc: CTCArguments, processor: Wav2Vec2Processor) -> PreTrainedModel:
@@ -146,24 +162,24 @@ def save_results(trainer: CTCTrainer, speech: dict[str, Any]) -> dict[str, dict[
     return results
 
 
-def main() -> None:
-    parser = HfArgumentParser(KINDS, description=__doc__.splitlines()[0])
-    arguments, ctc, text, data_arguments, test_arguments, training_arguments = parse_options(parser, "recognition")
-    push_to_hub = training_arguments.push_to_hub
-    configure(training_arguments, ctc, data_arguments)
-    folder = Path(training_arguments.output_dir)
-    start = find_start(folder, training_arguments.resume_from_checkpoint)
+def fine_tune(
+    arguments: ModelArguments,
+    ctc: CTCArguments,
+    text: TextArguments,
+    data_arguments: DataArguments,
+    test_arguments: TestArguments,
+    training_arguments: TrainingArguments,
+) -> None:
+    """Trains the model, evaluates it, and saves it with its processor, results and card."""
+    folder = Path(str(training_arguments.output_dir))
+    start = on_main_process(lambda: find_start(folder, training_arguments.resume_from_checkpoint))
     set_seed(training_arguments.seed)
 
     column = text.text_column_name
     parts = load_parts(data_arguments, test_arguments, column, training_arguments.do_predict)
     transcripts = None if data_arguments.streaming else list(map(text.normalize, parts["train"][column]))
-    with training_arguments.main_process_first(local=training_arguments.save_on_each_node):
-        if training_arguments.should_save:
-            processor = build_processor(arguments, text, transcripts, folder)
-            processor.save_pretrained(folder)
-        else:
-            processor = Wav2Vec2Processor.from_pretrained(folder)
+    build = partial(build_processor, arguments, text, transcripts, folder)
+    processor = share_processor(training_arguments, build, folder)
     model = build_model(arguments, ctc, processor)
     speech = build_speech(parts, data_arguments, text, processor, model, training_arguments.seed)
     shorten_mask_spans(model, speech["train"])
@@ -180,13 +196,24 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
 
-    results = save_results(trainer, speech)
-    if trainer.is_world_process_zero():
-        sources = describe_sources(data_arguments, test_arguments)
-        write_recognition_card(model, arguments.model_name_or_path, sources, results, folder)
-        if push_to_hub:
-            push_folder(folder, training_arguments.hub_model_id)
-    trainer.accelerator.end_training()  # transformers leaves the process group, whose threads may abort the exit
+    with saving_results(folder):
+        results = save_results(trainer, speech)
+        if trainer.is_world_process_zero():
+            sources = describe_sources(data_arguments, test_arguments)
+            write_recognition_card(model, arguments.model_name_or_path, sources, results, folder)
+
+
+def main() -> None:
+    parser = OptionParser(KINDS, description=__doc__)
+    _, ctc, _, data_arguments, _, training_arguments = parsed = parse_options(parser, "recognition")
+    push_to_hub = training_arguments.push_to_hub
+    configure(training_arguments, ctc, data_arguments)
+    folder = Path(str(training_arguments.output_dir))
+    with locked_by_main_process(folder):
+        fine_tune(*parsed)
+    if push_to_hub and PartialState().is_main_process:
+        push_folder(folder, training_arguments.hub_model_id)
+    PartialState().destroy_process_group()  # transformers leaves it, and its threads may abort the exit
 
 
 if __name__ == "__main__":

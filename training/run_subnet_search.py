@@ -17,7 +17,7 @@ from typing import Any
 
 import optuna
 import torch
-from transformers import AutoFeatureExtractor, HfArgumentParser
+from transformers import AutoFeatureExtractor
 
 from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.sources import DataArguments
@@ -25,7 +25,7 @@ from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.step import PreparedBatch, prepare_batch
 from lighthubert_training.distillation.teacher import build_teacher, check_frame_rates, masking_options
 from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator, choose_device
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import OptionParser, option, parse_options
 from lighthubert_training.search import building
 from lighthubert_training.search.candidates import COSTS, Budget, Candidates, SubnetCosts
 from lighthubert_training.search.fitness import MeanLoss
@@ -218,7 +218,7 @@ def find_latency_table(arguments: SearchArguments, model: LightHubertPreTrainedM
 
 def main() -> None:
     kinds = (SearchArguments, ObjectiveArguments, DataArguments)
-    parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
+    parser = OptionParser(kinds, description=__doc__)
     arguments, objective, data = parsed = parse_options(parser)
     free = FREE_TO_CHANGE | REPORT_OPTIONS | (set() if arguments.fitness == "probe" else TRAINING_SPEECH)
     settings = {name: value for part in parsed for name, value in asdict(part).items() if name not in free}

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser
 
 from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import OptionParser, option, parse_options
 from lighthubert_training.superb.features import FeatureCache, Upstream
 from lighthubert_training.superb.recipes import read_settings, task_names
 from lighthubert_training.superb.report import write_report
@@ -34,7 +33,7 @@ class SuperbArguments:
     model_name_or_path: list[str] = option(help="Models that transformers loads, folders or Hub ids.")
     output_dir: str = option(help="Folder for results.")
     data_dir: str | None = option(None, "Folder with a folder of data for each task; see configs/superb/README.md.")
-    tasks: list[str] = option(["all"], "Names of tasks, or all.")
+    tasks: list[str] = option(["all"], f"Tasks, with commas or spaces between: {', '.join(task_names())}, or all.")
     subnets: list[str] | None = option(
         None, "Subnets of supernets: names or JSON files, with commas or spaces between."
     )
@@ -70,7 +69,7 @@ def load_upstreams(arguments: SuperbArguments, device: torch.device) -> Iterator
 
 
 def main() -> None:
-    (arguments,) = parse_options(HfArgumentParser(SuperbArguments, description=__doc__))
+    (arguments,) = parse_options(OptionParser(SuperbArguments, description=__doc__))
     accelerator = build_accelerator(arguments.device)
     names = [name for words in arguments.tasks for name in words.split(",") if name]
     tasks = [

@@ -18,7 +18,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import HfArgumentParser
 
 from lighthubert_training.data.recordings import Unreadable
 from lighthubert_training.data.sources import DataArguments
@@ -28,7 +27,7 @@ from lighthubert_training.recognition.live import LiveTranscriber, transcribe_li
 from lighthubert_training.recognition.recognizer import Recognizer
 from lighthubert_training.recognition.transcripts import FORMATS, Journal, format_transcript, write_results
 from lighthubert_training.runs.distributed import DEVICE_HELP, choose_device
-from lighthubert_training.runs.options import option, parse_options
+from lighthubert_training.runs.options import OptionParser, option, parse_options
 from modeling_lighthubert.errors import UserError, run
 
 
@@ -158,7 +157,7 @@ def transcribe_all(
 
 
 def main() -> int:
-    parser = HfArgumentParser((RecognitionArguments, TranscriptionArguments), description=__doc__.splitlines()[0])
+    parser = OptionParser((RecognitionArguments, TranscriptionArguments), description=__doc__)
     recognition, arguments = parse_options(parser)
     output_format = choose_format(arguments)
     try:

@@ -1,17 +1,20 @@
 """Recipes give options, the command line has the last word, and mistakes end with their reason."""
 
+import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
-from transformers import HfArgumentParser, TrainingArguments
+from run_speech_recognition_ctc import KINDS
+from transformers import TrainingArguments
 
 from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.distillation.arguments import DistillationArguments, ObjectiveArguments
 from lighthubert_training.recognition.arguments import CTCArguments, ModelArguments
 from lighthubert_training.recognition.text import TextArguments
-from lighthubert_training.runs.options import RECIPES, option, parse_options, read_options, save_options
+from lighthubert_training.runs.options import RECIPES, OptionParser, option, parse_options, read_options, save_options
 from modeling_lighthubert.errors import UserError
 
 
@@ -27,7 +30,7 @@ def parse_published(path: Path) -> dict:
         required = ["--output_dir", "out", "--model_name_or_path", "m", "--fp16", "False"]
     else:
         kinds, required = (DistillationArguments, ObjectiveArguments, DataArguments), ["--output_dir", "out"]
-    parsed = parse_options(HfArgumentParser(kinds), path.parent.name, ["--config", path.stem, *required])
+    parsed = parse_options(OptionParser(kinds), path.parent.name, ["--config", path.stem, *required])
     return {type(each).__name__: each for each in parsed}
 
 
@@ -46,11 +49,9 @@ class Options:
             raise ValueError(f"--rate has to be positive, not {self.rate}")
 
 
-def parse(folder: Path, recipe: str, *arguments: str) -> Options:
+def parse(folder: Path, recipe: str, *arguments: str, kind: type = Options) -> Any:
     (folder / "recipe.yaml").write_bytes(recipe.encode(errors="surrogateescape"))
-    (options,) = parse_options(
-        HfArgumentParser(Options), arguments=["--config", str(folder / "recipe.yaml"), *arguments]
-    )
+    (options,) = parse_options(OptionParser(kind), arguments=["--config", str(folder / "recipe.yaml"), *arguments])
     return options
 
 
@@ -76,15 +77,109 @@ def test_null_in_a_recipe_leaves_the_default(tmp_path):
 
 def test_the_command_line_of_the_process_is_read(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", "--name", "a"])
-    assert parse_options(HfArgumentParser(Options)) == (Options("a"),)
+    assert parse_options(OptionParser(Options)) == (Options("a"),)
 
 
 def test_saved_options_give_the_same_options(tmp_path):
     options = Options("a", layers=[3], rate=1e-5)
     save_options(asdict(options), str(tmp_path / "run"))
     recipe = tmp_path / "run" / "recipe.yaml"
-    assert parse_options(HfArgumentParser(Options), arguments=["--config", str(recipe)]) == (options,)
-    assert read_options(recipe) == asdict(options)
+    assert parse_options(OptionParser(Options), arguments=["--config", str(recipe)]) == (options,)
+    assert read_options(recipe)["rate"] == "1.0e-05"
+
+
+# Recipes are words, whose type is that of the option
+
+
+@dataclass
+class Typed:
+    """An option of each type."""
+
+    language: str | None = None
+    strategy: Literal["no", "steps"] = "steps"
+    switch: bool = False
+    count: int = 0
+    rate: float = 0.0
+    names: list[str] | None = None
+    kwargs: dict | str | None = None
+
+
+@pytest.mark.parametrize("recipe", ["language: no", "language: 'no'", 'language: "no"  # Norwegian'])
+def test_no_is_a_language(tmp_path, recipe):
+    assert parse(tmp_path, recipe, kind=Typed).language == "no"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("strategy: no", Typed(strategy="no")),
+        *((f"switch: {word}", Typed(switch=True)) for word in ("yes", "on", "true", "True", "1")),
+        *((f"switch: {word}", Typed(switch=False)) for word in ("no", "off", "false", "False", "0")),
+        ("count: 007", Typed(count=7)),
+        ("language: 007", Typed(language="007")),
+        ("language: 1e-4", Typed(language="1e-4")),
+        ("language: 2020-01-01", Typed(language="2020-01-01")),
+        ("language: -x", Typed(language="-x")),
+        ("language: null", Typed()),
+        ("language: none", Typed()),
+        ("language: 'null'", Typed(language="null")),
+        ("language: ''", Typed(language="")),
+        ("rate: 1e-4", Typed(rate=1e-4)),
+        ("rate: -1", Typed(rate=-1.0)),
+        ("names: [no, 1, on]", Typed(names=["no", "1", "on"])),
+        ("kwargs: {steps: 3}", Typed(kwargs='{"steps": "3"}')),
+    ],
+)
+def test_a_word_of_a_recipe_means_what_the_type_of_its_option_says(tmp_path, recipe, expected):
+    assert parse(tmp_path, recipe, kind=Typed) == expected
+
+
+def test_options_of_any_type_survive_being_saved(tmp_path):
+    options = Typed("no", "no", True, 7, 1e-4, ["null", "007"])
+    save_options(asdict(options), tmp_path)
+    assert parse_options(OptionParser(Typed), arguments=["--config", str(tmp_path / "recipe.yaml")]) == (options,)
+
+
+# Unset
+
+
+@dataclass
+class Optionals:
+    """Options without a value, and two that have one."""
+
+    file: list[str] | None = option(None, "Files")
+    steps: int | None = None
+    form: str | None = option(None, "Format", choices=("txt", "srt"))
+    switch: bool | None = None
+    name: str = "a"
+    report_to: None | str | list[str] = field(default="none")
+
+
+@pytest.mark.parametrize("words", [("{} none",), ("{}=none",)], ids=["space", "equals"])
+def test_what_a_recipe_sets_is_unset_on_the_command_line(tmp_path, words):
+    recipe = "file: [a, b]\nsteps: 3\nform: srt\nswitch: yes\nname: b\n"
+    assert parse(tmp_path, recipe, kind=Optionals) == Optionals(["a", "b"], 3, "srt", True, "b")
+    unset = " ".join(words[0].format(f"--{name}") for name in ("file", "steps", "form", "switch")).split()
+    assert parse(tmp_path, recipe, *unset, kind=Optionals) == Optionals(name="b")
+    assert parse(tmp_path, recipe, *unset, "--file", "c", kind=Optionals) == Optionals(["c"], name="b")
+
+
+def test_none_is_a_word_where_another_is_the_default(tmp_path):
+    assert parse(tmp_path, "name: none\nreport_to: none\n", kind=Optionals) == Optionals(name="none")
+    with pytest.raises(UserError, match="invalid int value: 'nine'"):
+        parse(tmp_path, "steps: nine", kind=Optionals)
+
+
+def test_every_optional_option_of_fine_tuning_can_be_unset():
+    parser = OptionParser(KINDS)
+    optional = [word for name in sorted(parser.optional - {"output_dir"}) for word in (f"--{name}", "none")]
+    required = ["--model_name_or_path", "m", "--output_dir", "out", "--use_cpu"]
+    parsed = parse_options(parser, arguments=[*required, "--validation_file", "a.parquet", *optional])
+    assert parsed[3].validation_file is None
+    assert parsed[0].device is None
+
+
+# Mistakes
 
 
 @pytest.mark.parametrize(
@@ -117,7 +212,7 @@ def test_mistakes_in_a_recipe_end_with_their_reason(tmp_path, recipe, message):
 )
 def test_mistakes_on_the_command_line_end_with_their_reason(arguments, message):
     with pytest.raises(UserError, match=message):
-        parse_options(HfArgumentParser(Options), arguments=arguments)
+        parse_options(OptionParser(Options), arguments=arguments)
 
 
 # Recipes of the package
@@ -135,7 +230,7 @@ def recipes(tmp_path, monkeypatch) -> Path:
 
 
 def bake(*arguments: str, job: str | None = "baking") -> Options:
-    return parse_options(HfArgumentParser(Options), job, arguments)[0]
+    return parse_options(OptionParser(Options), job, arguments)[0]
 
 
 def test_a_recipe_of_the_package_is_found_by_its_name(recipes):
@@ -170,6 +265,52 @@ def test_the_help_lists_the_recipes(recipes, capsys):
     words = " ".join(capsys.readouterr().out.split())
     assert "YAML file with any of these options, or one of bread, cake." in words
     assert "--layers LAYERS [LAYERS ...] Some layers" in words
+
+
+# Help
+
+
+def help_of(capsys, kinds: object, *words: str, description: str | None = None) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parse_options(OptionParser(kinds, description), arguments=words)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@dataclass
+class Output:
+    """Where the result goes."""
+
+    output_dir: str = option("out", "A folder")
+    form: str | None = option(None, "Format", choices=("txt", "srt"))
+
+
+def test_the_help_has_a_section_for_each_dataclass_and_every_option_once(capsys):
+    listed = help_of(capsys, (Options, Output), "--help")
+    parts = ("A required option, one with", "--kind {one,two}", "Where the result goes", "--form {txt,srt}")
+    assert sorted(parts, key=listed.index) == list(parts)
+    for name in ("--layers", "--switch", "--output_dir", "--form"):
+        assert len(re.findall(rf"^  {name} ", listed, re.MULTILINE)) == 1
+    assert "A folder (default: out)" in listed
+    assert "(default: None)" not in listed
+    assert "--output-dir" not in listed
+    assert parse_options(OptionParser(Output), arguments=["--output-dir", "b"])[0].output_dir == "b"
+
+
+def test_the_help_keeps_the_lines_of_examples(capsys):
+    assert "\n    python x.py \\\n        --a b\n" in help_of(
+        capsys, Optionals, "--help", description="Does.\n\n    python x.py \\\n        --a b\n"
+    )
+
+
+def test_the_options_of_transformers_are_listed_when_they_are_asked_for(capsys):
+    ours, every = (help_of(capsys, KINDS, word) for word in ("--help", "--help-all"))
+    assert len(ours.splitlines()) < 200 < len(every.splitlines())
+    assert every.startswith(ours.rstrip())
+    assert "--help-all" in ours
+    assert "--learning_rate " not in ours.replace("such as --output_dir and\n", "")
+    for name in (each.name for each in fields(TrainingArguments) if each.init):
+        assert len(re.findall(rf"^  --{name}\b", every, re.MULTILINE)) == 1, name
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

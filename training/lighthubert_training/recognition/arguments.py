@@ -22,6 +22,9 @@ class ChooseDevice(argparse.Action):
     """`--device`, for Trainer, which takes the CPU only for `use_cpu` and otherwise the first GPU that it sees."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values is None:
+            namespace.device, namespace.use_cpu = None, False
+            return
         try:
             device = torch.device(values)
         except RuntimeError:
