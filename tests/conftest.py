@@ -2,8 +2,11 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +218,14 @@ def verbosity_of_transformers():
     verbosity = logging.get_verbosity()
     yield
     logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def small_disk(num_bytes: int) -> Iterator[None]:
+    """Inside the block, files have no room for more; what the system then says is no stand-in."""
+    earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, earlier[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, earlier)

@@ -1,17 +1,20 @@
 """Fine-tuning: what it does with recordings that cannot be read, checkpoints, and devices."""
 
+import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import tiny_model
+from accelerate.utils import DistributedType
+from conftest import small_disk, tiny_model
 from recognizers import save_processor
 from run_speech_recognition_ctc import KINDS
 from speech import RATE, TONE, encoded, undecoded
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from lighthubert_training.data.collators import CTCCollator
 from lighthubert_training.data.sources import DataArguments
@@ -20,8 +23,9 @@ from lighthubert_training.recognition.arguments import CTCArguments, ModelArgume
 from lighthubert_training.recognition.data import SHUFFLE_BUFFER, StreamedSpeech, TranscribedSpeech
 from lighthubert_training.recognition.text import TextArguments
 from lighthubert_training.recognition.trainer import CTCTrainer, begin_with_blanks, shorten_mask_spans
+from lighthubert_training.runs import checkpoints as checkpoints_module
 from lighthubert_training.runs.checkpoints import checkpoint_damage, write_manifest
-from lighthubert_training.runs.options import parse_options
+from lighthubert_training.runs.options import OptionParser, parse_options
 from modeling_lighthubert import LightHubertForCTC
 from modeling_lighthubert.errors import UserError
 
@@ -82,6 +86,7 @@ def build_trainer(
         args=arguments,
         data_collator=CTCCollator(processor),
         train_dataset=speech,
+        eval_dataset=None if streamed else speech,
         processing_class=processor,
     )
 
@@ -179,14 +184,104 @@ def test_a_checkpoint_is_whole_before_an_older_one_is_deleted(tmp_path, monkeypa
     rotate, found = trainer_module.rotate_checkpoints, []
 
     def watched(folder, *given, **options):
-        found.append({path.name: checkpoint_damage(path) for path in Path(folder).glob("checkpoint-*")})
+        found.append({path.name: checkpoint_damage(path) for path in Path(folder).glob("*checkpoint-*")})
         rotate(folder, *given, **options)
 
     monkeypatch.setattr(trainer_module, "rotate_checkpoints", watched)
     trainer.train()
     assert found[1:] == [{f"checkpoint-{step}": None for step in (step, step + 1)} for step in (1, 2)]
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
-    assert trainer.args.save_total_limit == 1
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-3"]
+    assert (trainer.args.save_total_limit, trainer.args.output_dir) == (1, str(tmp_path))
+
+
+SAVES = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6, "per_device_train_batch_size": 6}
+
+
+def test_a_checkpoint_is_not_there_before_it_is_whole(tmp_path, monkeypatch):
+    trainer = build_trainer(tmp_path, torn=(), **SAVES)
+
+    def stopped(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints_module, "write_manifest", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["unfinished-checkpoint-1"]
+    assert find_start(tmp_path, "latest") is None
+    monkeypatch.undo()
+    build_trainer(tmp_path, torn=(), **SAVES).train()
+    assert not list(tmp_path.glob("unfinished-*"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(tmp_path, monkeypatch, caplog):
+    trainer = build_trainer(tmp_path, torn=(), save_total_limit=1, **SAVES)
+    save_optimizer = trainer._save_optimizer_and_scheduler
+
+    def on_a_small_disk(folder):
+        with nullcontext() if trainer.state.global_step in (1, 3) else small_disk(10_000):
+            save_optimizer(folder)
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", on_a_small_disk)
+    with pytest.raises(
+        UserError, match="checkpoint-6 could not be written .* go on with --resume_from_checkpoint latest"
+    ):
+        trainer.train()
+    assert "checkpoint-2 could not be written" in caplog.text and "checkpoint-3 could" not in caplog.text
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-3"]
+    assert checkpoint_damage(tmp_path / "checkpoint-3") is None
+    assert find_start(tmp_path, "latest") == tmp_path / "checkpoint-3"
+
+
+def test_the_best_checkpoint_is_known_by_its_place(tmp_path):
+    options = SAVES | {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "learning_rate": 0.0}
+    trainer = build_trainer(tmp_path, torn=(), metric_for_best_model="loss", load_best_model_at_end=True, **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["all steps", "stopped early"])
+def test_a_finished_run_stays_finished(tmp_path, early):
+    """Resumed at its end, which lies in the middle of an epoch, it trains nothing more."""
+    options = SAVES | {"max_steps": 3, "per_device_train_batch_size": 3}
+    if early:
+        options |= {"max_steps": 9, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+        options |= {"load_best_model_at_end": True, "learning_rate": 0.0}
+
+    def build() -> CTCTrainer:
+        trainer = build_trainer(tmp_path, torn=(), **options)
+        trainer.add_callback(EarlyStoppingCallback(2)) if early else None
+        return trainer
+
+    trainer = build()
+    trainer.train()
+    assert trainer.state.global_step == 3
+    for _ in range(2):
+        again = build()
+        again.add_callback(recorded := Recorded())
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert (again.state.global_step, recorded.weights) == (3, [])
+        assert same(again.model.state_dict(), trainer.model.state_dict())
+    if early:
+        again = build()
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert again.state.global_step == 3, "the evaluations before count"
+
+
+def test_a_teacher_that_fails_leaves_the_model_in_training(tmp_path, monkeypatch):
+    trainer = build_trainer(tmp_path, torn=())
+    trainer.model = tiny_model(LightHubertForCTC).train()
+    monkeypatch.setattr(LightHubertForCTC, "forward", lambda *given, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.posteriors_of_the_largest({"input_values": torch.zeros(1, 4000), "attention_mask": None})
+    assert trainer.model.training
+
+
+def test_parts_of_weights_on_each_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UserError, match="weights have to be whole on every process"):
+        build_trainer(tmp_path)
 
 
 def test_a_used_folder_is_gone_on_with_or_refused(tmp_path):
@@ -230,7 +325,7 @@ def test_masked_spans_of_other_models_are_no_longer_than_the_shortest_recording(
 
 def parse_device(*words: str) -> TrainingArguments:
     given = ["--model_name_or_path", "model", "--output_dir", "out", *words]
-    return parse_options(HfArgumentParser(KINDS), "recognition", given)[-1]
+    return parse_options(OptionParser(KINDS), "recognition", given)[-1]
 
 
 def test_the_cpu_can_be_chosen_and_what_is_no_device_here_is_refused():
@@ -249,8 +344,8 @@ def test_a_numbered_gpu_is_the_only_one_that_trainer_sees(monkeypatch):
     for visible, expected in (("0,1,2,3", "2"), ("5,6,7", "7"), ("5,6", None), ("", None)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         with nullcontext() if expected else pytest.raises(UserError, match="--device cuda:2: no such GPU"):
-            (arguments,) = parse_options(HfArgumentParser(ModelArguments), None, words)
+            (arguments,) = parse_options(OptionParser(ModelArguments), None, words)
             assert (arguments.device, os.environ["CUDA_VISIBLE_DEVICES"]) == ("cuda:2", expected)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    parse_options(HfArgumentParser(ModelArguments), None, words)
+    parse_options(OptionParser(ModelArguments), None, words)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"

@@ -2,14 +2,12 @@
 
 import json
 import re
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import small_disk
 
 from lighthubert_training.runs.checkpoints import (
     FailedSaves,
@@ -68,17 +66,6 @@ def test_the_best_stays_however_old(accelerator, tmp_path):
         save(accelerator, tmp_path, step, {"eval_loss": loss}, limit=1)
     assert best_checkpoint(tmp_path).name == "checkpoint-2"
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-5"]
-
-
-@contextmanager
-def small_disk(num_bytes: int) -> Iterator[None]:
-    """Inside the block, files have no room for more; what the system then says is no stand-in."""
-    earlier = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, earlier[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, earlier)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, EvalPrediction, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from lighthubert_training.data.batches import EpochSampler
@@ -24,11 +25,12 @@ from lighthubert_training.error_rates import character_error_rate, word_error_ra
 from lighthubert_training.models import computed_once, has_fixed_feature_encoder, true_frames
 from lighthubert_training.recognition.arguments import CTCArguments
 from lighthubert_training.recognition.data import StreamedSpeech, TranscribedSpeech
-from lighthubert_training.runs.checkpoints import write_manifest
-from lighthubert_training.runs.distributed import sum_gradients
+from lighthubert_training.runs.checkpoints import PREFIX, FailedSaves, write_checkpoint
+from lighthubert_training.runs.distributed import require_whole_weights, sum_gradients
 from lighthubert_training.sampling import draw_subnets
 from modeling_lighthubert import Subnet
 from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.files import whole_files
 
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,9 @@ class CTCTrainer(Trainer):
 
     Attributes:
         hypotheses: of the last evaluation, the transcript of each recording, by the name of the subnet.
+
+    Raises:
+        UserError: processes keep parts of the weights.
     """
 
     model: Any
@@ -84,7 +89,8 @@ class CTCTrainer(Trainer):
 
     def __init__(self, ctc: CTCArguments, eval_subnets: Mapping[str, Subnet | None] | None = None, **options: Any):
         super().__init__(compute_metrics=self.error_rates, **options)
-        self.ctc, self.eval_subnets = ctc, eval_subnets
+        require_whole_weights(self.accelerator)
+        self.ctc, self.eval_subnets, self.failed_saves = ctc, eval_subnets, FailedSaves()
         self.search_space = None if eval_subnets is None else self.model.search_space
         self.model_accepts_loss_kwargs = True  # Trainer passes the labels of a step on; compute_loss divides by them
         self.args.logging_nan_inf_filter = False  # it hides what training_step stops at
@@ -217,9 +223,11 @@ class CTCTrainer(Trainer):
     def posteriors_of_the_largest(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Log probabilities, (batch_size, num_frames, vocab_size), of all recordings without masks or dropout."""
         self.model.eval()
-        with self.model.using_subnet("largest"), self.compute_loss_context_manager(), self.accelerator.autocast():
-            logits = self.model(inputs["input_values"], attention_mask=inputs["attention_mask"]).logits
-        self.model.train()
+        try:
+            with self.model.using_subnet("largest"), self.compute_loss_context_manager(), self.accelerator.autocast():
+                logits = self.model(inputs["input_values"], attention_mask=inputs["attention_mask"]).logits
+        finally:
+            self.model.train()
         return F.log_softmax(logits.float(), dim=-1)
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> tuple:
@@ -273,23 +281,61 @@ class CTCTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer does; a supernet with its largest subnet selected."""
+        """As Trainer does, but each file is whole or not there; a supernet with its largest subnet selected."""
         if self.search_space is not None:
             self.model.set_subnet("largest")
-        super().save_model(output_dir, _internal_call)
+        folder = output_dir or self._get_output_dir(None)
+        with whole_files(folder) if self.args.should_save else nullcontext(folder) as unfinished:
+            super().save_model(str(unfinished), _internal_call)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """As Trainer does, but a checkpoint is marked as whole, by its manifest, before older ones are deleted."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        """As Trainer does, but a checkpoint is there from the moment that it is whole, and older ones are deleted
+        after that. A disk without room for it is outlived: see `FailedSaves`."""
+        output_dir = self._get_output_dir(trial)
+        folder = Path(output_dir) / f"{PREFIX}{self.state.global_step}"
+        best = self.state.best_model_checkpoint
+        write = partial(self._write_checkpoint, model, trial, folder)
+        if not write_checkpoint(self.accelerator, folder, write, self.failed_saves):
+            self.state.best_model_checkpoint = best
+        elif self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(output_dir, limit, best, use_mtime=True)
+
+    def _write_checkpoint(self, model: torch.nn.Module, trial: Any, folder: Path, unfinished: Path) -> None:
+        """Writes the checkpoint `folder` to a folder of the same name in another output folder."""
+        args, state = self.args, self.state
+        output_dir, limit = args.output_dir, args.save_total_limit
+        args.output_dir, args.save_total_limit = str(unfinished.parent), None
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            run_dir = self._get_output_dir(trial)
-            write_manifest(Path(run_dir) / f"checkpoint-{self.state.global_step}")
-            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+            args.output_dir, args.save_total_limit = output_dir, limit
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(folder)
+            if args.should_save:
+                state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+
+    def _load_callback_state(self) -> None:
+        """As Trainer does, and early stopping goes on with the evaluations that it has counted."""
+        super()._load_callback_state()
+        states: Any = self.state.stateful_callbacks
+        if (saved := states.get(EarlyStoppingCallback.__name__)) and (callback := self.early_stopping) is not None:
+            vars(callback).update(saved["attributes"])
+
+    @property
+    def early_stopping(self) -> EarlyStoppingCallback | None:
+        """The callback that ends training early, if it was asked for."""
+        found = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        return found[0] if found else None
+
+    def _run_epoch(self, *given: Any, **options: Any) -> None:
+        """As Trainer does, which makes one step more where all were made before the run was resumed."""
+        stopping = self.early_stopping
+        stopped = stopping and 0 < stopping.early_stopping_patience <= stopping.early_stopping_patience_counter
+        if stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*given, **options)
 
 
 class FreezeEncoder(TrainerCallback):
