@@ -89,7 +89,7 @@ def build_processor(
 def share_processor(
     training_arguments: TrainingArguments, build: Callable[[], Wav2Vec2Processor], folder: Path
 ) -> Wav2Vec2Processor:
-    """The processor that `build` makes on the process that saves, which writes it to `folder`; others read it there."""
+    """The processor that `build` makes on the process that saves. It is written to `folder`, where others read it."""
     with training_arguments.main_process_first(local=training_arguments.save_on_each_node):
         if not training_arguments.should_save:
             return Wav2Vec2Processor.from_pretrained(folder)

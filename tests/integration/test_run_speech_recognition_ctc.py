@@ -3,9 +3,11 @@
 import io
 import json
 import random
+import stat
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from conftest import assert_close, stock_settings
 from datasets import Dataset
 from evaluate import evaluator
 from hub_server import loopback_hub
+from run_speech_recognition_ctc import share_processor
 from safetensors.torch import load_file
 from scripts import TRAINING, distil, finish_as_a_user, make_workshop, newest, run, start, wait_until, weights
 from speech import encoded, undecoded
@@ -208,6 +211,20 @@ def test_the_model_is_pushed_to_the_hub_with_its_card_and_without_its_checkpoint
     files = set(hub.repositories["me/asr"].files())
     assert {"model.safetensors", "config.json", "processor_config.json", "vocab.json", "README.md"} <= files
     assert not [name for name in files if "checkpoint" in name]
+
+
+def test_the_process_that_saves_alone_writes_the_vocabulary(shop, cut):
+    """Any other reads it: three would else write the same files at once, and read half of one."""
+    before = {path.name: path.stat().st_mtime_ns for path in cut.iterdir()}
+    other = SimpleNamespace(main_process_first=lambda local: nullcontext(), save_on_each_node=False, should_save=False)
+    processor = share_processor(other, lambda: pytest.fail("another process has made it"), cut)
+    assert processor.tokenizer.get_vocab() == Wav2Vec2Processor.from_pretrained(cut).tokenizer.get_vocab()
+    assert {path.name: path.stat().st_mtime_ns for path in cut.iterdir()} == before
+
+
+def test_what_a_run_leaves_can_be_read_by_colleagues(cut):
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in cut.iterdir() if path.is_file()}
+    assert modes["model.safetensors"] == modes["config.json"] == modes["README.md"]
 
 
 # Exactness
