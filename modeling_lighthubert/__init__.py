@@ -2,12 +2,18 @@
 
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
     AutoModel,
     AutoModelForAudioClassification,
     AutoModelForAudioFrameClassification,
     AutoModelForAudioXVector,
     AutoModelForCTC,
     AutoModelForPreTraining,
+    AutoProcessor,
+    AutoTokenizer,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
 )
 
 from .configuration_lighthubert import LightHubertConfig
@@ -25,6 +31,10 @@ from .search_space import SearchSpace, Subnet
 
 AutoConfig.register(LightHubertConfig.model_type, LightHubertConfig)
 LightHubertConfig.register_for_auto_class()
+# HuBERT's: a folder that does not name its classes, as older tools write it, is read by the type of its model
+AutoFeatureExtractor.register(LightHubertConfig, Wav2Vec2FeatureExtractor)
+AutoTokenizer.register(LightHubertConfig, Wav2Vec2CTCTokenizer)
+AutoProcessor.register(LightHubertConfig, Wav2Vec2Processor)
 for auto_class, model_class in (
     (AutoModel, LightHubertModel),
     (AutoModelForPreTraining, LightHubertForPreTraining),

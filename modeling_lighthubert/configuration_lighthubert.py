@@ -38,7 +38,7 @@ class LightHubertConfig(HubertConfig):
         subnet (`Subnet`, `dict` or `str`, *optional*):
             The selected subnet. A supernet takes any of its space, or a name of one, and defaults to the largest. Of a
             cut model it is the architecture, and defaults to equal layers of the sizes above. Kept as a dict.
-        head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`):
+        head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads` when a model is built):
             Size of an attention head. Attention in a layer is `head_dim` times its heads wide, which may differ from
             the width of the subnet.
         feat_extract_norm (`str`, *optional*, defaults to `"layer"`):
@@ -49,7 +49,7 @@ class LightHubertConfig(HubertConfig):
             As in HuBERT. Distil with 0: a dropped layer shortens `hidden_states`.
         num_prediction_heads (`int`, *optional*, defaults to 1):
             Predicted teacher targets of [`LightHubertForPreTraining`].
-        teacher_hidden_size (`int`, *optional*, defaults to `hidden_size`):
+        teacher_hidden_size (`int`, *optional*, defaults to `hidden_size` when a model is built):
             Width of those targets.
         tdnn_dim, tdnn_kernel, tdnn_dilation, xvector_output_dim:
             Of [`LightHubertForXVector`], as in [`Wav2Vec2Config`].
@@ -80,15 +80,6 @@ class LightHubertConfig(HubertConfig):
     def __post_init__(self, **kwargs):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
-                    f"{self.num_attention_heads}: give head_dim as well"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.teacher_hidden_size is None:
-            self.teacher_hidden_size = self.hidden_size
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `from_pretrained(..., subnet=...)` assigns after construction, and JSON needs dicts
@@ -97,6 +88,28 @@ class LightHubertConfig(HubertConfig):
         elif name == "subnet" and value is not None and not isinstance(value, str):
             value = subnet_from(value).to_dict()
         super().__setattr__(name, value)
+
+    def resolved(self) -> "LightHubertConfig":
+        """A copy in which `head_dim` and `teacher_hidden_size` are numbers, as a model has it.
+
+        Raises:
+            ValueError: `head_dim` is neither given, nor does `hidden_size` divide into heads.
+        """
+        config = copy.deepcopy(self)
+        config.head_dim = self._head_dim()
+        if self.teacher_hidden_size is None:
+            config.teacher_hidden_size = self.hidden_size
+        return config
+
+    def _head_dim(self) -> int:
+        if self.head_dim is not None:
+            return self.head_dim
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
+                f"{self.num_attention_heads}: give head_dim as well"
+            )
+        return self.hidden_size // self.num_attention_heads
 
     def selected_subnet(self) -> Subnet:
         """What `subnet` stands for.
@@ -122,20 +135,19 @@ class LightHubertConfig(HubertConfig):
 
     def full_subnet(self) -> Subnet:
         """Every weight that is stored: equal layers of the full sizes. Not always in the search space."""
-        assert self.head_dim is not None, "set by __post_init__"
         has_elastic_convolutions = self.search_space is not None and self.search_space.get("conv_dim") is not None
         return Subnet.uniform(
             self.hidden_size,
             self.num_hidden_layers,
             self.num_attention_heads,
             self.intermediate_size,
-            self.head_dim,
+            self._head_dim(),
             tuple(self.conv_dim) if has_elastic_convolutions else None,
         )
 
     def cut_to(self, subnet: Subnet) -> "LightHubertConfig":
         """Configuration of the cut model of `subnet`."""
-        config = copy.deepcopy(self)
+        config = self.resolved()
         config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size, _ = _sizes(
             subnet
         )
@@ -146,7 +158,7 @@ class LightHubertConfig(HubertConfig):
     def trimmed(self) -> "LightHubertConfig":
         """Configuration of a supernet of the same search space that stores no more width than its largest subnet."""
         largest = search_space_from(self.search_space).largest
-        config = copy.deepcopy(self)
+        config = self.resolved()
         config.hidden_size, config.num_attention_heads = largest.hidden_size, max(largest.num_attention_heads)
         # whole blocks of the new width, so that every subnet still finds its units at the front of each block
         config.intermediate_size = largest.hidden_size * math.ceil(
@@ -167,7 +179,8 @@ class LightHubertConfig(HubertConfig):
             )
         if self.search_space is not None:
             self._validate_search_space()
-        self.selected_subnet()
+        if self.subnet is not None or self.search_space is not None:
+            self.selected_subnet()
 
     def _validate_search_space(self):
         space, full_ratio = search_space_from(self.search_space), self.intermediate_size / self.hidden_size
@@ -190,9 +203,9 @@ class LightHubertConfig(HubertConfig):
                 f"a supernet needs whole blocks of FFN units: intermediate_size={self.intermediate_size} is not a"
                 f" multiple of hidden_size={self.hidden_size}"
             )
-        if space.head_dim != self.head_dim:
+        if space.head_dim != self._head_dim():
             raise ValueError(
-                f"search space head_dim={space.head_dim}, but heads of the supernet are {self.head_dim} wide"
+                f"search space head_dim={space.head_dim}, but heads of the supernet are {self._head_dim()} wide"
             )
         for width in space.hidden_size:
             if width % self.num_conv_pos_embedding_groups:

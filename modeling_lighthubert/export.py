@@ -40,11 +40,12 @@ from .onnx_export import onnx_session, to_onnx
 from .profiling import SAMPLING_RATE, median_ratio, time_in_turns
 
 
-HUBERT_CLASSES: dict[type[LightHubertPreTrainedModel], type[HubertPreTrainedModel]] = {
-    LightHubertModel: HubertModel,
-    LightHubertForCTC: HubertForCTC,
-    LightHubertForSequenceClassification: HubertForSequenceClassification,
+HUBERT_CLASSES: dict[str, type[HubertPreTrainedModel]] = {
+    LightHubertModel.__name__: HubertModel,
+    LightHubertForCTC.__name__: HubertForCTC,
+    LightHubertForSequenceClassification.__name__: HubertForSequenceClassification,
 }
+"""By name: classes that were loaded with a checkpoint's own code are others than those of this package."""
 
 
 def to_hubert(model: LightHubertPreTrainedModel) -> HubertPreTrainedModel:
@@ -61,10 +62,11 @@ def to_hubert(model: LightHubertPreTrainedModel) -> HubertPreTrainedModel:
         UserError: transformers has no such HuBERT head, or a stock HuBERT cannot hold the subnet exactly
             (`Subnet.is_hubert_exportable` tells beforehand); the message names the layer.
     """
-    hubert_class = HUBERT_CLASSES.get(type(model))
+    hubert_class = HUBERT_CLASSES.get(type(model).__name__)
     if hubert_class is None:
-        allowed = [ours.__name__ for ours in HUBERT_CLASSES]
-        raise UserError(f"transformers has no HuBERT like {type(model).__name__}: export one of {allowed}")
+        raise UserError(
+            f"transformers has no HuBERT like {type(model).__name__}: export one of {', '.join(HUBERT_CLASSES)}"
+        )
     subnet = model.subnet
     if subnet.hubert_obstacle:
         raise UserError(f"a stock HuBERT cannot hold this subnet exactly: {subnet.hubert_obstacle}")

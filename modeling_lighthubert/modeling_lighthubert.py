@@ -516,7 +516,7 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
     _keys_to_ignore_on_load_unexpected = [r"^prediction_heads\."]
 
     def __init__(self, config: LightHubertConfig):
-        config = copy.deepcopy(config)
+        config = config.resolved()
         config.validate()
         HubertPreTrainedModel.__init__(self, config)
         self.feature_extractor = LightHubertFeatureEncoder(config)

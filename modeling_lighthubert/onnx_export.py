@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers.models.hubert.modeling_hubert import HubertPreTrainedModel
 
-from . import LightHubertPreTrainedModel
 from .errors import UserError, optional_module
 from .files import whole_file
 from .modeling_lighthubert import frame_mask
@@ -40,13 +39,19 @@ def to_onnx(
 
     Raises:
         MissingExtraError: the extra `onnx` is not installed.
-        UserError: `quantize` is something else, or the outputs differ by more than `max_difference`.
+        UserError: `quantize` is something else, a layer attends within a window, or the outputs differ by more than
+            `max_difference`.
     """
     if quantize not in (None, "int8"):
         raise UserError(f"quantize={quantize!r} is not known: choose 'int8' or None")
     for module in ("onnx", "onnxruntime", "onnxscript"):
         optional_module(module, "onnx", "writing an ONNX file")
     exported = ExportedModel(model).eval()
+    if exported.windows:
+        raise UserError(
+            f"layer {exported.windows[0]} attends within a window, which an ONNX file cannot have for audio of any"
+            " length: export a subnet without attention_window"
+        )
     with whole_file(Path(folder) / ("model.onnx" if quantize is None else "model_int8.onnx")) as file:
         _write(exported, file)
         if quantize == "int8":
@@ -88,7 +93,7 @@ class ExportedModel(nn.Module):
     def __init__(self, model: HubertPreTrainedModel):
         super().__init__()
         self.model: Any
-        if isinstance(model, LightHubertPreTrainedModel):
+        if hasattr(model, "extract_subnet"):  # of ours, be it loaded with the code of its folder
             self.model = model.extract_subnet()
         else:  # a copy would share the class of its weight-normed convolution, and folding changes that class
             with torch.device("meta"):
@@ -103,10 +108,17 @@ class ExportedModel(nn.Module):
         return outputs.logits if "logits" in outputs else outputs.last_hidden_state
 
     @property
+    def windows(self) -> list[int]:
+        """Layers that attend within a window."""
+        layers = self.model.base_model.encoder.layers
+        return [index for index, layer in enumerate(layers) if getattr(layer.attention, "window", None) is not None]
+
+    @property
     def output_name(self) -> str:
         return "last_hidden_state" if self.model is self.model.base_model else "logits"
 
 
+@torch.no_grad()
 def _write(exported: ExportedModel, file: Path) -> None:
     batch, samples = torch.export.Dim("batch_size"), torch.export.Dim("num_samples")
     shapes: dict[int, Any] = {0: batch, 1: samples}

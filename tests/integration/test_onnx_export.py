@@ -8,7 +8,7 @@ import torch
 from conftest import answer, assert_close, noise, tiny_model
 from transformers import AutoConfig
 
-from modeling_lighthubert import LightHubertForCTC, LightHubertModel, SearchSpace, onnx_export
+from modeling_lighthubert import LightHubertForCTC, LightHubertModel, SearchSpace, Subnet, onnx_export
 from modeling_lighthubert.errors import MissingExtraError, UserError
 from modeling_lighthubert.export import main, to_hubert
 from modeling_lighthubert.onnx_export import onnx_session, to_onnx
@@ -118,4 +118,13 @@ def test_a_missing_package_is_named_before_anything_is_written(module, tmp_path,
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=r"writing an ONNX file needs the extra 'onnx': pip install"):
         to_onnx(make("cut CTC"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_windows_of_attention_are_refused_by_their_layer(tmp_path):
+    space = SearchSpace((16,), (4,), (2,), (2,), head_dim=4, attention_window=(9, None))
+    model = tiny_model(LightHubertForCTC, space)
+    model.set_subnet(Subnet(16, (4, 4), (32, 32), 4, attention_window=(None, 9)))
+    with pytest.raises(UserError, match="layer 1 attends within a window, which an ONNX file cannot have"):
+        to_onnx(model, tmp_path)
     assert not list(tmp_path.iterdir())

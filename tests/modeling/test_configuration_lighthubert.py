@@ -5,12 +5,22 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from conftest import BASE, NARROW, SIX_DEEP, SMALL, TWO_DEEP, stock_settings, tiny_config
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, HubertConfig
+from transformers import AutoConfig, HubertConfig, HubertModel
 
-from modeling_lighthubert import LightHubertConfig, SearchSpace, Subnet
+from modeling_lighthubert import (
+    LightHubertConfig,
+    LightHubertForPreTraining,
+    LightHubertModel,
+    SearchSpace,
+    Subnet,
+)
 from modeling_lighthubert.configuration_lighthubert import AUTO_MAP
+
+
+SMALLEST = {"num_hidden_layers": 1, "conv_dim": (16,) * 7}
 
 
 @pytest.mark.parametrize("space", [SMALL, BASE, SIX_DEEP], ids=["small", "base", "six-deep"])
@@ -79,6 +89,30 @@ def test_a_copied_config_has_its_own_subnet():
     twin = copy.deepcopy(config)
     twin.subnet = "smallest"
     assert config.selected_subnet() == SMALL.largest
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_attention_heads": 8}, {"hidden_size": 512, "num_attention_heads": 8}, {"hidden_size": 384}]
+)
+def test_the_size_of_heads_follows_width_and_number_until_a_model_is_built(changes):
+    """Set one after the other, as with stock HuBERT."""
+    config, stock = (kind(hidden_size=512, **SMALLEST) for kind in (LightHubertConfig, HubertConfig))
+    config.num_attention_heads = stock.num_attention_heads = 16
+    for name, value in changes.items():
+        setattr(config, name, value)
+        setattr(stock, name, value)
+    with torch.device("meta"):
+        model, expected = LightHubertForPreTraining(config), HubertModel(stock)
+    assert model.hubert.encoder.layers[0].attention.head_dim == expected.encoder.layers[0].attention.head_dim
+    assert model.config.head_dim == stock.hidden_size // stock.num_attention_heads
+    assert model.config.teacher_hidden_size == stock.hidden_size
+    assert (config.head_dim, config.teacher_hidden_size) == (None, None)
+
+
+def test_a_width_without_a_number_of_heads_is_refused_when_a_model_is_built():
+    config = LightHubertConfig(hidden_size=512, **SMALLEST)
+    with pytest.raises(ValueError, match="hidden_size=512 is not a multiple of num_attention_heads=12: give head_dim"):
+        LightHubertModel(config)
 
 
 def test_a_cut_config_describes_the_subnet_and_nothing_else():
@@ -154,10 +188,9 @@ def test_a_bad_supernet_is_refused_by_its_own_message(changes, message):
     [
         ({"subnet": "largest"}, "no search space to choose from"),
         ({"subnet": TWO_DEEP.smallest}, "not the architecture of this checkpoint"),
-        ({"num_attention_heads": 11, "head_dim": None}, "divi|multiple"),
         ({"num_conv_pos_embedding_groups": 32}, "num_conv_pos_embedding_groups"),
     ],
-    ids=["name", "foreign subnet", "heads that do not divide", "groups that do not divide"],
+    ids=["name", "foreign subnet", "groups that do not divide"],
 )
 def test_a_bad_single_model_is_refused_by_its_own_message(changes, message):
     with pytest.raises(REFUSED, match=message):

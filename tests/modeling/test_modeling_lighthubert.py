@@ -1,6 +1,7 @@
 """Claims about the models: what a supernet answers, what its subnets answer cut out, and what they refuse."""
 
 import copy
+import inspect
 import io
 import json
 import logging
@@ -60,6 +61,7 @@ from modeling_lighthubert import (
     Subnet,
 )
 from modeling_lighthubert.convert_lighthubert_original_checkpoint_to_pytorch import convert
+from modeling_lighthubert.export import to_hubert
 
 
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
@@ -1128,6 +1130,44 @@ def test_a_cut_model_cannot_be_trimmed():
 def test_bad_audio_is_refused_by_its_own_message(cut, inputs, mask, message):
     with pytest.raises(ValueError, match=message):
         make(LightHubertForCTC, cut=cut)(inputs, attention_mask=mask)
+
+
+@pytest.mark.parametrize("num_samples", [0, 300], ids=["wholly masked", "shorter than a frame"])
+@pytest.mark.parametrize("cut", FORMS)
+def test_a_clip_without_a_frame_is_answered_in_a_batch_as_stock_hubert_does(cut, num_samples):
+    """Its frames are blanks, and the other clips are what they are alone."""
+    model = make(LightHubertForCTC, cut=cut, subnet=TWO_DEEP.largest)
+    mask = (torch.arange(4000) < torch.tensor([[4000], [num_samples]])).long()
+    audio = noise(2, 4000) * mask
+    logits = answer(model, audio, attention_mask=mask)
+    stock = answer(to_hubert(model), audio, attention_mask=mask)
+    assert torch.isfinite(logits).all()
+    assert (logits[1].argmax(-1) == model.config.pad_token_id).all()
+    assert_close(logits[0], stock[0])
+    base, stock = model.base_model, to_hubert(model).base_model
+    assert_close(answer(base, audio, attention_mask=mask), answer(stock, audio, attention_mask=mask))
+
+
+def test_float64_audio_is_answered_in_the_dtype_of_the_model(waveform):
+    model = make()
+    assert_close(answer(model, waveform.double()), answer(model, waveform))
+    assert answer(model.bfloat16(), waveform).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_the_arguments_of_forward_are_those_of_stock_hubert(waveform, return_dict):
+    """In the same places: stock HuBERT of transformers 5.23 takes them, but acts on keywords alone."""
+    model = make(subnet=TWO_DEEP.largest)
+    model.set_attn_implementation("eager")
+    stock = to_hubert(model)
+    stock.set_attn_implementation("eager")
+    found = model(waveform, None, None, True, True, return_dict)
+    expected = stock(waveform, output_attentions=True, output_hidden_states=True, return_dict=return_dict)
+    assert type(found) is type(expected)
+    assert_close(torch.stack(found[1]), torch.stack(expected[1]))
+    assert_close(torch.stack(found[2]), torch.stack(expected[2]))
+    ours, theirs = (list(inspect.signature(kind.forward).parameters) for kind in (LightHubertModel, HubertModel))
+    assert ours == theirs
 
 
 def test_a_recording_of_one_frame_is_answered():
