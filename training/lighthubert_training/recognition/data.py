@@ -19,7 +19,7 @@ from lighthubert_training.data.recordings import (
     read_recording,
     recording_name,
 )
-from lighthubert_training.data.sources import TABLES, DataArguments, load_speech
+from lighthubert_training.data.sources import TABLES, DataArguments, count_recordings, load_speech
 from lighthubert_training.recognition.text import TextArguments, num_frames_needed, report_unknown_characters
 from lighthubert_training.runs.options import option
 from modeling_lighthubert.errors import UserError
@@ -143,14 +143,23 @@ class StreamedSpeech(torch.utils.data.IterableDataset):
 
 def load_parts(data: DataArguments, test: TestArguments, text_column_name: str, predict: bool) -> dict[str, Any]:
     """The encoded data: `train`, and, as far as they are given, `eval` and, to `predict`, `test`."""
-    parts = {part: load_speech(data, part == "train", (text_column_name,)) for part in ("train", "eval")}
+    parts = {part: load_speech(data, part == "train", (), (text_column_name,)) for part in ("train", "eval")}
     if predict and (test.test_file is not None or test.test_split_name is not None):
-        names: dict[str, Any] = {"train_file": None} if test.test_file is None else {}
-        tested = dataclasses.replace(
-            data, validation_file=test.test_file, eval_split_name=test.test_split_name, max_eval_samples=None, **names
-        )
-        parts["test"] = load_speech(tested, False, (text_column_name,))
+        parts["test"] = load_speech(_tested(data, test), False, (), (text_column_name,))
     return {part: dataset for part, dataset in parts.items() if dataset is not None}
+
+
+def _tested(data: DataArguments, test: TestArguments) -> DataArguments:
+    """The test data as evaluation data."""
+    names: dict[str, Any] = {"train_file": None} if test.test_file is None else {}
+    return dataclasses.replace(
+        data, validation_file=test.test_file, eval_split_name=test.test_split_name, max_eval_samples=None, **names
+    )
+
+
+def count_available(data: DataArguments, test: TestArguments, part: str) -> int:
+    """Recordings that the sources of a part have, `eval` or `test`, before any are left out."""
+    return count_recordings(_tested(data, test) if part == "test" else data)
 
 
 def describe_sources(data: DataArguments, test: TestArguments) -> dict[str, str]:
@@ -205,7 +214,7 @@ def find_recordings(inputs: Sequence[str], data: DataArguments) -> dict[str, Any
     column, recordings = data.audio_column_name, dict[str, Any]()
     tables: list[tuple[str, Any]] = []
     for path in map(Path, inputs):
-        is_recording = path.is_file() and path.suffix not in TABLES
+        is_recording = path.is_file() and path.suffix.lower() not in TABLES
         table = DataArguments(validation_file=[str(path)], audio_column_name=column)
         rows = [{column: {"path": str(path), "bytes": None}}] if is_recording else load_speech(table, False)
         tables.append((str(path), rows))
