@@ -60,10 +60,11 @@ def whole_files(folder: str | Path) -> Iterator[Path]:
     """Inside the block, a new folder in `folder`, which is made. Its files move to `folder` at the end, each replacing
     the one of its name; not on an error.
 
-    Their permissions are those of the umask. A kill leaves the new folder behind.
+    Their permissions are those of the umask. What a kill left behind of an earlier one is deleted.
     """
     folder = Path(folder)
-    unfinished = folder / f"{UNFINISHED}{uuid4().hex[:8]}"
+    unfinished = folder / f"{UNFINISHED}files"
+    shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished

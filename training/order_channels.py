@@ -24,7 +24,7 @@ from lighthubert_training.runs.distributed import DEVICE_HELP, choose_device
 from lighthubert_training.runs.options import OptionParser, option, parse_options
 from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, LightHubertPreTrainedModel
 from modeling_lighthubert.errors import UserError, run
-from modeling_lighthubert.files import require_unused
+from modeling_lighthubert.files import require_unused, whole_folder
 from modeling_lighthubert.loading import is_supernet, load_config, load_model, load_processor, parse_search_space
 
 
@@ -83,8 +83,9 @@ def main() -> None:
     if not importance:
         raise UserError("no recording is as long as a frame: give others, with --train_file or --dataset_name")
     reorder(model, importance)
-    model.save_pretrained(folder)
-    extractor.save_pretrained(folder)
+    with whole_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        extractor.save_pretrained(unfinished)
     print(f"{len(importance)} groups of channels, heads and units in order: {folder.resolve()}")
 
 

@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lighthubert_training.recognition.data import find_recordings, load_batches
 from lighthubert_training.recognition.live import LiveTranscriber, transcribe_live
 from lighthubert_training.recognition.recognizer import Recognizer
 from lighthubert_training.recognition.transcripts import FORMATS, Journal, format_transcript, write_results
-from lighthubert_training.runs.distributed import DEVICE_HELP, choose_device
+from lighthubert_training.runs.distributed import DEVICE_HELP, choose_device, locked
 from lighthubert_training.runs.options import OptionParser, option, parse_options
 from modeling_lighthubert.errors import UserError, run
 
@@ -124,17 +125,22 @@ def transcribe(recognizer: Recognizer, encoded: Mapping[str, Any], unreadable: U
             progress.update(len(batch))
 
 
+def journal_path(arguments: TranscriptionArguments, output_format: str) -> Path | None:
+    """Where the journal is kept; `None` if transcripts are printed."""
+    if arguments.output_dir is not None:
+        return Path(arguments.output_dir) / "transcripts.jsonl"
+    file = arguments.output_file
+    return None if file is None else Path(file + ("" if output_format == "jsonl" else ".jsonl"))
+
+
 def transcribe_all(
     recognizer: Recognizer, encoded: Mapping[str, Any], arguments: TranscriptionArguments, output_format: str
 ) -> int:
     """Transcribes what is not transcribed yet, and returns the exit status: 1 if nothing could be read."""
     if output_format in ("srt", "vtt") and arguments.output_dir is None and len(encoded) != 1:
         raise UserError(f"{len(encoded)} recordings do not fit into one {output_format} file: give --output_dir")
-    journal, limits = None, (arguments.max_cue_words, arguments.max_cue_seconds)
-    if arguments.output_dir is not None:
-        journal = Journal(Path(arguments.output_dir) / "transcripts.jsonl")
-    elif arguments.output_file is not None:
-        journal = Journal(Path(arguments.output_file + ("" if output_format == "jsonl" else ".jsonl")))
+    path, limits = journal_path(arguments, output_format), (arguments.max_cue_words, arguments.max_cue_seconds)
+    journal = None if path is None else Journal(path)
     done = set() if journal is None else journal.names
     unreadable = Unreadable(arguments.max_unreadable_share, len(encoded))
     if journal is not None and done:
@@ -167,8 +173,10 @@ def main() -> int:
             live = LiveTranscriber(build_recognizer(recognition), arguments.live_chunk_length_s)
             transcribe_live(live, sys.stdin.buffer, output_format)
             return 0
-        encoded = find_recordings(arguments.inputs or [], arguments.data)
-        return transcribe_all(build_recognizer(recognition), encoded, arguments, output_format)
+        path = journal_path(arguments, output_format)
+        with nullcontext() if path is None else locked(path.parent, path.name):
+            encoded = find_recordings(arguments.inputs or [], arguments.data)
+            return transcribe_all(build_recognizer(recognition), encoded, arguments, output_format)
     except KeyboardInterrupt:
         message = "interrupted: the same command goes on from here if it has --output_file or --output_dir"
         print(message, file=sys.stderr)

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import run_distillation
 import torch
-from scripts import TESTS, distil, distillation, fails, killed, newest, run, weights
+from scripts import TESTS, call, distil, distillation, fails, killed, newest, run, weights
 
 from lighthubert_training.runs.checkpoints import checkpoint_damage
 from modeling_lighthubert.errors import UserError
@@ -65,6 +66,38 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(workshop, proce
     assert losses(output) == losses(uninterrupted)
     left = {path.name for path in output.glob("*checkpoint*")}
     assert {"checkpoint-28", "checkpoint-30"} <= left <= {"checkpoint-16", "checkpoint-28", "checkpoint-30"}
+
+
+CHECKPOINTS = "lighthubert_training.runs.checkpoints"
+WINDOWS = [
+    ("accelerate.accelerator:save_accelerator_state", 0),  # the first save: nothing is written
+    (f"{CHECKPOINTS}:write_json", 0),  # what Accelerate keeps is written, not the state of the run
+    (f"{CHECKPOINTS}:write_manifest", 0),
+    (f"{CHECKPOINTS}:_put_in_place", 0),
+    (f"{CHECKPOINTS}:_prune", 1),  # it is there, and nothing is deleted yet
+    (f"{CHECKPOINTS}:write_manifest", 1),  # the second save
+    (f"{CHECKPOINTS}:_put_in_place", 1),
+    (f"{CHECKPOINTS}:best_checkpoint", 2),  # there are two, of which one is to go
+    ("modeling_lighthubert.files:give_permissions", 3),  # all steps are made: the model is written beside its place
+    ("lighthubert_training.cards.supernet:write_supernet_card", 3),
+]
+"""Functions in whose first call a run is killed, and the newest checkpoint then."""
+
+
+def test_a_run_killed_in_each_window_of_its_saves_ends_with_the_same_weights(workshop):
+    """Each run goes on from what the one before has left; only the newest checkpoint is kept."""
+    options = ("--max_steps", 3, "--save_steps", 1, "--save_total_limit", 1, "--sampling", "sandwich")
+    uninterrupted = distil(workshop, "undisturbed", *options)
+    output = workshop / "windows"
+    command = distillation(workshop, output.name, *options, "--resume_from_checkpoint", "latest")
+    for function, left in WINDOWS:
+        killed(function, 1, *command)
+        assert newest(output) == left, function
+    call(run_distillation.main, *command)
+    assert all(torch.equal(weight, weights(uninterrupted)[name]) for name, weight in weights(output).items())
+    assert losses(output) == losses(uninterrupted)
+    left = [path.name for path in output.glob("*checkpoint*")], [path.name for path in output.glob(".*")]
+    assert left == (["checkpoint-3"], [])
 
 
 def test_sigterm_leaves_a_checkpoint_of_the_last_step_and_ends_well(workshop):

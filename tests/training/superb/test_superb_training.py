@@ -1,17 +1,20 @@
 """Training of heads: which recordings a step has, and which part of them."""
 
 import random
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import noise
+from conftest import noise, small_disk
 
 from lighthubert_training.superb.data import Part, TaskData
 from lighthubert_training.superb.recipes import TaskSettings
 from lighthubert_training.superb.tasks import TASKS
-from lighthubert_training.superb.training import HeadTraining, epoch_order
+from lighthubert_training.superb.training import STATE_FILE, HeadTraining, epoch_order
+from modeling_lighthubert.errors import UserError
 
 
 UPSTREAM = SimpleNamespace(
@@ -65,3 +68,29 @@ def test_the_head_that_is_best_on_the_dev_part_is_kept_the_first_of_equals(train
         training.evaluate(loss=0.0)
     assert (training.best["step"], training.best["scores"]["first"]) == (1, values[1])
     assert training.best["head"]["weighted_sum.weights"].tolist() == [1, 1]
+
+
+def test_a_full_disk_is_outlived_unless_it_stays_full(training, monkeypatch, caplog):
+    """The state after steps 2 and 5 cannot be written; then those after 6 and 7 as well."""
+    monkeypatch.setattr(HeadTraining, "evaluate", lambda training, loss: None)
+    training.settings = training.task.settings = replace(training.settings, eval_steps=1, max_steps=8)
+    save_state = training.save_state
+
+    def on_a_small_disk():
+        with small_disk(1000) if training.step in (2, 5, 6, 7) else nullcontext():
+            return save_state()
+
+    monkeypatch.setattr(training, "save_state", on_a_small_disk)
+    with pytest.raises(UserError, match="nor could the 2 before: .* go on with the same command"):
+        training.run()
+    assert training.step == 7
+    assert torch.load(training.folder / STATE_FILE)["step"] == 4
+    assert caplog.text.count("going on without it") == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"half", b"PK\x03\x04 and more"])
+def test_a_damaged_state_is_named_and_the_head_trained_from_the_beginning(training, caplog, content):
+    (training.folder / STATE_FILE).write_bytes(content)
+    training.load_state()
+    assert training.step == 0
+    assert "state.pt is damaged" in caplog.text

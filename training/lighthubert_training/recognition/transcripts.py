@@ -60,8 +60,12 @@ class Journal:
             self.errors.add(entry["name"])
 
     def add(self, entries: Sequence[dict[str, Any]]) -> None:
-        """Appends a line for each of `entries`."""
-        with self.path.open("ab") as file:
+        """Appends a line for each of `entries`.
+
+        Raises:
+            UserError: the file cannot be written. The next journal drops what is half written.
+        """
+        with user_error("transcripts cannot be written: "), self.path.open("ab") as file:
             for entry in entries:
                 file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
                 self._note(entry)

@@ -32,14 +32,17 @@ UNFINISHED = f"unfinished-{PREFIX}"
 class FailedSaves:
     """Lets a run outlive saves that fail: on a disk that is full now and has room again in an hour, say.
 
+    Args:
+        resumption: what a run is gone on with.
+
     Attributes:
         in_a_row: number of saves that have failed since the last that did not.
     """
 
     MOST = 3
 
-    def __init__(self) -> None:
-        self.in_a_row = 0
+    def __init__(self, resumption: str = "--resume_from_checkpoint latest") -> None:
+        self.resumption, self.in_a_row = resumption, 0
 
     def note(self, path: Path, error: Exception | None, accelerator: Accelerator) -> bool:
         """Notes the outcome of a save, and warns if it failed. All processes call it.
@@ -61,7 +64,7 @@ class FailedSaves:
         if self.in_a_row == self.MOST:
             raise UserError(
                 f"{message}, nor could the {self.MOST - 1} before: what was saved earlier is as it was. See to it that"
-                " the disk has room, and go on with --resume_from_checkpoint latest"
+                f" the disk has room, and go on with {self.resumption}"
             )
         if accelerator.is_main_process:
             logger.warning(f"{message}: going on without it")
@@ -115,13 +118,17 @@ def write_checkpoint(
         try:
             give_permissions(unfinished)
             write_manifest(unfinished)
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.replace(folder)
+            _put_in_place(unfinished, folder)
         except OSError as failure:
             error = failure
     if accelerator.is_main_process:
         shutil.rmtree(unfinished.parent, ignore_errors=True)
     return failed.note(folder, error, accelerator)
+
+
+def _put_in_place(unfinished: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one: whole ones are gone on from
+    unfinished.replace(folder)
 
 
 def save_checkpoint(

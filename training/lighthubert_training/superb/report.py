@@ -2,9 +2,11 @@
 
 import csv
 import json
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from lighthubert_training.superb.recipes import RECIPES
 from modeling_lighthubert.files import whole_file, write_text
 
 
+logger = logging.getLogger(__name__)
 COLUMNS = {
     ("pr", "per"): ("PR", False),
     ("asr", "wer"): ("ASR", False),
@@ -38,12 +41,24 @@ Scores = Mapping[str, Sequence[float]]
 """Of a model: values in percent by title, one for each seed."""
 
 
+def read_result(file: Path) -> dict[str, Any] | None:
+    """A result; `None` of a damaged file, which is named: its run is to be repeated."""
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if {"task", "model", "variant", "test"} <= result.keys():
+            return result
+        reason = "it holds no result"
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error)
+    logger.warning(f"{file} is damaged ({reason}): it counts as missing")
+    return None
+
+
 def read_scores(output_dir: Path, variant: str | None) -> dict[str, dict[str, list[float]]]:
     """Scores of each model, in the order of their names."""
     found: dict[str, dict[str, list[float]]] = {}
     for file in sorted(output_dir.glob("*/*/seed-*/result.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
-        if result["variant"] != variant:
+        if (result := read_result(file)) is None or result["variant"] != variant:
             continue
         for (task, metric), (title, _) in COLUMNS.items():
             if result["task"] == task and metric in result["test"]:

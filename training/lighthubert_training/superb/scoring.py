@@ -10,10 +10,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from lighthubert_training.runs.distributed import locked_by_main_process
 from lighthubert_training.superb.data import Part, TaskData
 from lighthubert_training.superb.features import FeatureCache, FeatureDataset, Features, Upstream, fill_cache
 from lighthubert_training.superb.query_by_example import QueryByExample
 from lighthubert_training.superb.recipes import TaskSettings
+from lighthubert_training.superb.report import read_result
 from lighthubert_training.superb.tasks import TASKS, Task
 from lighthubert_training.superb.training import HeadTraining
 from modeling_lighthubert.errors import UserError
@@ -44,9 +46,13 @@ class Scoring:
         """New results of all seeds, on the main process. Those that are there are not computed again.
 
         Raises:
-            UserError: a result is there that was made with another setting.
+            UserError: a result is there that was made with another setting, or another process is making one.
         """
         folder = self.output_dir / self.upstream.name.replace(", ", "--") / settings.task
+        with locked_by_main_process(folder):
+            yield from self._run(settings, folder)
+
+    def _run(self, settings: TaskSettings, folder: Path) -> Iterator[dict[str, Any]]:
         files = {seed: folder / f"seed-{seed}/result.json" for seed in self.seeds}
         setting = self.setting(settings)
         missing = {seed: file for seed, file in files.items() if not _has(file, setting)}
@@ -125,9 +131,8 @@ def _has(file: Path, setting: Mapping[str, Any]) -> bool:
     Raises:
         UserError: there is one with another.
     """
-    if not file.exists():
+    if not file.exists() or (kept := read_result(file)) is None:
         return False
-    kept = json.loads(file.read_text(encoding="utf-8"))
     if other := [name for name, value in setting.items() if kept.get(name) != value]:
         raise UserError(
             f"{file} was made with another {' and '.join(other)}: choose another --output_dir, or delete it"

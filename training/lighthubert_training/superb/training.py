@@ -2,11 +2,13 @@
 was killed and resumed or not."""
 
 import json
+import logging
 import random
 import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from lighthubert_training.runs.checkpoints import FailedSaves, is_write_error
 from lighthubert_training.runs.distributed import sum_gradients
 from lighthubert_training.superb.features import Features
 from lighthubert_training.superb.heads import Downstream, spans_masked
@@ -23,6 +26,7 @@ from lighthubert_training.superb.tasks import Task
 from modeling_lighthubert.files import whole_file
 
 
+logger = logging.getLogger(__name__)
 STATE_FILE = "state.pt"
 
 
@@ -54,7 +58,7 @@ class HeadTraining:
         self.downstream = Downstream(self.upstream.num_layers, task.build_head()).to(accelerator.device)
         self.optimizer = torch.optim.Adam(self.downstream.parameters(), lr=self.settings.learning_rate)
         self.step, self.best, self.history = 0, dict[str, Any](), list[dict[str, float]]()
-        self.setting = json.dumps(setting, sort_keys=True)
+        self.setting, self.failed_saves = json.dumps(setting, sort_keys=True), FailedSaves("the same command")
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, from the state in the folder if there is one.
@@ -74,10 +78,11 @@ class HeadTraining:
             rate = seconds / (time.perf_counter() - start)
             bar.set_postfix({"loss": f"{loss:.3g}", "audio s/s": f"{rate:.0f}"}, refresh=False)
             if self.step % self.settings.eval_steps == 0 or self.step == max_steps:
+                error = None
                 if is_main:
                     self.evaluate(loss)
-                    self.save_state()
-                self.accelerator.wait_for_everyone()
+                    error = self.save_state()
+                self.failed_saves.note(self.folder / STATE_FILE, error, self.accelerator)
         bar.close()
         if not is_main:
             return {}
@@ -153,22 +158,33 @@ class HeadTraining:
             head = {name: tensor.detach().cpu().clone() for name, tensor in self.downstream.state_dict().items()}
             self.best = {"scores": scores, "step": self.step, "head": head}
 
-    def save_state(self) -> None:
-        """Writes the state to the folder."""
+    def save_state(self) -> Exception | None:
+        """Writes the state to the folder. Returns the error if the disk does not take it."""
         state = {
             "step": self.step, "downstream": self.downstream.state_dict(), "optimizer": self.optimizer.state_dict(),
             "best": self.best, "history": self.history, "setting": self.setting,
         }  # fmt: skip
-        with whole_file(self.folder / STATE_FILE) as unfinished:
-            torch.save(state, unfinished)
+        try:
+            with whole_file(self.folder / STATE_FILE) as unfinished:
+                torch.save(state, unfinished)
+        except Exception as error:
+            if not is_write_error(error):
+                raise
+            return error
+        return None
 
     def load_state(self) -> None:
-        """Resumes from the state in the folder, if there is one with this setting."""
+        """Resumes from the state in the folder, if there is one with this setting, without damage."""
         file = self.folder / STATE_FILE
         if not file.exists():
             return
-        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
-        if state["setting"] == self.setting:
+        try:
+            state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+            fits = state["setting"] == self.setting
+        except (RuntimeError, EOFError, KeyError, TypeError, ValueError, UnpicklingError) as error:
+            logger.warning(f"{file} is damaged ({error}): the head is trained from the beginning")
+            return
+        if fits:
             self.downstream.load_state_dict(state["downstream"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.best, self.history = state["step"], state["best"], state["history"]
