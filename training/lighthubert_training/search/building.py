@@ -52,13 +52,13 @@ def read_batches(
     """Readable recordings of a part of the data, in batches. Their items are their places in the data.
 
     Args:
-        column: its values are the labels.
+        column: its values, as text, are the labels.
         num_batches: for so many, recordings are drawn at random, and no others are read. Default: all, in their order.
 
     Raises:
         UserError: no data are named, or too many of the recordings cannot be read.
     """
-    speech = load_speech(replace(data, streaming=False), training, () if column is None else (column,))
+    speech = load_speech(replace(data, streaming=False), training, (), () if column is None else (column,))
     if speech is None:
         raise UserError("there is no speech to measure on: name it with --validation_file or --eval_split_name")
     dataset = SpeechDataset(speech, data.audio_column_name, sampling_rate, None if column is None else speech[column])

@@ -98,7 +98,8 @@ class TaskData:
         else:
             asked = " or ".join(f"{self.folder / name}{suffix}" for suffix in SUFFIXES)
             raise UserError(f"{self.settings.task}: there is no {asked}. {self.settings.data}")
-        speech: Any = load_speech(arguments, training=False, other_columns=columns)
+        texts, others = ([each for each in columns if (each == "text") == is_text] for is_text in (True, False))
+        speech: Any = load_speech(arguments, training=False, other_columns=others, text_columns=texts)
         rows = speech.select_columns(list(columns)).to_list() if columns else [{} for _ in range(len(speech))]
         part = Part(name, rows, speech)
         return part.readable(self.max_unreadable_share) if self.max_unreadable_share else part
