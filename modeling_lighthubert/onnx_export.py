@@ -90,9 +90,8 @@ def onnx_session(file: str | Path, num_threads: int | None = None) -> Any:
 class ExportedModel(nn.Module):
     """What is exported: a copy of the model, cut and folded, from two tensors to one."""
 
-    def __init__(self, model: HubertPreTrainedModel):
+    def __init__(self, model: Any):
         super().__init__()
-        self.model: Any
         if hasattr(model, "extract_subnet"):  # of ours, be it loaded with the code of its folder
             self.model = model.extract_subnet()
         else:  # a copy would share the class of its weight-normed convolution, and folding changes that class

@@ -3,12 +3,22 @@
 import difflib
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import TWO_DEEP, assert_close, noise, run_without_package, tiny_config, tiny_model
-from transformers import AutoModelForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor, pipeline
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForCTC,
+    AutoProcessor,
+    AutoTokenizer,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
+    pipeline,
+)
 from transformers.utils import is_torchaudio_available
 
 from modeling_lighthubert import LightHubertForCTC, LightHubertForSequenceClassification
@@ -61,6 +71,21 @@ def folders(tmp_path_factory):
             else:
                 Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder)
     return root
+
+
+@pytest.mark.parametrize("auto_class", [AutoFeatureExtractor, AutoTokenizer, AutoProcessor])
+def test_a_processor_that_does_not_name_its_classes_is_found_by_the_type_of_the_model(folders, tmp_path, auto_class):
+    """As older tools write it."""
+    folder = shutil.copytree(folders / "recogniser-cut", tmp_path / "older")
+    expected = type(auto_class.from_pretrained(folder))
+    (folder / "processor_config.json").unlink()
+    Wav2Vec2FeatureExtractor().save_pretrained(folder)
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        values = json.loads((folder / name).read_text())
+        for key in ("feature_extractor_type", "tokenizer_class", "processor_class"):
+            values.pop(key, None)
+        (folder / name).write_text(json.dumps(values))
+    assert type(auto_class.from_pretrained(folder)) is expected
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -123,6 +148,19 @@ def test_a_long_recording_is_transcribed_in_chunks(recogniser):
 def test_chunks_in_batches_change_nothing(recogniser):
     one = recogniser(speech(12), chunk_length_s=4, stride_length_s=(1, 1), batch_size=1)
     assert recogniser(speech(12), chunk_length_s=4, stride_length_s=(1, 1), batch_size=4) == one
+
+
+def test_a_clip_that_is_shorter_than_a_frame_is_silent_in_a_batch(recogniser):
+    long, short = speech(2), speech(1)[:200]
+    found = recogniser([long.copy(), short.copy()], batch_size=2)
+    assert [each["text"] for each in found] == [transcribed(recogniser, long), ""]
+
+
+def test_a_last_chunk_that_is_shorter_than_a_frame_is_silent(recogniser):
+    audio = speech(3)[: 2 * 16_000 + 300]
+    found = recogniser(audio.copy(), chunk_length_s=1, stride_length_s=0, batch_size=3)["text"]
+    parts = [transcribed(recogniser, audio[start : start + 16_000]) for start in (0, 16_000)]
+    assert found.replace(" ", "") == "".join(parts).replace(" ", "")
 
 
 @pytest.mark.parametrize("chunking", [{}, {"chunk_length_s": 4, "stride_length_s": (1, 1)}], ids=["whole", "chunks"])

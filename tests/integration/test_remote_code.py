@@ -6,6 +6,10 @@ import pytest
 import torch
 from conftest import HEADS, TWO_DEEP, answer, assert_close, noise, run_without_package, tiny_model
 from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from modeling_lighthubert.export import to_hubert
+from modeling_lighthubert.onnx_export import ExportedModel
 
 
 FORMS = ["supernet", "cut"]
@@ -222,3 +226,14 @@ def test_a_subnet_is_chosen_at_load_without_the_package(rest, way):
 )
 def test_mistakes_have_the_same_messages_without_the_package(rest, mistake, message):
     assert message in rest[mistake]
+
+
+def test_a_model_with_the_code_of_its_folder_is_exported_by_the_package(tmp_path, waveform):
+    """Its classes are others than those of the package, and have their names."""
+    model = tiny_model(HEADS["AutoModelForCTC"]).extract_subnet("smallest")
+    model.save_pretrained(tmp_path)
+    remote_class = get_class_from_dynamic_module("modeling_lighthubert.LightHubertForCTC", tmp_path)
+    remote = remote_class.from_pretrained(tmp_path).eval()
+    assert not isinstance(remote, type(model))
+    assert_close(answer(to_hubert(remote), waveform), answer(model, waveform))
+    assert ExportedModel(remote).model is not remote  # a copy, which is folded
