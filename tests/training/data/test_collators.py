@@ -8,6 +8,7 @@ from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec
 
 from lighthubert_training.data.collators import CTCCollator, DistillationCollator, pad, padded_batches
 from lighthubert_training.data.recordings import CroppedRecordings, Item, Recording
+from modeling_lighthubert.errors import UserError
 
 
 NORMALISED = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
@@ -35,6 +36,16 @@ def test_padding_is_that_of_each_waveform_alone_bit_by_bit(extractor):
         alone = extractor(waveform, sampling_rate=RATE, return_tensors="pt")["input_values"][0]
         assert torch.equal(row[: len(waveform)], alone)
         assert not row[len(waveform) :].any()
+
+
+def test_padding_on_the_left_is_refused():
+    """Its mask says how many frames are true, and the first ones are taken: the end would be lost."""
+    left = Wav2Vec2FeatureExtractor(do_normalize=True, padding_side="left")
+    with pytest.raises(UserError, match='pads recordings on the left: set "padding_side": "right"'):
+        pad(left, WAVEFORMS)
+    with pytest.raises(UserError, match="pads recordings on the left"):
+        DistillationCollator(NORMALISED, left, 400)(recordings())
+    assert pad(left, [TONE])["attention_mask"].all()  # no padding, no harm
 
 
 def test_padded_batches_keep_the_order():
@@ -73,7 +84,7 @@ def test_a_batch_of_distillation_names_its_items_and_leaves_out_what_cannot_be_r
     batch = collator([items[Item(1, index)] for index in (2, 7, 5)])
     assert batch["items"].tolist() == [[1, 2], [1, 5]]
     assert batch["names"] == ["tone-2.flac", "tone-5.flac"]
-    assert batch["unreadable"] == [("tone-7.flac", "Format not recognised.")]
+    assert [(name, reason[:15]) for name, reason in batch["unreadable"]] == [("tone-7.flac", "not in a format")]
     assert len(batch["input_values"]) == len(batch["attention_mask"]) == 2
 
 

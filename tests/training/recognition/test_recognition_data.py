@@ -103,6 +103,13 @@ def test_a_stream_gives_recordings_in_its_order_without_useless_ones(processor, 
         assert f"left out: {name} (no transcript, or one longer than the recording has frames)" in caplog.text
 
 
+def test_a_streamed_transcript_with_the_sign_for_a_space_is_left_out_and_named(processor, model, caplog):
+    stream = rows([("pipe.flac", WHOLE, "a|b"), ("spelt.flac", WHOLE, "<pad>")]).to_iterable_dataset()
+    speech = list(StreamedSpeech(stream, DataArguments(), TextArguments(), processor, model))
+    assert [(each.name, len(each.labels)) for each in speech] == [("spelt.flac", 5)]
+    assert "left out: pipe.flac (| in its transcript: --chars_to_ignore)" in caplog.text
+
+
 def test_recordings_to_transcribe_are_found_once(tmp_path):
     (tmp_path / "one.flac").write_bytes(WHOLE)
     undecoded([{"audio": {"path": "same.flac", "bytes": WHOLE}}] * 2).to_parquet(tmp_path / "two.parquet")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lighthubert_training.data.collators import label_ids
 from lighthubert_training.recognition.text import (
     TextArguments,
     build_tokenizer,
@@ -32,6 +33,31 @@ def test_the_vocabulary_is_the_characters_of_the_transcripts(tmp_path):
         name: index for index, name in enumerate(["<pad>", "<unk>", "|", "a", "b", "c", "а", "д"])
     }
     assert tokenizer.decode(tokenizer("a c да").input_ids, group_tokens=False) == "a c да"
+
+
+def test_a_transcript_that_spells_a_special_token_is_learnt_letter_by_letter(tmp_path):
+    texts = ["a <pad>", "<unk>"]
+    tokenizer = build_tokenizer(texts, tmp_path)
+    ids = label_ids(texts, tokenizer)
+    assert [tokenizer.decode(each, group_tokens=False) for each in ids] == texts
+    assert not {tokenizer.pad_token_id, tokenizer.unk_token_id}.intersection(ids[0] + ids[1])
+    assert label_ids([], tokenizer) == []
+
+
+@pytest.mark.parametrize("name", ["new", "given"])
+def test_a_transcript_with_the_sign_for_a_space_is_refused_and_shown(tmp_path, name):
+    """Its vocabulary had a hole: `|` is there already."""
+    with pytest.raises(UserError, match=r"1 of 2 train transcripts .*'\|'.* such as 'a\|b': .*--chars_to_ignore '\|'"):
+        if name == "new":
+            build_tokenizer(["a", "a|b"], tmp_path)
+        else:
+            report_unknown_characters(["a", "a|b"], build_tokenizer(["a b"], tmp_path), "train", "keep")
+    assert TextArguments(chars_to_ignore=["|"]).normalize("a | b") == "a b"
+
+
+def test_every_character_of_a_new_vocabulary_has_its_own_number_and_none_is_left_out(tmp_path):
+    tokenizer = build_tokenizer(["<pad>", 'say "</s>"', "\u200b0"], tmp_path)
+    assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
 
 
 def test_unknown_characters_are_counted(tmp_path):

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from transformers import BatchFeature, PreTrainedTokenizerBase, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
 from lighthubert_training.data.recordings import Recording
+from modeling_lighthubert.errors import UserError
 
 
 Batch = Mapping[str, torch.Tensor]
@@ -18,9 +19,18 @@ Batch = Mapping[str, torch.Tensor]
 
 def pad(extractor: Wav2Vec2FeatureExtractor, waveforms: Sequence[np.ndarray]) -> BatchFeature:
     """Tensors `input_values`, float32, and `attention_mask`, int32, each (batch_size, num_samples), as the feature
-    extractor makes them (normalised or raw). Padding, zeros, is on the right."""
+    extractor makes them (normalised or raw). Padding, zeros, is on the right.
+
+    Raises:
+        UserError: the feature extractor pads on the left. Models take the first frames for the true ones.
+    """
     options: dict[str, Any] = {"padding": True, "return_attention_mask": True, "return_tensors": "pt"}
-    return extractor(list(waveforms), sampling_rate=extractor.sampling_rate, **options)
+    batch = extractor(list(waveforms), sampling_rate=extractor.sampling_rate, **options)
+    mask = batch["attention_mask"]
+    if bool((mask[:, 1:] > mask[:, :-1]).any()):
+        remedy = 'set "padding_side": "right" in its preprocessor_config.json'
+        raise UserError(f"the feature extractor pads recordings on the {extractor.padding_side}: {remedy}")
+    return batch
 
 
 def padded_batches(
@@ -28,6 +38,11 @@ def padded_batches(
 ) -> list[Batch]:
     """Padded batches, in the order of `waveforms`."""
     return [pad(extractor, waveforms[at : at + batch_size]) for at in range(0, len(waveforms), batch_size)]
+
+
+def label_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the characters of each text. `<pad>` in a text is five characters, not a blank."""
+    return tokenizer(list(texts), split_special_tokens=True).input_ids if texts else []
 
 
 def _split(recordings: Sequence[Recording]) -> tuple[list[Recording], list[np.ndarray], list[tuple[str, str]]]:

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import Wav2Vec2Processor
 
+from lighthubert_training.data.collators import label_ids
 from lighthubert_training.data.recordings import (
     NO_HEADER,
     Recording,
@@ -20,7 +21,12 @@ from lighthubert_training.data.recordings import (
     recording_name,
 )
 from lighthubert_training.data.sources import TABLES, DataArguments, count_recordings, load_speech
-from lighthubert_training.recognition.text import TextArguments, num_frames_needed, report_unknown_characters
+from lighthubert_training.recognition.text import (
+    TextArguments,
+    num_frames_needed,
+    report_unknown_characters,
+    special_characters,
+)
 from lighthubert_training.runs.options import option
 from modeling_lighthubert.errors import UserError
 
@@ -53,7 +59,7 @@ class TranscribedSpeech(SpeechDataset):
     def __init__(
         self, dataset: Dataset, column: str, texts: Sequence[str], processor: Wav2Vec2Processor, max_share: float = 0.0
     ):
-        labels = processor.tokenizer(list(texts)).input_ids if texts else []
+        labels = label_ids(texts, processor.tokenizer)
         super().__init__(dataset, column, processor.feature_extractor.sampling_rate, labels)
         self.texts, self.seconds = list(texts), durations(self)
         self.unreadable = Unreadable(max_share, len(self))
@@ -112,7 +118,7 @@ def _why_useless(speech: TranscribedSpeech, index: int, model: Any, training: bo
 
 class StreamedSpeech(torch.utils.data.IterableDataset):
     """Transcribed recordings of a stream, in its order, some of which may be unreadable. Those without a transcript,
-    or with one that is longer than the recording has frames, are left out and named.
+    or with one that is longer than the recording has frames, or has `special_characters`, are left out and named.
 
     Args:
         model: a PreTrainedModel, which says how many frames it makes of a recording.
@@ -130,9 +136,13 @@ class StreamedSpeech(torch.utils.data.IterableDataset):
         self.stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Recording]:
+        special = special_characters(self.processor.tokenizer)
         for index, row in enumerate(self.stream):
             audio, text = row[self.data.audio_column_name], self.text.normalize(row[self.text.text_column_name])
-            name, labels = recording_name(audio, index), self.processor.tokenizer(text).input_ids
+            name, (labels,) = recording_name(audio, index), label_ids([text], self.processor.tokenizer)
+            if found := special.intersection(text):
+                logger.warning(f"left out: {name} ({' '.join(sorted(found))} in its transcript: --chars_to_ignore)")
+                continue
             recording = read_recording(audio, self.processor.feature_extractor.sampling_rate, name, labels)
             samples = recording.waveform
             if samples is None or (labels and num_frames_needed(labels) <= int(self.num_frames(len(samples)))):

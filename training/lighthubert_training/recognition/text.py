@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import Wav2Vec2CTCTokenizer
+from transformers import PreTrainedTokenizerBase, Wav2Vec2CTCTokenizer
 
 from lighthubert_training.runs.options import option
 from modeling_lighthubert.errors import UserError
@@ -38,13 +38,34 @@ class TextArguments:
 
 
 def build_tokenizer(transcripts: Sequence[str], folder: Path) -> Wav2Vec2CTCTokenizer:
-    """A tokenizer whose vocabulary is the characters of `transcripts`; `vocab.json` is written to `folder`."""
+    """A tokenizer whose vocabulary is the characters of `transcripts`; `vocab.json` is written to `folder`.
+
+    Raises:
+        UserError: a transcript has the sign that stands for a space, `|`.
+    """
+    _refuse_special_characters(transcripts, {"|"}, "train")
     characters = sorted(set("".join(transcripts)) - {" "})
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<unk>", "|", *characters])}
     write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False) + "\n")
     return Wav2Vec2CTCTokenizer(
         str(folder / "vocab.json"), pad_token="<pad>", unk_token="<unk>", bos_token=None, eos_token=None
     )
+
+
+def special_characters(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Characters that a transcript cannot have, because they mean something else: a space, or a blank."""
+    tokens = [*tokenizer.all_special_tokens, getattr(tokenizer, "word_delimiter_token", None)]
+    return {token for token in tokens if token is not None and len(token) == 1} - {" "}
+
+
+def _refuse_special_characters(transcripts: Sequence[str], special: set[str], part: str) -> None:
+    found = [text for text in transcripts if special.intersection(text)]
+    if found:
+        characters = " ".join(sorted(special.intersection("".join(found))))
+        raise UserError(
+            f"{len(found)} of {len(transcripts)} {part} transcripts have {characters!r}, which means a space or a"
+            f" blank in the vocabulary, such as {found[0]!r:.80}: take it out, with --chars_to_ignore '{characters}'"
+        )
 
 
 def unknown_characters(transcripts: Sequence[str], tokenizer: Wav2Vec2CTCTokenizer) -> Counter[str]:
@@ -61,8 +82,10 @@ def report_unknown_characters(
     """Warns of characters that the model cannot write, and says what may be done about them.
 
     Raises:
-        UserError: most characters are unknown: these transcripts are not what the tokenizer is for.
+        UserError: most characters are unknown: these transcripts are not what the tokenizer is for; or some mean
+            something else (see `special_characters`).
     """
+    _refuse_special_characters(transcripts, special_characters(tokenizer), part)
     unknown = unknown_characters(transcripts, tokenizer)
     if not unknown:
         return

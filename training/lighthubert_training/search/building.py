@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import send_to_device
 from transformers import AutoFeatureExtractor, AutoModelForCTC, Wav2Vec2FeatureExtractor
 
-from lighthubert_training.data.collators import Batch, CTCCollator, pad
+from lighthubert_training.data.collators import Batch, CTCCollator, label_ids, pad
 from lighthubert_training.data.recordings import Recording, SpeechDataset, Unreadable
 from lighthubert_training.data.sources import DataArguments, load_speech
 from lighthubert_training.search.fitness import CTCError, ProbeError
@@ -118,7 +118,7 @@ def ctc_training_batches(
     rate = processor.feature_extractor.sampling_rate
     batches = read_batches(data, True, rate, batch_size, text_column_name, num_batches, seed)
     labelled = [
-        [each._replace(labels=processor.tokenizer(each.labels).input_ids) for each in batch] for batch in batches
+        [each._replace(labels=label_ids([each.labels], processor.tokenizer)[0]) for each in batch] for batch in batches
     ]
     return [to_model(collate(batch), fitness.model) for batch in labelled]
 
