@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor, set_seed
 from transformers.utils import logging
 
 from lighthubert_training.cards.render import save_card
-from lighthubert_training.cards.subnet import FACTS_FILE, render_subnet_card, subnet_facts
+from lighthubert_training.cards.subnet import COUNTS, FACTS_FILE, render_subnet_card, subnet_facts
 from lighthubert_training.data.strings import Speech, prepare_speech
 from lighthubert_training.distillation.teacher import ObjectiveArguments, Teacher
 from lighthubert_training.probing import ProbeBench
@@ -160,7 +160,8 @@ def write_card(folder: Path, arguments: DemoArguments, result: Mapping[str, Any]
     """The card of the fine-tuned middle subnet, and the facts that it is made of."""
     facts = subnet_facts(load_model(folder), "the supernet of the demonstration")
     facts["teacher"] = arguments.teacher.removeprefix(f"{ROOT}/")
-    facts["results"] = [{"metric": metric, "value": result[metric]} for metric in ("wer", "cer")]
+    counts = dict.fromkeys(COUNTS, result["num_recordings"])  # all that there are
+    facts["results"] = [{"metric": metric, "value": result[metric]} | counts for metric in ("wer", "cer")]
     write_json(folder / FACTS_FILE, facts)
     train_file, test_file = Path(arguments.train_file).name, Path(arguments.test_file).name
     data = f"`{train_file}`, tested on `{test_file}`."
@@ -206,7 +207,7 @@ def compare_models(arguments: DemoArguments, output: Path, train: Speech, test: 
             ("middle, random weights", "middle-random", "asr-random", {"freeze_feature_encoder": False}),
         ):
             result = recognise(arguments, output / start, train, test, output / folder, **options)
-            ctc.append({"model": name, "wer": result["wer"], "cer": result["cer"]})
+            ctc.append({"model": name} | {key: result[key] for key in ("wer", "cer", "num_recordings")})
     write_card(output / "asr", arguments, ctc[0])
     return write_results(output, rows, ctc)
 

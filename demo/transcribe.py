@@ -42,6 +42,7 @@ def main() -> None:
     for reference, hypothesis in list(zip(references, hypotheses, strict=True))[: options.num_shown]:
         print(f"  {reference:<34} | {hypothesis}")
     results = {"wer": jiwer.wer(references, hypotheses), "cer": jiwer.cer(references, hypotheses)}
+    results["num_recordings"] = len(references)
     print(f"  {len(references)} recordings: WER {results['wer']:.1%}, CER {results['cer']:.1%}")
     if options.output_file is not None:
         pairs = zip(references, hypotheses, strict=True)

@@ -28,11 +28,18 @@ from transformers import (
     set_seed,
 )
 
+from lighthubert_training.cards.render import NUM_AVAILABLE, NUM_RECORDINGS
 from lighthubert_training.cards.speech_recognition import write_recognition_card
 from lighthubert_training.data.collators import CTCCollator
 from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.recognition.arguments import CTCArguments, ModelArguments, configure, find_start
-from lighthubert_training.recognition.data import TestArguments, build_speech, describe_sources, load_parts
+from lighthubert_training.recognition.data import (
+    TestArguments,
+    build_speech,
+    count_available,
+    describe_sources,
+    load_parts,
+)
 from lighthubert_training.recognition.text import TextArguments, build_tokenizer
 from lighthubert_training.recognition.trainer import CTCTrainer, begin_with_blanks, shorten_mask_spans
 from lighthubert_training.recognition.transcripts import write_evaluation
@@ -140,9 +147,18 @@ def build_model(arguments: ModelArguments, ctc: CTCArguments, processor: Wav2Vec
     return model
 
 
-def save_results(trainer: CTCTrainer, speech: dict[str, Any]) -> dict[str, dict[str, float]]:
+def save_results(
+    trainer: CTCTrainer, speech: dict[str, Any], count_available: Callable[[str], int]
+) -> dict[str, dict[str, float]]:
     """Saves the model, evaluates it on all parts of the data but `train`, and saves metrics, transcripts and a plot of
-    the losses. Returns the metrics."""
+    the losses.
+
+    Args:
+        count_available: recordings that a part has, before any are left out.
+
+    Returns:
+        The metrics of each part, with how many recordings they are of, and of how many.
+    """
     folder = Path(trainer.args.output_dir)
     trainer.save_model()
     trainer.save_state()
@@ -150,7 +166,8 @@ def save_results(trainer: CTCTrainer, speech: dict[str, Any]) -> dict[str, dict[
     for part, held_out in speech.items():
         if part == "train":
             continue
-        results[part] = trainer.evaluate(held_out, metric_key_prefix=part)
+        counts = {f"{part}_{NUM_RECORDINGS}": len(held_out), f"{part}_{NUM_AVAILABLE}": count_available(part)}
+        results[part] = trainer.evaluate(held_out, metric_key_prefix=part) | counts
         trainer.log_metrics(part, results[part])
         trainer.save_metrics(part, results[part])
         if trainer.is_world_process_zero():
@@ -197,7 +214,7 @@ def fine_tune(
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
 
     with saving_results(folder):
-        results = save_results(trainer, speech)
+        results = save_results(trainer, speech, partial(count_available, data_arguments, test_arguments))
         if trainer.is_world_process_zero():
             sources = describe_sources(data_arguments, test_arguments)
             write_recognition_card(model, arguments.model_name_or_path, sources, results, folder)

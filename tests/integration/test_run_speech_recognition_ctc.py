@@ -18,9 +18,21 @@ from conftest import assert_close, stock_settings
 from datasets import Dataset
 from evaluate import evaluator
 from hub_server import loopback_hub
+from huggingface_hub import ModelCard
 from run_speech_recognition_ctc import share_processor
 from safetensors.torch import load_file
-from scripts import TRAINING, distil, finish_as_a_user, make_workshop, newest, run, start, wait_until, weights
+from scripts import (
+    TRAINING,
+    distil,
+    finish_as_a_user,
+    killed,
+    make_workshop,
+    newest,
+    run,
+    start,
+    wait_until,
+    weights,
+)
 from speech import encoded, undecoded
 from transformers import (
     AutoConfig,
@@ -197,8 +209,19 @@ def test_a_run_leaves_what_a_reader_looks_for(cut):
     assert (cut / "loss.png").read_bytes().startswith(b"\x89PNG")
     card = (cut / "README.md").read_text()
     assert "model-index" in card and "type: wer" in card
-    assert f"| {100 * error_rates(cut)['eval_wer']:.2f} |" in card
+    assert f"| 8 of 8 | this model | {100 * error_rates(cut)['eval_wer']:.2f} % |" in card
+    results = {result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results}
+    assert results["cer"] == round(error_rates(cut)["eval_cer"], 4)
     assert str(cut.parent) not in card
+
+
+def test_a_figure_says_how_many_recordings_of_how_many_it_is_of(shop, tmp_path):
+    output = fine_tune(shop, tmp_path, "--validation_file", shop / "speech.parquet", "--max_eval_samples", 3)
+    results = error_rates(output)
+    assert (results["eval_num_recordings"], results["eval_num_available"]) == (3, 8)
+    card = ModelCard((output / "README.md").read_text())
+    assert "| 3 of 8 | this model |" in card.text
+    assert card.data.eval_results is None
 
 
 def test_the_model_is_pushed_to_the_hub_with_its_card_and_without_its_checkpoints(shop, monkeypatch):
@@ -255,18 +278,53 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(shop):
     shared = ("--once_for_all", "--max_steps", 30, "--save_strategy", "steps", "--save_steps", 4)
     shared += ("--per_device_train_batch_size", 3, "--mask_time_prob", 0.3, "--logging_steps", 1)
     undisturbed = fine_tune(shop, "undisturbed", *shared)
-    killed, rng = shop / "killed", random.Random(0)
+    disturbed, rng = shop / "killed", random.Random(0)
     command = [SCRIPT, *options(shop, "killed", *shared, "--resume_from_checkpoint", "latest")]
     for _ in range(2):
-        goal = newest(killed) + rng.randint(1, 8)
+        goal = newest(disturbed) + rng.randint(1, 8)
         (process,) = start(*command)
-        wait_until(lambda goal=goal: newest(killed) >= goal, process)
+        wait_until(lambda goal=goal: newest(disturbed) >= goal, process)
         process.kill()
         process.join()
     run(*command)
     for name, weight in weights(undisturbed).items():
-        assert torch.equal(weights(killed)[name], weight), name
-    assert losses(killed) == losses(undisturbed)
+        assert torch.equal(weights(disturbed)[name], weight), name
+    assert losses(disturbed) == losses(undisturbed)
+
+
+RUNS, TRAINER = "lighthubert_training.runs.checkpoints", "lighthubert_training.recognition.trainer"
+WINDOWS = [
+    (f"{RUNS}:give_permissions", 0),  # the first save: all is written, and not marked as whole
+    (f"{RUNS}:_put_in_place", 0),
+    (f"{TRAINER}:rotate_checkpoints", 1),  # it is there, and nothing is deleted yet
+    (f"{RUNS}:write_manifest", 1),  # the second save
+    (f"{TRAINER}:rotate_checkpoints", 2),  # there are two, of which one is to go
+    (f"{TRAINER}:rotate_checkpoints", 3),  # in the last step, in the middle of an epoch
+    ("lighthubert_training.recognition.transcripts:write_evaluation", 3),
+    ("lighthubert_training.cards.speech_recognition:write_recognition_card", 3),
+]
+"""Functions in whose first call a run is killed, and the newest checkpoint then."""
+
+
+def test_a_run_killed_in_each_window_of_its_saves_ends_with_the_same_weights(shop):
+    """Each run goes on from what the one before has left; only the newest checkpoint is kept, the rate is constant."""
+    shared = ("--max_steps", 3, "--save_strategy", "steps", "--save_steps", 1, "--save_total_limit", 1)
+    shared += ("--per_device_train_batch_size", 2, "--lr_scheduler_type", "constant", "--learning_rate", 1e-2)
+    shared += ("--validation_file", shop / "speech.parquet", "--mask_time_prob", 0.3, "--logging_steps", 1)
+    undisturbed = fine_tune(shop, "no-windows", *shared)
+    more = (*shared, "--resume_from_checkpoint", "latest")
+    for function, left in WINDOWS:
+        killed(function, 1, SCRIPT, *options(shop, "windows", *more))
+        assert newest(shop / "windows") == left, function
+    output = fine_tune(shop, "windows", *more)
+    assert all(torch.equal(weights(output)[name], weight) for name, weight in weights(undisturbed).items())
+    assert losses(output) == losses(undisturbed)
+    rates = [
+        {name: value for name, value in error_rates(each).items() if "er" in name} for each in (output, undisturbed)
+    ]
+    assert rates[0] == rates[1]
+    left = [path.name for path in output.glob("*checkpoint*")], [path.name for path in output.glob(".*")]
+    assert left == (["checkpoint-3"], [])
 
 
 def test_a_damaged_checkpoint_is_passed_over(shop, caplog):

@@ -44,16 +44,17 @@ def test_a_fine_tuned_model_has_a_card_with_its_error_rates(tmp_path, kind):
         model = model.extract_subnet("smallest")
     if kind == "hubert":
         model = to_hubert(model)
-    metrics = {"test_wer": 0.25, "test_cer": 0.125}
+    metrics = {"test_wer": 0.25, "test_cer": 0.125, "test_num_recordings": 99, "test_num_available": 100}
     if kind == "supernet":
         metrics |= {"test_wer_smallest": 0.5, "test_cer_smallest": 0.375}
     sources = {"train": "tones.parquet", "test": "more.parquet"}
     write_recognition_card(model, "me/start", sources, {"test": metrics}, tmp_path / "asr")
     card = ModelCard.load(tmp_path / "asr" / "README.md")
-    assert [result.metric_value for result in card.data.eval_results] == [25.0, 12.5]
+    assert [result.metric_value for result in card.data.eval_results] == [0.25, 0.125]
     assert f"{model.num_parameters():,} parameters" in card.text
-    assert f"| more.parquet | {'mean' if kind == 'supernet' else 'this model'} | 25.00 | 12.50 |" in card.text
-    assert ("| | smallest | 50.00 | 37.50 |" in card.text) is (kind == "supernet")
+    subnet = "mean" if kind == "supernet" else "this model"
+    assert f"| more.parquet | 99 of 100 | {subnet} | 25.00 % | 12.50 % |" in card.text
+    assert ("| | | smallest | 50.00 % | 37.50 % |" in card.text) is (kind == "supernet")
     assert ("MACs" in card.text) is (kind != "hubert")
     assert "me/start, on tones.parquet" in card.text
     assert "{{" not in str(card) and "None" not in str(card)

@@ -44,13 +44,18 @@ def test_a_card_says_what_the_model_is_and_its_metadata_is_valid(head, form):
     facts = subnet_facts(model, "me/supernet", form) | {
         "teacher": "me/teacher",
         "speed": SPEED,
-        "results": [{"metric": "wer", "value": 0.1234}],
+        "results": [
+            {"metric": "wer", "value": 0.1234, "num_recordings": 99, "num_available": 100},
+            {"metric": "loss", "value": 0.5},
+        ],
     }
     card = render_subnet_card(facts, "me/small", "mit", "Tones.", dataset="tones", language="en")
     read = ModelCard(str(card))  # parses the metadata anew
     assert read.data.license == "mit"
     assert read.data.pipeline_tag == facts["pipeline_tag"]
-    assert read.data.eval_results[0].metric_value == 0.1234
+    assert [result.metric_value for result in read.data.eval_results] == [0.1234, 0.5]
+    assert "| wer | 12.34 % | 99 of 100 |" in read.text
+    assert "| loss | 0.5000 | number not known |" in read.text
     text = " ".join(read.text.split())
     for figure in (f"{model.num_parameters():,}", "0.0123", "3.21", "4, 4, 4", "me/supernet", "me/teacher", "Tones."):
         assert figure in text
@@ -131,13 +136,30 @@ def test_results_are_read_from_what_a_search_and_a_training_run_leave(tmp_path):
         read_results([str(tmp_path / "nothing.json")], subnet)
 
 
+def test_a_result_of_a_part_of_the_data_is_not_published_as_one_of_all(tmp_path):
+    run, counts = tmp_path / "eval_results.json", {"num_recordings": 10, "num_available": 108}
+    run.write_text(json.dumps({"eval_wer": 0.02} | {f"eval_{name}": count for name, count in counts.items()}))
+    with pytest.raises(UserError, match="is of 10 of 108 recordings, .* with --max_eval_samples none"):
+        read_results([str(run)], {})
+    facts = subnet_facts(tiny_model(LightHubertForCTC).extract_subnet("smallest"), "me/supernet")
+    facts["results"] = [{"metric": "wer", "value": 0.02} | counts]
+    card = render_subnet_card(facts, "me/small", "mit", "Tones.")
+    assert card.data.eval_results is None
+    assert "| wer | 2.00 % | 10 of 108 |" in card.text
+
+
 def test_results_of_a_training_run_are_told_apart_by_part_metric_and_subnet():
     results = {
         **{"train_loss": 9.0, "train_runtime": 9.0, "epoch": 2.0, "eval_runtime": 9.0, "eval_steps_per_second": 9.0},
         **{"eval_loss": 0.1, "eval_loss_a_small": 0.2, "eval_loss_smallest": 0.3, "test_wer_a_small": 0.4},
     }
-    assert training_figures(results, ["a_small", "alias"]) == {"loss": 0.2, "wer": 0.4}
-    assert training_figures(results, ["alias", "smallest"]) == {"loss": 0.3}
-    assert training_figures(results, []) == {}
-    every = {"loss": 0.1, "loss_a_small": 0.2, "loss_smallest": 0.3, "wer_a_small": 0.4}
-    assert training_figures(results, None) == every
+    results |= {"eval_num_recordings": 7, "eval_num_available": 7, "test_num_recordings": 8, "test_num_available": 9}
+
+    def figures(names):
+        return {each["metric"]: (each["value"], each["num_available"]) for each in training_figures(results, names)}
+
+    assert figures(["a_small", "alias"]) == {"loss": (0.2, 7), "wer": (0.4, 9)}
+    assert figures(["alias", "smallest"]) == {"loss": (0.3, 7)}
+    assert figures([]) == {}
+    every = {"loss": (0.1, 7), "loss_a_small": (0.2, 7), "loss_smallest": (0.3, 7), "wer_a_small": (0.4, 9)}
+    assert figures(None) == every

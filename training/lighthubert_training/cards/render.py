@@ -1,5 +1,6 @@
 """From a template and facts to a model card."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from modeling_lighthubert.files import whole_file
 TEMPLATES = Path(__file__).parent / "templates"
 APACHE_LICENSE = TEMPLATES / "apache-2.0.txt"
 """The text of the licence, to be copied beside weights under it."""
+NUM_RECORDINGS, NUM_AVAILABLE = "num_recordings", "num_available"
+"""What results call the number of recordings that they are of, and of those that the data have."""
+MOST_LEFT_OUT = 0.01
+"""Share of the data that results may leave out, such as recordings that cannot be read, and still be of the data."""
+
+
+def is_partial(result: Mapping[str, Any]) -> bool:
+    """Whether a result with both numbers is of too few recordings to be published as one of the data."""
+    available = result.get(NUM_AVAILABLE, 0)
+    return result.get(NUM_RECORDINGS, available) < (1 - MOST_LEFT_OUT) * available
 
 
 def render(template: str, data: ModelCardData, **facts: Any) -> ModelCard:

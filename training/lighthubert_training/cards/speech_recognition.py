@@ -6,28 +6,41 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from lighthubert_training.cards.render import public_name, render, save_card
+from lighthubert_training.cards.render import (
+    NUM_AVAILABLE,
+    NUM_RECORDINGS,
+    is_partial,
+    public_name,
+    render,
+    save_card,
+)
 from modeling_lighthubert.profiling import macs_per_second
 
 
 def write_recognition_card(
     model: Any, start: str, sources: Mapping[str, str], results: Mapping[str, Any], folder: Path
 ) -> None:
-    """Writes `README.md`, with the measured error rates in its metadata.
+    """Writes `README.md`, with the measured error rates, as fractions, in its metadata, but for those of a small part
+    of the data.
 
     Args:
         sources: what each part of the data is called.
-        results: metrics by part, `eval` and `test`.
+        results: metrics by part, `eval` and `test`, with the numbers of their recordings.
     """
+    counts = {
+        part: {name: metrics[f"{part}_{name}"] for name in (NUM_RECORDINGS, NUM_AVAILABLE)}
+        for part, metrics in results.items()
+    }
     measured = [
         EvalResult(
             task_type="automatic-speech-recognition",
             dataset_type="speech",
             dataset_name=sources[part],
             metric_type=measure,
-            metric_value=round(100 * metrics[f"{part}_{measure}"], 2),
+            metric_value=round(metrics[f"{part}_{measure}"], 4),
         )
         for part, metrics in results.items()
+        if not is_partial(counts[part])
         for measure in ("wer", "cer")
     ]
     supernet = getattr(model, "search_space", None)
@@ -48,5 +61,6 @@ def write_recognition_card(
         start=public_name(start),
         sources=sources,
         results=results,
+        counts=counts,
     )
     save_card(card, folder / "README.md")

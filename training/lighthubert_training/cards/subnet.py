@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from lighthubert_training.cards.render import render
+from lighthubert_training.cards.render import NUM_AVAILABLE, NUM_RECORDINGS, is_partial, render
 from modeling_lighthubert import LightHubertForCTC, LightHubertForSequenceClassification, LightHubertPreTrainedModel
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.export import Runner, speed_up
@@ -17,6 +17,9 @@ from modeling_lighthubert.profiling import macs_per_second
 
 
 FACTS_FILE = "facts.json"
+COUNTS = (NUM_RECORDINGS, NUM_AVAILABLE)
+RATES = ("wer", "cer", "character error rate", "probe error")
+"""Metrics that are fractions in JSON and in metadata, and percentages in text."""
 TASKS: dict[type, tuple[str, str]] = {
     LightHubertForCTC: ("automatic-speech-recognition", "speech recognition with CTC"),
     LightHubertForSequenceClassification: ("audio-classification", "audio classification"),
@@ -67,15 +70,16 @@ def measured_speed(run: Runner, largest: Runner, dtype: str, repeats: int, secon
 def read_results(
     files: Sequence[str], subnet: Mapping[str, Any], names: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Figures of a subnet, each `metric` and `value`, from JSON files that our scripts wrote: `results.json` of a
-    search, and `eval_results.json` or `all_results.json` of a training run.
+    """Figures of a subnet, as `training_figures` gives them, from JSON files that our scripts wrote: `results.json` of
+    a search, and `eval_results.json` or `all_results.json` of a training run.
 
     Args:
         names: of the subnet in its supernet, by which the run of a supernet tells the figures of its subnets apart.
             `None`: the run was that of the model itself.
 
     Raises:
-        UserError: a file cannot be read, is about another subnet, or has no figures of this one.
+        UserError: a file cannot be read, is about another subnet, has no figures of this one, or figures of a part of
+            the data.
     """
     found = []
     for file in files:
@@ -88,7 +92,7 @@ def read_results(
         if "fitness" not in content:
             figures = training_figures(content, names)
         elif content["best"]["subnet"] == dict(subnet):
-            figures = {content["fitness"]: content["best"]["error"]}
+            figures = [{"metric": content["fitness"], "value": content["best"]["error"]}]
         else:
             raise UserError(f"--results {file} is about another subnet than this: give the best.json beside it")
         if not figures:
@@ -96,12 +100,19 @@ def read_results(
                 f"--results {file} has no figures of this subnet: give eval_results.json of its training, or"
                 " results.json of the search that found it"
             )
-        found += [{"metric": metric, "value": value} for metric, value in figures.items()]
+        for figure in figures:
+            if is_partial(figure):
+                raise UserError(
+                    f"--results {file} is of {figure[NUM_RECORDINGS]} of {figure[NUM_AVAILABLE]} recordings, and no"
+                    " result of all of them: evaluate with --max_eval_samples none"
+                )
+        found += figures
     return found
 
 
-def training_figures(results: Mapping[str, float], names: Sequence[str] | None) -> dict[str, float]:
-    """Figures of a subnet in the results of a training run, by metric.
+def training_figures(results: Mapping[str, float], names: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Figures of a subnet in the results of a training run: each `metric` and `value`, and, if they are known, on how
+    many recordings of how many they were measured. A figure of the test data goes before that of the evaluation data.
 
     Results are named as Trainer names them, `{part}_{metric}`, and those of a supernet `{part}_{metric}_{subnet}`,
     where the part is `eval` or `test`. How long a part took is no figure.
@@ -109,15 +120,20 @@ def training_figures(results: Mapping[str, float], names: Sequence[str] | None) 
     Args:
         names: of the subnet; `None` for the run of one model.
     """
-    figures = {}
-    for name, value in results.items():
-        part, _, metric = name.partition("_")
-        if part not in ("eval", "test") or metric == "runtime" or metric.endswith("_per_second"):
-            continue
-        if names is None:
-            figures[metric] = value
-        figures |= {metric.removesuffix(f"_{each}"): value for each in names or () if metric.endswith(f"_{each}")}
-    return figures
+    figures: dict[str, dict[str, Any]] = {}
+    for part in ("eval", "test"):
+        counts = {name: results[f"{part}_{name}"] for name in COUNTS if f"{part}_{name}" in results}
+        for name, value in results.items():
+            metric = name.removeprefix(f"{part}_")
+            if metric == name or metric in (*COUNTS, "runtime") or metric.endswith("_per_second"):
+                continue
+            if names is None:
+                figures[metric] = {"metric": metric, "value": value} | counts
+            for each in names or ():
+                if metric.endswith(f"_{each}"):
+                    of_subnet = metric.removesuffix(f"_{each}")
+                    figures[of_subnet] = {"metric": of_subnet, "value": value} | counts
+    return list(figures.values())
 
 
 def render_subnet_card(
@@ -150,6 +166,7 @@ def render_subnet_card(
             metric_value=round(result["value"], 4),
         )
         for result in results
+        if not is_partial(result)
     ]
     data = ModelCardData(
         model_name=name,
@@ -160,5 +177,5 @@ def render_subnet_card(
         tags=["speech", "hubert", "lighthubert"],
         eval_results=measured or None,
     )
-    known = {"teacher": None, "speed": None, **facts, "results": results}
+    known = {"teacher": None, "speed": None, **facts, "results": results, "rates": RATES}
     return render("subnet", data, name=name, training_data=training_data, dataset=dataset, limits=limits, **known)

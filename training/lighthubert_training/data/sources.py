@@ -100,7 +100,7 @@ def load_speech(
 
 def count_recordings(arguments: DataArguments) -> int:
     """Recordings that the sources of the evaluation data have, before any are left out."""
-    return sum(len(source) for source in _load_sources(arguments, training=False).values())  # none is streamed
+    return sum(len(source) for source in _load_sources(arguments, False, ()).values())  # none is streamed
 
 
 def _undecoded(dataset: Dataset | IterableDataset, column: str, name: str) -> Dataset | IterableDataset:
