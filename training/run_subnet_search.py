@@ -31,7 +31,7 @@ from lighthubert_training.search.candidates import COSTS, Budget, Candidates, Su
 from lighthubert_training.search.fitness import MeanLoss
 from lighthubert_training.search.latency import LatencyTable
 from lighthubert_training.search.ledger import Ledger
-from lighthubert_training.search.report import FurtherTraining, write_report, write_results
+from lighthubert_training.search.report import FEWEST_SUBNETS, FurtherTraining, write_report, write_results
 from lighthubert_training.search.search import Search
 from modeling_lighthubert import LightHubertForPreTraining, LightHubertPreTrainedModel
 from modeling_lighthubert.errors import UserError, run
@@ -83,7 +83,7 @@ class SearchArguments:
         "Write report.md: which choices matter, which subnets are on the front, and how well their error"
         " predicts that after further training, on the training part of the data (not for probe).",
     )
-    report_subnets: int = option(8, "Number of subnets to train further, at least 3.")
+    report_subnets: int = option(8, f"Number of subnets to train further, at least {FEWEST_SUBNETS}.")
     report_steps: int = option(100, "Steps of further training of each.")
     report_learning_rate: float = option(5e-4, "Peak learning rate of further training.")
     seed: int = option(0, "Random seed.")
@@ -95,10 +95,10 @@ class SearchArguments:
                 f"num_evaluations={self.num_evaluations} has to be at least 1, population_size={self.population_size}"
                 " at least 2"
             )
-        if self.report and (self.report_subnets < 3 or self.report_steps < 1):
+        if self.report and (self.report_subnets < FEWEST_SUBNETS or self.report_steps < 1):
             raise ValueError(
-                f"report_subnets={self.report_subnets} has to be at least 3, report_steps={self.report_steps} at"
-                " least 1"
+                f"report_subnets={self.report_subnets} has to be at least {FEWEST_SUBNETS}, for a correlation that is"
+                f" no chance, and report_steps={self.report_steps} at least 1"
             )
         if self.fitness == "distillation" and self.teacher_name_or_path is None:
             raise ValueError("the distillation loss needs --teacher_name_or_path; ctc and probe do without")

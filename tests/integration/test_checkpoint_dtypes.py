@@ -78,14 +78,14 @@ def test_search(half, workshop, tmp_path, fitness, monkeypatch):
     speech = workshop / "speech.parquet"
     given = ("--model_name_or_path", half / ("ctc" if fitness == "ctc" else "distilled"), "--fitness", fitness)
     teacher = ("--teacher_name_or_path", half / "ctc", "--num_target_layers", 2) if fitness == "distillation" else ()
-    report = () if fitness == "probe" else ("--report", True, "--report_subnets", 3, "--report_steps", 1)
+    report = () if fitness == "probe" else ("--report", True, "--report_subnets", 5, "--report_steps", 1)
     call(
         run_subnet_search.main,
         *("run_subnet_search.py", *given, *teacher, *report, "--train_file", speech, "--validation_file", speech),
-        *("--label_column_name", "text", "--num_evaluations", 4, "--population_size", 2, "--device", "cpu"),
+        *("--label_column_name", "text", "--num_evaluations", 5, "--population_size", 2, "--device", "cpu"),
         *("--output_dir", tmp_path / "search"),
     )
-    assert json.loads((tmp_path / "search" / "results.json").read_text())["num_evaluations"] == 4
+    assert json.loads((tmp_path / "search" / "results.json").read_text())["num_evaluations"] == 5
     assert set(trained) == ({torch.float32} if report else set())
 
 

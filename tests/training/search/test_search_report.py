@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from contextlib import closing
 
 import pytest
@@ -16,6 +17,7 @@ from lighthubert_training.search.report import (
     format_correlation,
     importances,
     rank_correlation,
+    spearman,
     spread_ranks,
     write_report,
     write_results,
@@ -129,16 +131,26 @@ class Reversal(FurtherTraining):
 
 def test_the_rank_correlation_compares_errors_before_and_after_training(made, tmp_path):
     training = Reversal(tiny_model(), noise, [], 7, 0.0, 0)
-    reversed_ranks = rank_correlation(made, training, 3)
+    reversed_ranks = rank_correlation(made, training, 5)
     assert reversed_ranks["spearman"] == pytest.approx(-1.0)
-    write_report(made, tmp_path, "params", training, 3)
+    write_report(made, tmp_path, "params", training, 5)
     text = (tmp_path / "report.md").read_text()
-    assert "each trained alone for 7 steps: Spearman's rank correlation -1.00" in text
+    assert "each trained alone for 7 steps: Spearman's rank correlation -1.00 (p = 0.017)" in text
     for each in reversed_ranks["subnets"]:
         assert f"| {each['params']:,} | {each['supernet']:.4f} | {each['trained']:.4f} |" in text
     with pytest.raises(UserError, match="60 evaluations are too few for a report on 61 subnets"):
         rank_correlation(made, training, 61)
     assert format_correlation({"spearman": None}) == "no rank correlation, because all errors are the same"
+
+
+def test_the_probability_of_a_correlation_is_that_of_chance_and_never_0():
+    for number in (5, 6, 20):
+        values = list(range(number))
+        correlation, probability = spearman(values, values[::-1])
+        assert correlation == pytest.approx(-1.0)
+        chance = 2 / math.factorial(number)
+        assert probability == pytest.approx(chance) if number < 8 else 0 < probability < 1e-3
+    assert spearman([1, 2, 3, 4, 5], [2, 4, 1, 5, 3])[1] > 0.5
 
 
 def test_a_report_without_further_training_says_nothing_of_it(made, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import permutation_test, rankdata, spearmanr
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 from transformers import get_scheduler, set_seed
@@ -30,6 +30,8 @@ THIRDS = ("cheapest", "middle", "most expensive")
 """Names of the thirds of a front."""
 WHEN = {"supernet": "error in the supernet", "trained": "error after training"}
 """The errors that a report correlates."""
+FEWEST_SUBNETS = 5
+"""For a correlation: the ranks of four agree by chance in one of twelve cases, those of five in one of sixty."""
 
 
 def write_results(search: Search, folder: Path, cost: str) -> dict[str, Any]:
@@ -222,22 +224,38 @@ def spread_ranks(search: Search, number: int) -> list[Evaluation]:
     return [ranked[rank * (len(ranked) - 1) // (number - 1)] for rank in range(number)]
 
 
+def spearman(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Spearman's rank correlation, and how often ranks at random would correlate as much or more, in either direction.
+
+    The probability is that of a permutation test, which is never 0: SciPy's own is for hundreds of pairs, and 0 for
+    three that agree.
+    """
+    ranks, others = (rankdata(values) - (len(values) + 1) / 2 for values in (one, other))
+
+    def covariance(permuted: Any, axis: int) -> Any:
+        return (permuted * others).sum(axis=axis)
+
+    test: Any = permutation_test((ranks,), covariance, permutation_type="pairings", vectorized=True, random_state=0)
+    return float(spearmanr(one, other).statistic), float(test.pvalue)
+
+
 def rank_correlation(search: Search, training: FurtherTraining, num_subnets: int) -> dict[str, Any]:
     """Spearman's rank correlation of the errors in the supernet and after further training; `None` if all are equal.
 
     Args:
-        num_subnets: number of subnets that are trained, at least 2.
+        num_subnets: number of subnets that are trained, at least `FEWEST_SUBNETS`.
 
     Raises:
         UserError: too few evaluations for that many subnets.
     """
+    assert num_subnets >= FEWEST_SUBNETS
     if len(search.complete) < num_subnets:
         raise UserError(f"{len(search.complete)} evaluations are too few for a report on {num_subnets} subnets")
     chosen = spread_ranks(search, num_subnets)
     before = [search.error(each) for each in chosen]
     after = training.errors(search.fitness, [each.subnet for each in chosen])
     varies = len(set(before)) > 1 and len(set(after)) > 1
-    correlation, probability = spearmanr(before, after) if varies else (None, None)
+    correlation, probability = spearman(before, after) if varies else (None, None)
     rows = [
         {"subnet": each.subnet.to_dict(), **search.costs[each.number], "supernet": one, "trained": other}
         for each, one, other in zip(chosen, before, after, strict=True)
