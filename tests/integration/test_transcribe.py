@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from conftest import tiny_model
 from datasets import Audio, Dataset
 from recognizers import TOKENS, babble, build_reader, save_processor, say
 from scripts import TRAINING
+from speech import FORMATS, damaged, encoded
 
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.recognition.recognizer import Recognizer
@@ -210,7 +212,7 @@ def test_options_that_make_no_sense_are_explained(script, tmp_path, monkeypatch,
     assert last.startswith("error: ") and message in last
 
 
-# Processes
+# A model of PyTorch
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +224,36 @@ def model_folder(tmp_path_factory):
     model.save_pretrained(folder)
     save_processor(folder)
     return folder
+
+
+def test_of_a_thousand_damaged_files_each_is_transcribed_or_named_with_its_reason(
+    model_folder, tmp_path, monkeypatch, capsys
+):
+    rng, files = random.Random(0), [encoded(0.1 * babble(0.2, seed=seed), **FORMATS[seed % 6]) for seed in range(12)]
+    huge = np.where(np.arange(800) % 2, 1e38, -1e38).astype(np.float32)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "huge.wav").write_bytes(encoded(huge, format="WAV", subtype="FLOAT"))
+    for number in range(999):
+        (tmp_path / "in" / f"{number}.wav").write_bytes(damaged(files[number % len(files)], rng))
+    output = tmp_path / "all.jsonl"
+    command = ["transcribe.py", "--model_name_or_path", model_folder, "--inputs", tmp_path / "in"]
+    monkeypatch.setattr(sys, "argv", list(map(str, [*command, "--output_file", output, "--batch_size", 64])))
+    with pytest.raises(SystemExit) as ended:
+        run_command(transcribe.main)
+    entries = {entry["name"]: entry for entry in lines(output)}
+    errors = {name: entry["error"] for name, entry in entries.items() if "error" in entry}
+    assert ended.value.code == 0
+    assert set(entries) == set(map(str, (tmp_path / "in").iterdir()))
+    assert all("text" in entry for name, entry in entries.items() if name not in errors)
+    assert errors[str(tmp_path / "in" / "huge.wav")] == "audio has samples of 1e+38, full scale is 1"
+    messages = capsys.readouterr().err
+    assert all(f"{name} ({reason})" in messages for name, reason in errors.items() if reason.strip())
+    assert all(reason.strip() for reason in errors.values())
+    assert f"{len(errors)} of 1000 recordings could not be read" in messages
+    assert 200 < len(errors) < 800, "the damage is of no use"
+
+
+# Processes
 
 
 def start(model_folder, *options, **pipes) -> subprocess.Popen:

@@ -74,7 +74,9 @@ class AudioFile(soundfile.SoundFile):
             num_samples += len(block)
             if num_samples > most:
                 raise ValueError(f"more than {most / self.samplerate:.0f} s of audio in {self.num_bytes} bytes")
-            yield block.mean(axis=1)
+            with np.errstate(over="ignore", invalid="ignore"):  # `resample` refuses what comes of it
+                samples = block.mean(axis=1)
+            yield samples
         if self.format == "FLAC" and self.has_length and num_samples < self.frames:
             raise ValueError(f"cut off: {num_samples} of {self.frames} samples are there")
 
