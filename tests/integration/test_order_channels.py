@@ -6,7 +6,7 @@ import order_channels
 import pytest
 import torch
 from conftest import answer, assert_close
-from scripts import TRAINING, call, distil, weights
+from scripts import TRAINING, call, distil, killed, weights
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
 from modeling_lighthubert.errors import UserError
@@ -71,3 +71,16 @@ def test_recordings_that_cannot_be_read_are_left_out_up_to_a_share(workshop, tmp
     order(tmp_path / "expected", *model, "--num_recordings", 8)
     for name, weight in weights(tmp_path / "expected").items():
         assert torch.equal(weights(tmp_path / "ordered")[name], weight), name
+
+
+@pytest.mark.parametrize("function", ["modeling_lighthubert.files:give_permissions", "pathlib:Path.replace"])
+def test_a_killed_run_leaves_no_folder_and_the_next_ends_as_if_it_had_not_been(workshop, tmp_path, order, function):
+    options = ("--model_name_or_path", workshop / "teacher", "--search_space", workshop / "space.json")
+    words = ("--train_file", workshop / "speech.parquet", "--num_recordings", 3, "--device", "cpu")
+    killed(function, 1, TRAINING / "order_channels.py", "--output_dir", tmp_path / "ordered", *options, *words)
+    assert not (tmp_path / "ordered").exists()
+    for name in ("ordered", "undisturbed"):
+        order(tmp_path / name, *options)
+    ordered, expected = weights(tmp_path / "ordered"), weights(tmp_path / "undisturbed")
+    assert all(torch.equal(ordered[name], weight) for name, weight in expected.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ordered", "undisturbed"]

@@ -13,7 +13,7 @@ import run_speech_recognition_ctc
 import run_subnet_search
 from conftest import assert_close
 from datasets import Audio, load_dataset
-from scripts import TRAINING, distil, start, wait_until
+from scripts import TRAINING, distil, killed, start
 from speech import undecoded
 from transformers import AutoModel
 
@@ -141,7 +141,7 @@ def test_a_supernet_is_searched_by_a_linear_probe(workshop, supernet, tmp_path):
 def test_a_report_says_what_matters_and_how_subnets_do_after_further_training(
     workshop, supernet, once_for_all, tmp_path, fitness
 ):
-    given = ("--fitness", fitness, "--report", "--report_subnets", 4, "--report_steps", 3)
+    given = ("--fitness", fitness, "--report", "--report_subnets", 5, "--report_steps", 3)
     given += ("--train_file", workshop / "speech.parquet", "--report_learning_rate", 1e-2)
     searched = once_for_all if fitness == "ctc" else supernet
     plain = rows(run_script(workshop, searched, tmp_path / "search", "--fitness", fitness))
@@ -154,7 +154,7 @@ def test_a_report_says_what_matters_and_how_subnets_do_after_further_training(
         assert sum(part["heads"].values()) == pytest.approx(1.0)
         assert sum(part["ratios"].values()) == pytest.approx(1.0)
     trained = report["further_training"]
-    assert len(trained["subnets"]) == 4
+    assert len(trained["subnets"]) == 5
     before = [each["supernet"] for each in trained["subnets"]]
     assert before == sorted(before)
     if fitness == "distillation":
@@ -163,18 +163,28 @@ def test_a_report_says_what_matters_and_how_subnets_do_after_further_training(
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_search_repeats_and_loses_nothing(workshop, supernet, tmp_path):
+LEDGER = "lighthubert_training.search.ledger:Ledger"
+WINDOWS = [
+    (f"{LEDGER}.check_settings", 1, 0),
+    (f"{LEDGER}.claim", 1, 0),
+    (f"{LEDGER}.finish", 1, 0),  # claimed and measured, and not written down
+    (f"{LEDGER}.finish", 3, 2),
+    ("lighthubert_training.search.report:write_results", 1, 12),
+    ("lighthubert_training.search.report:write_json", 2, 12),
+]
+"""Functions in whose n-th call a search is killed, and the evaluations that are finished then."""
+
+
+def test_a_search_killed_in_each_window_of_its_ledger_repeats_and_loses_nothing(workshop, supernet, tmp_path):
     output = tmp_path / "killed"
-    options = ("--num_evaluations", 30)
-    (process,) = start(*command(workshop, supernet, output, *options))
-    wait_until(lambda: num_finished(output) >= 5, process)
-    process.kill()
-    process.join()
-    before = num_finished(output)
-    assert 5 <= before < 30
-    run_script(workshop, supernet, output, *options)
-    run_script(workshop, supernet, tmp_path / "undisturbed", *options)
+    for function, number, finished in WINDOWS:
+        killed(function, number, *command(workshop, supernet, output))
+        assert num_finished(output) == finished, function
+    run_script(workshop, supernet, output)
+    run_script(workshop, supernet, tmp_path / "undisturbed")
     assert [row["subnet"] for row in rows(output)] == [row["subnet"] for row in rows(tmp_path / "undisturbed")]
+    best = [(folder / "best.json").read_text() for folder in (output, tmp_path / "undisturbed")]
+    assert best[0] == best[1]
 
 
 def test_two_processes_share_a_search(workshop, supernet, tmp_path):

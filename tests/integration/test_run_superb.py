@@ -174,15 +174,27 @@ def test_a_run_that_was_stopped_anywhere_ends_as_one_that_was_not(models, data, 
     assert not list((tmp_path / "stopped").glob(f"**/{STATE_FILE}"))
 
 
-def test_a_killed_process_leaves_a_state_to_go_on_from(models, data, tmp_path):
-    more = ("--tasks", "ks", "--max_steps", 120, "--cache_dir", tmp_path / "cache")
+SUPERB = "lighthubert_training.superb"
+WINDOWS = [
+    (f"{SUPERB}.features:save_file", 3, None),  # two recordings have their features
+    ("torch:save", 1, None),  # the state of the first evaluation
+    ("torch:save", 2, 50),  # and of the second
+    (f"{SUPERB}.scoring:write_json", 1, 120),  # all is trained and tested, and the result is not written
+    (f"{SUPERB}.report:write_report", 1, None),  # the result is there, and the state is deleted
+]
+"""Functions in whose n-th call a run is killed, and the step of the state that is there then."""
+
+
+def test_a_run_killed_in_each_window_of_its_saves_ends_as_one_that_was_not(models, data, tmp_path):
+    more = ("--tasks", "ks", "--max_steps", 120)
     whole = score(models / "hubert", data, tmp_path / "whole", *more)
-    script = (TRAINING / "run_superb.py", *options(models / "hubert", data, tmp_path / "killed", *more))
-    killed("torch:save", 2, *script)
-    assert not scores(tmp_path / "killed")
-    (state,) = (tmp_path / "killed").glob(f"**/{STATE_FILE}")
-    assert torch.load(state)["step"] == 50
-    assert score(models / "hubert", data, tmp_path / "killed", *more) == whole
+    output, more = tmp_path / "killed", (*more, "--cache_dir", tmp_path / "cache")
+    for function, number, step in WINDOWS:
+        killed(function, number, TRAINING / "run_superb.py", *options(models / "hubert", data, output, *more))
+        assert [torch.load(state)["step"] for state in output.glob(f"**/{STATE_FILE}")] == ([step] if step else [])
+    assert scores(output) == whole
+    assert score(models / "hubert", data, output, *more) == whole
+    assert (output / "table.md").read_text() == (tmp_path / "whole" / "table.md").read_text()
 
 
 def test_a_state_of_another_model_is_not_gone_on_from(models, data, tmp_path, monkeypatch):
