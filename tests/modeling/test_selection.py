@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import TWO_DEEP, answer, assert_close, checkpoint_layers, noise, tiny_model
+from conftest import TWO_DEEP, answer, assert_close, checkpoint_layers, noise, randomise, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from modeling_lighthubert import LightHubertForCTC, LightHubertModel
+from modeling_lighthubert import LightHubertConfig, LightHubertForCTC, LightHubertModel, SearchSpace
 from modeling_lighthubert.profiling import profile_subnet
 
 
@@ -211,3 +213,52 @@ def test_a_subnet_of_offloaded_weights_is_not_cut(tmp_path):
     )
     with pytest.raises(ValueError, match="are offloaded, not in memory: load it without device_map"):
         model.extract_subnet("smallest")
+
+
+# Any subnet of any search space
+
+
+def choices(*values: float | None) -> st.SearchStrategy[tuple]:
+    return st.lists(st.sampled_from(values), min_size=1, max_size=3, unique=True).map(tuple)
+
+
+@st.composite
+def spaces(draw) -> SearchSpace:
+    """Search spaces of every kind for a supernet 20 wide, with 3 heads, 60 FFN units and up to 3 layers."""
+    least, most = (st.lists(st.sampled_from(ends), min_size=7, max_size=7).map(sorted) for ends in ([2, 4], [4, 6]))
+    channels = st.tuples(least, most).map(lambda ends: tuple(zip(*ends, strict=True)))
+    return SearchSpace(
+        draw(choices(8, 12, 20)),
+        draw(choices(1, 2, 3)),
+        draw(choices(1, 1.5, 2.5)),
+        draw(choices(1, 2, 3)),
+        head_dim=draw(st.sampled_from([2, 4])),
+        conv_dim=draw(st.none() | channels),
+        attention_window=draw(st.none() | choices(1, 4, None)),
+    )
+
+
+@given(spaces(), st.integers(0, 2**32), st.booleans(), st.booleans(), st.sampled_from(["layer", "group"]))
+@settings(max_examples=60)
+def test_any_subnet_of_any_search_space_answers_as_its_cut_model(space, seed, pre_norm, padded, norm):
+    config = LightHubertConfig(
+        search_space=space,
+        hidden_size=20,
+        num_attention_heads=3,
+        head_dim=space.head_dim,
+        intermediate_size=60,
+        num_hidden_layers=max(space.num_hidden_layers),
+        conv_dim=(6,) * 7,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=4,
+        do_stable_layer_norm=pre_norm,
+        feat_extract_norm=norm,
+        vocab_size=5,
+    )
+    model = randomise(LightHubertForCTC(config)).eval()
+    subnet = model.sample_subnet(seed)
+    mask = (torch.arange(2000) < torch.tensor([[2000], [1400]])).long() if padded else None
+    audio = noise(2, 2000, seed=seed % 97)
+    cut = model.extract_subnet()
+    assert_close(answer(model, audio, attention_mask=mask), answer(cut, audio, attention_mask=mask))
+    assert (cut.subnet, cut.num_parameters()) == (subnet, model.num_subnet_parameters(subnet))
