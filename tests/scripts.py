@@ -12,13 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import run_distillation
 import soundfile
@@ -28,6 +31,8 @@ from conftest import stock_settings
 from datasets import Audio, Dataset
 from safetensors.torch import load_file
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+from lighthubert_training.runs.distributed import locked
 
 
 TESTS = Path(__file__).parent
@@ -159,6 +164,33 @@ def killed(function: str, call: int, *command: object, processes: int = 1) -> No
     """
     finished = finish(TESTS / "signalled.py", "SIGKILL", function, call, *command, processes=processes)
     assert finished.returncode == -signal.SIGKILL, f"it was not killed: {finished.stderr[-4000:]}"
+
+
+def _hold(folder: Path, name: str, is_held: Event, may_end: Event) -> None:
+    with locked(folder, name):
+        if not os.fork():  # a worker, which outlives a kill for a moment
+            time.sleep(3)
+            os._exit(0)
+        is_held.set()
+        may_end.wait(60)
+
+
+@contextmanager
+def held(folder: Path, name: str = "") -> Iterator[int]:
+    """Inside the block, another process has the lock of `folder`, or of the file `name` in it. It is killed at the
+    end.
+
+    Yields:
+        Its id.
+    """
+    context = multiprocessing.get_context("fork")
+    is_held, may_end = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(folder, name, is_held, may_end))
+    other.start()
+    assert is_held.wait(30)
+    yield other.pid
+    other.kill()
+    psutil.Process(other.pid).wait(2)
 
 
 def wait_until(happened: Callable[[], bool], process: ForkServerProcess, seconds: float = 120) -> None:

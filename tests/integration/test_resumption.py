@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import run_distillation
 import torch
-from scripts import TESTS, call, distil, distillation, fails, killed, newest, run, weights
+from scripts import TESTS, call, distil, distillation, fails, held, killed, newest, run, weights
 
 from lighthubert_training.runs.checkpoints import checkpoint_damage
 from modeling_lighthubert.errors import UserError
@@ -125,6 +125,16 @@ def test_the_checkpoints_of_an_earlier_run_are_not_mixed_with_those_of_another(w
     distil(workshop, "earlier", *options)
     with pytest.raises(UserError, match="has checkpoints of an earlier run, checkpoint-2 the newest"):
         distil(workshop, "earlier", *options)
+
+
+def test_a_second_run_to_the_same_folder_is_refused_whether_it_resumes_or_not(workshop):
+    for more in ((), ("--resume_from_checkpoint", "latest")):
+        with (
+            held(workshop / "busy") as pid,
+            pytest.raises(UserError, match=f"busy is being written by process {pid} on"),
+        ):
+            distil(workshop, "busy", *more)
+    distil(workshop, "busy", "--max_steps", 1)
 
 
 def test_the_model_of_an_earlier_run_is_not_overwritten(workshop):

@@ -24,6 +24,7 @@ from scripts import (
     TRAINING,
     distil,
     finish_as_a_user,
+    held,
     killed,
     make_workshop,
     newest,
@@ -428,6 +429,12 @@ def test_a_recording_that_breaks_off_is_left_out_and_named(shop, tmp_path, caplo
     if processes == 1:
         with pytest.raises(UserError, match="1 of 8 recordings cannot be read, more than a share of 0.01"):
             fine_tune(shop, "torn-refused", *words, "--max_unreadable_share", 0.01)
+
+
+def test_a_second_run_to_the_same_folder_is_refused(shop):
+    with held(shop / "busy") as pid, pytest.raises(UserError, match=f"busy is being written by process {pid} on"):
+        fine_tune(shop, "busy")
+    assert [path.name for path in (shop / "busy").iterdir()] == [".lock"]
 
 
 def test_a_used_folder_is_refused_before_anything_is_written(shop, cut):

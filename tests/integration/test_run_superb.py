@@ -13,7 +13,7 @@ import run_superb
 import torch
 from accelerate.state import AcceleratorState
 from conftest import stock_settings, tiny_model
-from scripts import TRAINING, finish_as_a_user, killed, run
+from scripts import TRAINING, finish_as_a_user, held, killed, run
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
 from lighthubert_training.superb.recipes import read_settings, task_names
@@ -195,6 +195,13 @@ def test_a_run_killed_in_each_window_of_its_saves_ends_as_one_that_was_not(model
     assert scores(output) == whole
     assert score(models / "hubert", data, output, *more) == whole
     assert (output / "table.md").read_text() == (tmp_path / "whole" / "table.md").read_text()
+
+
+def test_a_second_run_of_the_same_task_is_refused_and_others_share_the_folder(models, data, tmp_path):
+    with held(tmp_path / "hubert" / "ks") as pid:
+        with pytest.raises(UserError, match=f"hubert/ks is being written by process {pid} on"):
+            score(models / "hubert", data, tmp_path, "--tasks", "ks")
+        assert set(score(models / "hubert", data, tmp_path, "--tasks", "sid")) == {"hubert sid 0"}
 
 
 def test_a_state_of_another_model_is_not_gone_on_from(models, data, tmp_path, monkeypatch):

@@ -18,12 +18,13 @@ import transcribe
 from conftest import tiny_model
 from datasets import Audio, Dataset
 from recognizers import TOKENS, babble, build_reader, save_processor, say
-from scripts import TRAINING
+from scripts import TRAINING, call, held, killed
 from speech import FORMATS, damaged, encoded
 
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.recognition.recognizer import Recognizer
 from modeling_lighthubert import LightHubertForCTC
+from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.errors import run as run_command
 
 
@@ -288,6 +289,38 @@ def test_a_run_that_was_killed_goes_on_and_loses_and_repeats_nothing(model_folde
     recognizer = Recognizer.from_pretrained(model_folder, "smallest")
     for name, transcript in zip(names, recognizer.transcribe([load_waveform(name, 16_000) for name in names])):
         assert entries[name]["text"] == transcript.text
+
+
+def test_a_second_run_to_the_same_file_is_refused(model_folder, tmp_path):
+    soundfile.write(tmp_path / "one.wav", babble(1) * 0.1, 16_000)
+    words = ("--model_name_or_path", model_folder, "--device", "cpu", "--inputs", tmp_path / "one.wav")
+    with held(tmp_path, "all.txt.jsonl") as pid:
+        with pytest.raises(UserError, match=f"all.txt.jsonl is being written by process {pid} on"):
+            call(transcribe.main, SCRIPT, *words, "--output_file", tmp_path / "all.txt")
+        call(transcribe.main, SCRIPT, *words, "--output_file", tmp_path / "other.txt")
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {"one.wav", "other.txt"}
+
+
+JOURNAL = "lighthubert_training.recognition.transcripts"
+
+
+def test_a_run_killed_in_each_window_of_its_writing_ends_with_the_same_text(model_folder, tmp_path):
+    """A batch is written to the journal or not; then the text is there, then the journal is not."""
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        soundfile.write(tmp_path / "in" / f"{number}.wav", babble(1, seed=number) * 0.1, 16_000)
+    output, journal = tmp_path / "all.txt", tmp_path / "all.txt.jsonl"
+    words = ("--model_name_or_path", model_folder, "--device", "cpu", "--inputs", tmp_path / "in", "--batch_size", 1)
+    windows = [(f"{JOURNAL}:Journal.add", 2, 1), (f"{JOURNAL}:Journal.add", 3, 3), (f"{JOURNAL}:write_text", 1, 4)]
+    for function, number, transcribed in windows:
+        killed(function, number, SCRIPT, *words, "--output_file", output)
+        assert len(lines(journal)) == transcribed, function
+    killed("pathlib:Path.unlink", 3, SCRIPT, *words, "--output_file", output)
+    assert output.exists() and journal.exists()
+    for file in (output, tmp_path / "undisturbed.txt"):
+        call(transcribe.main, SCRIPT, *words, "--output_file", file)
+    assert output.read_text() == (tmp_path / "undisturbed.txt").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.txt", "in", "undisturbed.txt"]
 
 
 @pytest.fixture

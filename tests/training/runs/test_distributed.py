@@ -1,18 +1,15 @@
 """Gradients are summed over processes, and devices are the ones that were asked for."""
 
-import multiprocessing
 import os
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from scripts import held
 
 from lighthubert_training.runs.distributed import (
     any_process,
@@ -107,33 +104,18 @@ def test_a_device_that_is_not_there_is_refused(device):
 # Two runs
 
 
-def hold(folder: Path, name: str, is_held, may_end) -> None:
-    """In a process of its own: holds the lock until it may end."""
-    with locked(folder, name):
-        if not os.fork():  # a worker, which outlives a kill for a moment
-            time.sleep(3)
-            os._exit(0)
-        is_held.set()
-        may_end.wait(60)
-
-
 @pytest.mark.parametrize("name", ["", "all.jsonl"])
 def test_a_run_is_refused_while_another_writes_there_and_named_not_after_it_was_killed(tmp_path, name):
-    context = multiprocessing.get_context("fork")
-    is_held, may_end = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(tmp_path / "new", name, is_held, may_end))
-    other.start()
-    assert is_held.wait(60)
-    whole = f"^{tmp_path / 'new' / name} is being written by process {other.pid} on {socket.gethostname()}: wait until"
-    with pytest.raises(UserError, match=whole), locked(tmp_path / "new", name):
+    folder = tmp_path / "new"
+    with held(folder, name) as pid:
+        whole = f"^{folder / name} is being written by process {pid} on {socket.gethostname()}: wait until"
+        with pytest.raises(UserError, match=whole), locked(folder, name):
+            pass
+        with locked(folder, "other.jsonl"):
+            pass
+    with locked(folder, name):
         pass
-    with locked(tmp_path / "new", "other.jsonl"):
-        pass
-    other.kill()
-    psutil.Process(other.pid).wait(2)
-    with locked(tmp_path / "new", name):
-        pass
-    assert not list((tmp_path / "new").iterdir())
+    assert not list(folder.iterdir())
 
 
 def test_a_lock_is_given_back_on_an_error_and_a_folder_that_cannot_be_made_is_named(tmp_path):
