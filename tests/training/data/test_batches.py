@@ -3,15 +3,18 @@
 import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import datasets
 import pytest
-from datasets import IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from speech import RATE, TONE, at_hand, encoded, undecoded
 from torch.utils.data import DataLoader
 from transformers import Wav2Vec2FeatureExtractor
 
+from lighthubert_training.data import batches as batches_module
 from lighthubert_training.data.batches import BatchSampler, EpochSampler, RandomAccessSampler, StreamSampler
 from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.recordings import CroppedRecordings, Item, Unreadable
@@ -184,6 +187,21 @@ def test_workers_change_nothing_in_the_batches(streamed):
     assert drawn(2) == drawn(0)
 
 
+def test_a_last_batch_may_be_empty():
+    """Of three recordings on two processes, one has none of the second step."""
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    drawn = [
+        DataLoader(
+            CroppedRecordings(at_hand(list(stream())[:3]), RATE, 1.0, seed=0),
+            batch_sampler=sampler([1, 1, 1], batch_size=1, slices=[number], num_slices=2),
+            collate_fn=DistillationCollator(extractor, extractor, 400),
+        )
+        for number in (0, 1)
+    ]
+    sizes = [[len(batch.get("names", ())) for batch in itertools.islice(loader, 2)] for loader in drawn]
+    assert sorted(map(sum, sizes)) == [1, 2]
+
+
 def epoch_sampler(**settings) -> EpochSampler:
     defaults = {"batch_size": 8, "max_batch_seconds": 100, "crop_seconds": 40.0, "seed": 0}
     return EpochSampler(SECONDS, **(defaults | settings))
@@ -221,3 +239,99 @@ def test_processes_share_the_steps_of_an_epoch():
         list(epoch_sampler(max_batch_seconds=None, batch_size=4, slices=[number], num_slices=2)) for number in (0, 1)
     ]
     assert [sorted(batch) for batch in together] == [sorted(one + two) for one, two in zip(*slices, strict=True)]
+
+
+# Whatever the lengths are
+
+
+@st.composite
+def splits(draw) -> dict:
+    """Lengths of recordings, 0 of those without a header, and how a step is split over processes and accumulation."""
+    seconds = draw(st.lists(st.just(0.0) | st.floats(0.1, 60), max_size=40))
+    processes, accumulated = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return {
+        "seconds": seconds,
+        "used": {index for index, length in enumerate(seconds) if length},
+        "slices": [range(each * accumulated, (each + 1) * accumulated) for each in range(processes)],
+        "stop": draw(st.integers(0, 40)),
+        "options": {
+            "batch_size": draw(st.integers(1, 5)),
+            "max_batch_seconds": draw(st.none() | st.floats(1, 100)),
+            "crop_seconds": draw(st.floats(1, 60)),
+            "seed": draw(st.integers(0, 9)),
+            "num_slices": processes * accumulated,
+        },
+    }
+
+
+def check_batches(drawn: list[list[int]], seconds: Sequence[float], used: set[int], options: dict) -> None:
+    """Asserts that the batches of all processes hold the `used` recordings once, and no more than they may."""
+    assert sorted(index for batch in drawn for index in batch) == sorted(used)
+    for batch in drawn:
+        longest = max((min(seconds[index], options["crop_seconds"]) for index in batch), default=0.0)
+        assert len(batch) <= options["batch_size"]
+        assert len(batch) < 2 or len(batch) * longest <= (options["max_batch_seconds"] or 1e9)
+
+
+@given(splits())
+def test_any_recordings_are_each_in_one_batch_of_an_epoch_however_it_is_split_and_wherever_it_is_resumed(split):
+    class SmallPools(RandomAccessSampler):
+        NUM_BATCHES_SORTED = 2
+
+    seconds, used, options = split["seconds"], split["used"], split["options"]
+    samplers = [SmallPools(seconds, slices=slices, **options) for slices in split["slices"]]
+    if len(used) < options["num_slices"]:
+        with pytest.raises(ValueError, match="too few"):
+            next(iter(samplers[0]))
+        return
+    num_steps, accumulated = len(samplers[0].steps_of_epoch(0)), len(split["slices"][0])
+    start = min(split["stop"], num_steps)
+    drawn = []
+    for sampler, slices in zip(samplers, split["slices"], strict=True):
+        own = list(itertools.islice(sampler, num_steps * accumulated))
+        resumed = SmallPools(seconds, slices=slices, start=start, **options)
+        assert list(itertools.islice(resumed, (num_steps - start) * accumulated)) == own[start * accumulated :]
+        drawn += own
+    check_batches([[item.index for item in batch] for batch in drawn], seconds, used, options)
+    numbered = [EpochSampler(seconds, slices=slices, **options) for slices in split["slices"]]
+    check_batches([batch for sampler in numbered for batch in sampler], seconds, used, options)
+    assert [len(list(sampler)) for sampler in numbered] == list(map(len, numbered))
+
+
+@settings(max_examples=25)
+@given(splits())
+def test_any_streamed_recordings_are_each_in_one_batch_of_an_epoch_however_it_is_split_and_resumed(split):
+    seconds, options = [length for length in split["seconds"] if length], split["options"]
+    accumulated, drawn = len(split["slices"][0]), list[list[Item]]()
+    assume(len(seconds) >= options["num_slices"])
+
+    def sampler(slices: Sequence[int], **start) -> StreamSampler:
+        rows = [{"audio": {"path": str(number)}} for number in range(len(seconds))]
+        drawn = StreamSampler(
+            Dataset.from_list(rows).to_iterable_dataset(num_shards=min(3, len(rows))),
+            *("audio", Unreadable(1.0)),
+            **({"slices": slices} | options | start),
+        )
+        drawn.pool_size = 2 * options["batch_size"] * options["num_slices"]
+        return drawn
+
+    def first_epoch(sampler: StreamSampler) -> Iterator[list[Item]]:
+        batches = iter(sampler)
+        while (step := list(itertools.islice(batches, accumulated))) and not any(
+            item.epoch for batch in step for item in batch
+        ):
+            yield from step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches_module, "duration", lambda audio: seconds[int(audio["path"])])
+        for slices in split["slices"]:
+            own = list(first_epoch(sampler(slices)))
+            stopped = sampler(slices)
+            start = min(split["stop"], len(own) // accumulated)
+            list(itertools.islice(stopped, start * accumulated))
+            state = json.loads(json.dumps(stopped.state_dict(start)))
+            assert list(first_epoch(sampler(slices, state=state, start=start))) == own[start * accumulated :]
+            drawn += own
+    check_batches(
+        [[int(name) for name in names(batch)] for batch in drawn], seconds, set(range(len(seconds))), options
+    )

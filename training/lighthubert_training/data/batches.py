@@ -61,7 +61,7 @@ class BatchSampler(ABC, torch.utils.data.Sampler[list[Item]]):
         return (batch for step in self.steps() for batch in self.own_batches(step))
 
     def own_batches(self, step: list[Item]) -> list[list[Item]]:
-        """This process's batches of a step. Each has every length: `step` is sorted by it."""
+        """This process's batches of a step. Each has every length: `step` is sorted by it. One may be empty."""
         return [step[number :: self.num_slices] for number in self.slices]
 
     @abstractmethod
@@ -73,7 +73,7 @@ class BatchSampler(ABC, torch.utils.data.Sampler[list[Item]]):
         return {}
 
     def group(self, items: Sequence[Item], seconds: Sequence[float]) -> list[list[Item]]:
-        """Steps of items of similar length, the shortest first. Items that do not fill a last step are left out.
+        """Steps of items of similar length, the shortest first. The last may have fewer items than slices.
 
         Args:
             seconds: length of each item.
@@ -89,11 +89,11 @@ class BatchSampler(ABC, torch.utils.data.Sampler[list[Item]]):
                 steps.append(step)
                 step = []
             step.append(items[at])
-        return [*steps, step] if len(step) >= self.num_slices else steps
+        return [*steps, step] if step else steps
 
     def require(self, steps: Sequence[list[Item]], num_recordings: int) -> None:
-        """Raises a `UserError` if there is no step, because recordings are too few."""
-        if not steps:
+        """Raises a `UserError` if recordings are too few for one step, or none can be read."""
+        if not steps or num_recordings < self.num_slices:
             advice = "give more speech, or fewer processes and accumulated batches"
             raise UserError(f"{num_recordings} recordings are too few for {self.num_slices} batches a step: {advice}")
 
