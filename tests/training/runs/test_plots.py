@@ -1,6 +1,7 @@
 """Plots are written whole, without pyplot."""
 
 import pytest
+from matplotlib.lines import Line2D
 from scripts import run
 
 from lighthubert_training.runs.plots import new_figure, plot_losses, save_figure
@@ -23,16 +24,30 @@ def test_a_history_is_plotted(tmp_path, history):
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
-def test_every_loss_has_a_line_against_its_steps(tmp_path, monkeypatch):
+@pytest.fixture
+def lines(monkeypatch) -> dict[str, Line2D]:
+    """Those of the figure that is drawn, by label."""
     drawn = {}
 
     def keep(figure, path):
         (axes,) = figure.axes
-        drawn.update({line.get_label(): line.get_xydata().tolist() for line in axes.lines})
+        drawn.update({line.get_label(): line for line in axes.lines})
 
     monkeypatch.setattr("lighthubert_training.runs.plots.save_figure", keep)
+    return drawn
+
+
+def test_a_series_of_one_point_can_be_seen(tmp_path, lines):
+    plot_losses([{"step": 10, "loss": 0.5}, {"step": 10, "eval_loss": 0.4}], tmp_path / "loss.png")
+    assert {name: line.get_marker() for name, line in lines.items()} == {"loss": "o", "eval_loss": "o"}
+    plot_losses([{"step": step, "loss": 0.5} for step in (1, 2)], tmp_path / "loss.png")
+    assert lines["loss"].get_marker() == "None"
+
+
+def test_every_loss_has_a_line_against_its_steps(tmp_path, lines):
     history = [{"step": 10, "loss": 0.5, "grad_norm": 9.0}, {"step": 10, "eval_loss": 0.4}, {"step": 20, "loss": 0.3}]
     plot_losses(history, tmp_path / "loss.png")
+    drawn = {name: line.get_xydata().tolist() for name, line in lines.items()}
     assert drawn == {"loss": [[10, 0.5], [20, 0.3]], "eval_loss": [[10, 0.4]]}
 
 

@@ -33,12 +33,14 @@ def save_figure(figure: Figure, path: Path, **layout: Any) -> None:
 
 def plot_losses(history: Sequence[dict[str, float]], path: Path) -> None:
     """Plots every entry of a history with `loss` in its name against its `step`: those of evaluations as dashed lines
-    with points, those of training as lines."""
+    with points, those of training as lines, or as a point where there is one entry."""
     figure, (axes,) = new_figure()
     names = dict.fromkeys(name for entry in history for name in entry if "loss" in name)
     for name in names:
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         style: dict[str, Any] = {"marker": "o", "linestyle": "--"} if name.startswith("eval_") else {"linewidth": 1}
+        if len(points) == 1:
+            style["marker"] = "o"  # a line of one point has no length
         axes.plot(*zip(*points, strict=True), label=name, **style)
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.set(xlabel="steps", ylabel="loss")
