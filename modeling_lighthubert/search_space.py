@@ -7,17 +7,22 @@ and 3 of the LightHuBERT paper (arXiv 2203.15610) and the released code, whose d
 
 import json
 import math
+import operator
 import random
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 
 T = TypeVar("T")
+LARGEST_SIZE, MOST_LAYERS, MOST_CHOICES, MOST_WAYS = 1_000_000, 1000, 100, 1_000_000
+"""What a subnet may have: width, heads or units of a layer, and layers. What a search space may choose from, and ways
+to choose all convolutions. More is a mistake in a file, and would take memory and time without end."""
 
 
 def kept_layers(num_hidden_layers: int, depth: int) -> tuple[int, ...]:
@@ -53,15 +58,38 @@ def _span(window: int | None) -> float:
     return math.inf if window is None else window
 
 
-def _positive_number(name: str, value: Any) -> float:
+def count_nondecreasing(choices: Sequence[Sequence[int]]) -> int:
+    """Number of `nondecreasing_choices`, without making them."""
+    ways = {0: 1}  # by the width of the last convolution
+    for widths in choices:
+        ways = {width: sum(count for last, count in ways.items() if last <= width) for width in widths}
+    return sum(ways.values())
+
+
+def _short(value: Any) -> str:
+    """A value as messages show it."""
+    return reprlib.repr(value)
+
+
+def _list(name: str, value: Any, most: int, what: str = "with one value for each layer") -> list[Any]:
+    if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
+        raise ValueError(f"{name} is a list {what}, not {_short(value)}")
+    if len(items := list(islice(value, most + 1))) > most:
+        raise ValueError(f"{name} is a list {what}, of at most {most:,}")
+    return items
+
+
+def _positive_number(name: str, value: Any, most: int = LARGEST_SIZE) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{name} must be positive numbers, not {value!r}")
+        raise ValueError(f"{name} must be positive numbers, not {_short(value)}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:,}, not {_short(value)}")
     return float(value)
 
 
-def _whole_number(name: str, value: Any) -> int:
-    if not _positive_number(name, value).is_integer():
-        raise ValueError(f"{name} must be whole positive numbers, not {value!r}")
+def _whole_number(name: str, value: Any, most: int = LARGEST_SIZE) -> int:
+    if not _positive_number(name, value, most).is_integer():
+        raise ValueError(f"{name} must be whole positive numbers, not {_short(value)}")
     return int(value)
 
 
@@ -75,8 +103,8 @@ def _check_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     unknown, missing = sorted(set(values) - set(known)), [name for name in required if name not in values]
     if unknown:
         raise ValueError(
-            f"{cls.__name__} does not know {unknown}: it has {known}. If the file was written by a newer version of"
-            " LightHuBERT, update this one"
+            f"{cls.__name__} does not know {_short(unknown)}: it has {known}. If the file was written by a newer"
+            " version of LightHuBERT, update this one"
         )
     if missing:
         raise ValueError(f"{cls.__name__} needs {missing}")
@@ -120,7 +148,10 @@ class JsonValue(ABC):
 
     @classmethod
     def from_json_string(cls, text: str) -> Self:
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except RecursionError:
+            raise ValueError(f"a {cls.__name__} is a JSON object, not lists in lists: {text[:80]!r}") from None
         if not isinstance(values, dict):
             raise ValueError(f"a {cls.__name__} is a JSON object, not {text[:80]!r}")
         return cls.from_dict(values)
@@ -157,9 +188,8 @@ class Subnet(JsonValue):
             value = getattr(self, name)
             if name == "conv_dim" and value is None:
                 continue
-            if not isinstance(value, Iterable) or isinstance(value, str):
-                raise ValueError(f"subnet {name} is a list with one value for each layer, not {value!r}")
-            object.__setattr__(self, name, tuple(_whole_number(name, item) for item in value))
+            items = _list(f"subnet {name}", value, MOST_LAYERS)
+            object.__setattr__(self, name, tuple(_whole_number(name, item) for item in items))
         object.__setattr__(self, "hidden_size", _whole_number("hidden_size", self.hidden_size))
         object.__setattr__(self, "head_dim", _whole_number("head_dim", self.head_dim))
         if not self.num_attention_heads or len(self.num_attention_heads) != len(self.intermediate_size):
@@ -168,7 +198,7 @@ class Subnet(JsonValue):
                 f" {len(self.num_attention_heads)} and {len(self.intermediate_size)}"
             )
         if self.attention_window is not None:
-            self._set_attention_window(list(self.attention_window))
+            self._set_attention_window(_list("subnet attention_window", self.attention_window, MOST_LAYERS))
 
     def _set_attention_window(self, windows: list[int | None]) -> None:
         if len(windows) != self.num_hidden_layers:
@@ -246,14 +276,20 @@ class Subnet(JsonValue):
             attention = values.pop("atten_dim", None)
             if heads is None:
                 raise ValueError(f"subnet in the keys of the released code needs heads_num; given: {sorted(values)}")
-            windows = values.pop("slide_wsz", [])
+            windows = _list("subnet slide_wsz", values.pop("slide_wsz", []), MOST_LAYERS)
             if any(window != "global" for window in windows):
-                raise ValueError(f"subnet slide_wsz={windows}: only 'global' attention is supported")
-            if attention is not None and len(attention) != len(heads):
-                raise ValueError(f"subnet atten_dim and heads_num have {len(attention)} and {len(heads)} values")
-            head_dim = attention[0] // heads[0] if attention else 64
-            if attention is not None and list(attention) != [head_dim * count for count in heads]:
-                raise ValueError(f"subnet atten_dim={attention} is not one head size times heads_num={heads}")
+                raise ValueError(f"subnet slide_wsz={_short(windows)}: only 'global' attention is supported")
+            heads = [_whole_number("heads_num", item) for item in _list("subnet heads_num", heads, MOST_LAYERS)]
+            head_dim = 64
+            if attention is not None:
+                attention = _list("subnet atten_dim", attention, MOST_LAYERS)
+                if len(attention) != len(heads) or not heads:
+                    raise ValueError(f"subnet atten_dim and heads_num have {len(attention)} and {len(heads)} values")
+                head_dim = _whole_number("atten_dim", attention[0]) // heads[0]
+                if attention != [head_dim * count for count in heads]:
+                    raise ValueError(
+                        f"subnet atten_dim={_short(attention)} is not one head size times heads_num={_short(heads)}"
+                    )
             values = _rename(
                 values,
                 {"embed_dim": "hidden_size", "ffn_embed": "intermediate_size", "layer_num": "num_hidden_layers"},
@@ -261,7 +297,9 @@ class Subnet(JsonValue):
         depth = values.pop("num_hidden_layers", None)
         subnet = cls(**_check_fields(cls, values))
         if depth is not None and depth != subnet.num_hidden_layers:
-            raise ValueError(f"subnet lists have {subnet.num_hidden_layers} layers, but num_hidden_layers={depth}")
+            raise ValueError(
+                f"subnet lists have {subnet.num_hidden_layers} layers, but num_hidden_layers={_short(depth)}"
+            )
         return subnet
 
     def __str__(self) -> str:
@@ -314,46 +352,45 @@ class SearchSpace(JsonValue):
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_attention_heads", "ffn_ratio", "num_hidden_layers"):
-            choices = getattr(self, name)
-            if not isinstance(choices, Iterable) or isinstance(choices, str) or not (choices := list(choices)):
-                raise ValueError(f"search space {name} is a list of at least one choice, not {getattr(self, name)!r}")
-            checked = [
-                _positive_number(name, item) if name == "ffn_ratio" else _whole_number(name, item) for item in choices
-            ]
+            choices = _list(f"search space {name}", getattr(self, name), MOST_CHOICES, "of at least one choice")
+            if not choices:
+                raise ValueError(f"search space {name} is a list of at least one choice, not empty")
+            most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
+            convert = _positive_number if name == "ffn_ratio" else _whole_number
+            checked = [convert(name, item, most) for item in choices]
             object.__setattr__(self, name, tuple(sorted(set(checked))))
         object.__setattr__(self, "head_dim", _whole_number("head_dim", self.head_dim))
         if self.conv_dim is not None:
             self._set_conv_dim(self.conv_dim)
         if self.attention_window is not None:
-            windows = [
-                None if item is None else _whole_number("attention_window", item) for item in self.attention_window
-            ]
+            choices = _list(
+                "search space attention_window", self.attention_window, MOST_CHOICES, "of at least one choice"
+            )
+            windows = [None if item is None else _whole_number("attention_window", item) for item in choices]
             if not windows:
                 raise ValueError("search space attention_window is a list of at least one choice, not empty")
             object.__setattr__(self, "attention_window", tuple(sorted(set(windows), key=_span)))
         for width in self.hidden_size:
             for ratio in self.ffn_ratio:
-                if not (width * ratio).is_integer():
+                if not (width * ratio).is_integer() or width * ratio > LARGEST_SIZE:
                     raise ValueError(
-                        f"search space: ffn_ratio={ratio} x hidden_size={width} is no whole number of units"
+                        f"search space: ffn_ratio={ratio} x hidden_size={width} is no whole number of units, or above"
+                        f" {LARGEST_SIZE:,}"
                     )
 
     def _set_conv_dim(self, choices: Any) -> None:
-        try:
-            sorted_choices = tuple(
-                tuple(sorted({_whole_number("conv_dim", item) for item in layer})) for layer in choices
-            )
-        except TypeError:
-            raise ValueError(
-                f"search space conv_dim is a list of choices for each convolution, not {choices!r}"
-            ) from None
+        name, what = "search space conv_dim", "of choices for each convolution"
+        layers = [_list(name, layer, MOST_CHOICES, what) for layer in _list(name, choices, MOST_CHOICES, what)]
+        sorted_choices = tuple(tuple(sorted({_whole_number("conv_dim", item) for item in layer})) for layer in layers)
         for choose in (min, max):
             ends = [choose(layer) for layer in sorted_choices if layer]
             if len(ends) < len(sorted_choices) or not ends or ends != sorted(ends):
                 raise ValueError(
                     "search space conv_dim needs choices for each convolution, of which the least and the most do not"
-                    f" fall from one to the next, not {choices!r}"
+                    f" fall from one to the next, not {_short(choices)}"
                 )
+        if (ways := count_nondecreasing(sorted_choices)) > MOST_WAYS:
+            raise ValueError(f"search space conv_dim has {ways:,} ways to choose, more than {MOST_WAYS:,}")
         object.__setattr__(self, "conv_dim", sorted_choices)
 
     @classmethod
@@ -403,7 +440,13 @@ class SearchSpace(JsonValue):
         """
         values = dict(values)
         if "embed_dim" in values:
-            attention = values.pop("atten_dim", None)
+            attention, heads = values.pop("atten_dim", None), values.get("heads_num")
+            if attention and heads:
+                least = (
+                    min(_whole_number(name, item) for item in _list(f"search space {name}", choices, MOST_CHOICES))
+                    for name, choices in (("atten_dim", attention), ("heads_num", heads))
+                )
+                values["head_dim"] = operator.floordiv(*least)
             values = _rename(
                 values,
                 {
@@ -412,8 +455,6 @@ class SearchSpace(JsonValue):
                     "layer_num": "num_hidden_layers",
                 },
             )
-            if attention and values.get("num_attention_heads"):
-                values["head_dim"] = min(attention) // min(values["num_attention_heads"])
             values.pop("slide_wsz", None)
         return cls(**_check_fields(cls, values))
 
@@ -421,7 +462,7 @@ class SearchSpace(JsonValue):
     def num_subnets(self) -> int:
         """Exact count: feature encoders x widths x sum over depths d of (ratios x heads x windows) ** d."""
         per_layer = len(self.ffn_ratio) * len(self.num_attention_heads) * len(self.attention_window or (None,))
-        encoders = 1 if self.conv_dim is None else len(nondecreasing_choices(self.conv_dim))
+        encoders = 1 if self.conv_dim is None else count_nondecreasing(self.conv_dim)
         return encoders * len(self.hidden_size) * sum(per_layer**depth for depth in self.num_hidden_layers)
 
     @property
@@ -646,7 +687,7 @@ def subnet_from(value: Any) -> Subnet:
         value = value.to_dict()
     if isinstance(value, Mapping):
         return Subnet.from_dict(value)
-    raise ValueError(f"a subnet is a name, a Subnet or a dict, not {type(value).__name__}: {value!r}")
+    raise ValueError(f"a subnet is a name, a Subnet or a dict, not {type(value).__name__}: {_short(value)}")
 
 
 def search_space_from(value: Any) -> SearchSpace:
@@ -659,4 +700,4 @@ def search_space_from(value: Any) -> SearchSpace:
         return SearchSpace.preset(value)
     if isinstance(value, Mapping):
         return SearchSpace.from_dict(value)
-    raise ValueError(f"a search space is a name, a SearchSpace or a dict, not {type(value).__name__}: {value!r}")
+    raise ValueError(f"a search space is a name, a SearchSpace or a dict, not {type(value).__name__}: {_short(value)}")

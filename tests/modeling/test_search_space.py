@@ -6,8 +6,10 @@ import json
 import random
 from collections import Counter
 
+import hypothesis
 import pytest
 from conftest import GOLDEN, NARROW, SMALL, WINDOWED
+from hypothesis import strategies as st
 
 from modeling_lighthubert import SearchSpace, Subnet
 from modeling_lighthubert.search_space import kept_layers, search_space_from, subnet_from
@@ -440,3 +442,43 @@ def test_only_subnets_are_inside_a_space():
     assert SMALL.smallest.to_dict() not in SMALL
     assert "smallest" not in SMALL
     assert SearchSpace.base().smallest not in SMALL
+
+
+# Any JSON
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([1e308, 10**400]),
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=5), children, max_size=4),
+    max_leaves=8,
+)
+VALID = [NARROW.smallest, WINDOWED.sample(0), SMALL, NARROW, WINDOWED]
+VALID = [value.to_dict() for value in VALID] + [GOLDEN_CASES["search_space"], GOLDEN_CASES["cases"][0]["subnet"]]
+KEYS = st.sampled_from(sorted({key for valid in VALID for key in valid}))
+NEARLY_VALID = st.builds(
+    lambda valid, changes, missing: {key: value for key, value in (valid | changes).items() if key != missing},
+    st.sampled_from(VALID),
+    st.dictionaries(KEYS, JSON, max_size=2),
+    st.none() | KEYS,
+)
+
+
+@hypothesis.settings(max_examples=500)
+@hypothesis.given(st.one_of(JSON, NEARLY_VALID))
+@hypothesis.example("[" * 10_000)
+@hypothesis.example(NARROW.to_dict() | {"num_hidden_layers": [10**9]})
+@hypothesis.example(NARROW.to_dict() | {"conv_dim": [list(range(1, 50))] * 20})
+@hypothesis.example(SMALL.to_dict() | {"hidden_size": list(range(1, 20_000)), "ffn_ratio": list(range(1, 20_000))})
+def test_any_json_is_a_subnet_or_a_value_error_and_so_for_search_spaces(value):
+    for kind, convert in ((Subnet, subnet_from), (SearchSpace, search_space_from)):
+        for read, given in ((convert, value), (kind.from_json_string, json.dumps(value))):
+            if isinstance(value, str) and value.startswith("["):
+                read, given = kind.from_json_string, value
+            try:
+                result = read(given)
+            except ValueError as error:
+                assert len(str(error)) < 1000
+                continue
+            assert kind.from_dict(result.to_dict()) == result
+            if kind is SearchSpace:
+                assert result.num_subnets >= 1
+                assert all(subnet in result for subnet in (*result.named.values(), result.sample(0)))
