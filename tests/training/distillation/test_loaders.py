@@ -1,14 +1,19 @@
 """Training goes on with the batch that comes next, evaluation has the same batches every time, and what cannot be read
 is named before a run begins."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
 from speech import RATE, TONE, broken_speech, encoded, undecoded
 from transformers import Wav2Vec2FeatureExtractor
 
 from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.sources import DataArguments
+from lighthubert_training.distillation import loaders
 from lighthubert_training.distillation.arguments import DistillationArguments
 from lighthubert_training.distillation.loaders import SpeechLoader
 from modeling_lighthubert.errors import UserError
@@ -69,6 +74,36 @@ def test_evaluation_reads_every_recording_once_and_the_same_every_time(accelerat
     assert [item for batch in first for item in batch["items"].tolist()] == [[0, index] for index in range(10)]
     for batch, again in zip(first, second, strict=True):
         assert torch.equal(batch["input_values"], again["input_values"])
+
+
+def test_batches_of_evaluation_have_the_bounds_of_training_and_recordings_of_similar_length(accelerator):
+    """Else a run that trains for days runs out of memory in its first evaluation."""
+    lengths = [3200, 6800, 3600, 6400, 4000, 6000]
+    data = undecoded([{"audio": {"bytes": encoded(TONE[:length], format="WAV"), "path": None}} for length in lengths])
+    options = {"per_device_train_batch_size": 8, "per_device_train_batch_seconds": 0.76}
+    batches = [batch["items"][:, 1].tolist() for batch in build(accelerator, None, data=data, **options)]
+    assert batches == [[0, 2, 4], [5], [3], [1]]
+
+
+@given(
+    lengths=st.lists(st.sampled_from([0.0, 0.3, 1.0, 4.0, 30.0]), max_size=12),
+    processes=st.integers(1, 4),
+    size=st.integers(1, 4),
+    most=st.sampled_from([None, 2.0, 40.0]),
+)
+def test_processes_evaluate_every_recording_once_within_the_bounds(lengths, processes, size, most):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaders, "durations", lambda speech, unreadable: lengths)
+        options = {"per_device_train_batch_size": size, "per_device_train_batch_seconds": most}
+        batches = []
+        for rank in range(processes):
+            process = SimpleNamespace(device=torch.device("cpu"), process_index=rank, num_processes=processes)
+            batches += build(process, None, data=tones(1), **options).batch_sampler
+    for batch in batches:
+        longest = max(min(lengths[item.index], 20.0) for item in batch)
+        assert len(batch) <= size and (len(batch) == 1 or not most or len(batch) * longest <= most)
+    read = sorted(item.index for batch in batches for item in batch)
+    assert read == [index for index, length in enumerate(lengths) if length]
 
 
 @pytest.mark.parametrize("start", [0, None], ids=["training", "evaluation"])

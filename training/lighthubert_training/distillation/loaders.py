@@ -17,7 +17,7 @@ from lighthubert_training.distillation.arguments import DistillationArguments
 
 class SpeechLoader(DataLoader):
     """This process's batches: of training `gradient_accumulation_steps` for each step, without end; of held-out speech
-    every recording once, the same batches every time.
+    every recording once, the same batches every time, with the same bounds.
 
     Args:
         start: the `step` to begin with and the state of the `sampler` there; `None` for held-out speech.
@@ -41,10 +41,10 @@ class SpeechLoader(DataLoader):
         column = data_arguments.audio_column_name
         speech = SpeechDataset(data, column, rate) if isinstance(data, Dataset) else None
         seconds = [] if speech is None else durations(speech, self.unreadable)
-        size, accumulated = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        accumulated = arguments.gradient_accumulation_steps
         process, num_processes = accelerator.process_index, accelerator.num_processes
         options = {
-            "batch_size": size,
+            "batch_size": arguments.per_device_train_batch_size,
             "max_batch_seconds": arguments.per_device_train_batch_seconds,
             "crop_seconds": arguments.crop_seconds,
             "seed": arguments.seed,
@@ -53,8 +53,10 @@ class SpeechLoader(DataLoader):
         }
         sampler: Iterable[list[Item]]
         if start is None:
-            items = [Item(0, index) for index in range(len(seconds))]
-            sampler = [items[at : at + size] for at in range(0, len(items), size)][process::num_processes]
+            bounds = RandomAccessSampler(seconds, **options | {"slices": [process], "num_slices": num_processes})
+            readable = {Item(0, index): length for index, length in enumerate(seconds) if length}
+            steps = bounds.group(list(readable), list(readable.values()))
+            sampler = [batch for step in steps for batch in bounds.own_batches(step) if batch]
         elif isinstance(data, IterableDataset):
             sampler = StreamSampler(data, column, self.unreadable, start["sampler"], start=start["step"], **options)
         else:
