@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import pytest
 import torch
@@ -53,6 +53,25 @@ def test_each_subnet_is_trained_further_from_the_weights_of_the_supernet_which_s
     assert first == second < before
     assert not model.training
     assert all(torch.equal(weight, kept[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["after training", "on an error"])
+def test_further_training_leaves_the_supernet_as_it_was(fails):
+    model = tiny_model().train()
+    selected = TWO_DEEP.sample(1)
+    model.set_subnet(selected)
+    fitness, kept = SizeOfOutputs(model), {name: weight.clone() for name, weight in model.state_dict().items()}
+    losses = iter([fitness.loss] * 3)
+
+    def loss(waveform: torch.Tensor) -> torch.Tensor:
+        return next(losses)(waveform) if fails else fitness.loss(waveform)
+
+    training = FurtherTraining(model, loss, [fitness.waveform], steps=5, learning_rate=1e-2, seed=0)
+    with pytest.raises(StopIteration) if fails else nullcontext():
+        training.errors(fitness, [TWO_DEEP.sample(0)])
+    assert model.training and model.subnet == selected
+    assert all(torch.equal(weight, kept[name]) for name, weight in model.state_dict().items())
+    assert not any(weight.grad is not None for weight in model.parameters())
 
 
 class WidthAndDepth:

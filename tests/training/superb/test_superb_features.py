@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_close, tiny_model
+from conftest import assert_close, small_disk, tiny_model
 from safetensors.torch import load_file
 from speech import RATE, encoded, undecoded
 from superb_toys import EXTRACTOR, SETTINGS, STOCK, noise_of, stock
@@ -166,6 +166,27 @@ def test_kept_features_have_the_permissions_of_the_umask_and_are_not_read_withou
     finally:
         os.seteuid(os.getuid())
         os.umask(before)
+
+
+def test_a_cache_that_a_colleague_has_closed_is_an_error_that_names_it(tmp_path):
+    cache = FeatureCache(stock(), tmp_path / "cache")
+    features, accelerator = recordings_of(noise_of(8000), cache=cache), Accelerator(cpu=True)
+    (tmp_path / "cache").mkdir(mode=0o700)
+    try:
+        os.seteuid(65534)  # root may do everything
+        with pytest.raises(UserError, match="kept features may not be read .*choose another --cache_dir"):
+            fill_cache([features], accelerator)
+        with pytest.raises(UserError, match=f"features cannot be kept in {cache.folder} .*Permission denied.*: make"):
+            cache.write(features.keys[0], torch.zeros(3, 24, 48))
+    finally:
+        os.seteuid(os.getuid())
+
+
+def test_a_disk_without_room_for_features_is_an_error_that_names_the_cache(tmp_path):
+    features = recordings_of(noise_of(8000), cache=FeatureCache(stock(), tmp_path))
+    with small_disk(1000), pytest.raises(UserError, match="features cannot be kept in .*File too large.*: make room"):
+        features[0]
+    assert not list(tmp_path.glob("**/*safetensors"))
 
 
 def test_half_precision_takes_half_the_room_and_differs_by_its_rounding(tmp_path):

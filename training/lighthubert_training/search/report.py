@@ -187,15 +187,22 @@ class FurtherTraining:
     seed: int
 
     def errors(self, fitness: Fitness, subnets: Sequence[Subnet]) -> list[float]:
-        """Errors of the subnets after training, each alone. The supernet is left as it was."""
-        kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        errors = []
-        with tqdm(total=self.steps * len(subnets), desc="further training") as bar:
-            for subnet in subnets:
-                self.train(subnet, bar)
-                *_, error = fitness.errors(subnet)
-                errors.append(error)
-                self.model.load_state_dict(kept)
+        """Errors of the subnets after training, each alone. The supernet is left as it was, also on an error."""
+        model = self.model
+        kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        selected, training, errors = model.subnet, model.training, []
+        try:
+            with tqdm(total=self.steps * len(subnets), desc="further training") as bar:
+                for subnet in subnets:
+                    self.train(subnet, bar)
+                    *_, error = fitness.errors(subnet)
+                    errors.append(error)
+                    model.load_state_dict(kept)
+        finally:
+            model.load_state_dict(kept)
+            model.set_subnet(selected)
+            model.train(training)
+            model.zero_grad()
         return errors
 
     def train(self, subnet: Subnet, bar: tqdm) -> None:

@@ -25,7 +25,7 @@ from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel, Seque
 
 from lighthubert_training.data.audio import duration
 from lighthubert_training.data.recordings import SpeechDataset, Unreadable
-from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.errors import UserError, user_error
 from modeling_lighthubert.files import whole_file
 from modeling_lighthubert.loading import SubnetLike, load_cut_model, load_processor
 
@@ -105,6 +105,17 @@ class FeatureCache:
     def file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
+    def missing(self, key: str) -> bool:
+        """Whether there is no file of a recording.
+
+        Raises:
+            UserError: its folder may not be read.
+        """
+        try:
+            return not self.file(key).exists()
+        except PermissionError as error:
+            raise UserError(f"kept features may not be read ({error}): choose another --cache_dir") from error
+
     def read(self, key: str) -> torch.Tensor | None:
         """The features that are kept of a recording; `None` if there is no whole file.
 
@@ -125,7 +136,7 @@ class FeatureCache:
         """Keeps features, and returns them as `read` will.
 
         Raises:
-            UserError: they are too large for the dtype.
+            UserError: they are too large for the dtype, or the file cannot be written.
         """
         if (largest := float(hidden_states.abs().max())) > torch.finfo(self.dtype).max:
             raise UserError(
@@ -133,8 +144,13 @@ class FeatureCache:
                 " --features_dtype float32"
             )
         hidden_states = hidden_states.to(self.dtype).contiguous()
-        with whole_file(self.file(key)) as unfinished:
-            save_file({"hidden_states": hidden_states}, unfinished, metadata={"crc32": _checksum(hidden_states)})
+        try:
+            with whole_file(self.file(key)) as unfinished:
+                save_file({"hidden_states": hidden_states}, unfinished, metadata={"crc32": _checksum(hidden_states)})
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"features cannot be kept in {self.folder} ({error}): make room, or choose another --cache_dir"
+            ) from error
         return hidden_states.float()
 
     def bytes_for(self, seconds: float) -> int:
@@ -213,9 +229,10 @@ def fill_cache(parts: Sequence[FeatureDataset], accelerator: Accelerator) -> Non
     """
     cache = parts[0].cache
     if cache is not None:
-        missing = [(part, at) for part in parts for at, key in enumerate(part.keys) if not cache.file(key).exists()]
+        missing = [(part, at) for part in parts for at, key in enumerate(part.keys) if cache.missing(key)]
         needed = cache.bytes_for(sum(part.seconds(at) for part, at in missing))
-        cache.folder.mkdir(parents=True, exist_ok=True)
+        with user_error("features cannot be kept: "):
+            cache.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(cache.folder).free
         accelerator.print(
             f"features of {len(missing)} recordings will take {needed / 2**20:,.0f} MiB in {cache.folder}"
