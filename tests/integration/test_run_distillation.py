@@ -186,6 +186,18 @@ def test_recordings_that_cannot_be_read_are_named_and_left_out_up_to_a_share(wor
             torch.testing.assert_close(weights(output)[name], weight, rtol=0, atol=1e-5)
 
 
+def test_what_several_processes_cannot_read_is_counted_together(workshop):
+    """Two of eight recordings, one in the batch of each process, of which each alone would be allowed."""
+    folder = workshop / "two-are-broken"
+    shutil.copytree(workshop / "recordings", folder)
+    for name in ("0.flac", "1.flac"):  # the shortest: next to each other in a step
+        (folder / name).write_bytes((folder / name).read_bytes()[:-2000])
+    command = distillation(workshop, "together", "--train_file", folder, "--max_unreadable_share", 0.2)
+    finished = finish(*command, "--max_steps", 1, "--per_device_train_batch_size", 4, processes=2)
+    assert finished.returncode
+    assert "error: 2 of 8 recordings cannot be read, more than a share of 0.2" in finished.stderr
+
+
 def test_a_shared_feature_encoder_trains_what_a_frozen_one_does(workshop):
     frozen, shared = (
         weights(distil(workshop, name, "--max_steps", 3, "--sampling", "sandwich", f"--{name}_feature_encoder"))

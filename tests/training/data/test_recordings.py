@@ -1,5 +1,6 @@
 """An item of data becomes a recording, or a named problem; and too many problems end a run."""
 
+import json
 import pickle
 
 import numpy as np
@@ -142,6 +143,20 @@ def test_a_share_of_zero_allows_none_and_of_one_allows_all():
     for name in ("one", "two"):
         tolerant.add(name, "cut off")
     assert tolerant.names == {"one", "two"}
+
+
+def test_what_an_earlier_part_of_a_run_left_out_counts(caplog):
+    earlier = Unreadable(0.2, 10)
+    for name in ("one", "two"):
+        earlier.add(name, "cut off")
+    state = json.loads(json.dumps(earlier.state_dict()))
+    caplog.clear()
+    resumed = Unreadable(0.2, 9)
+    resumed.load_state_dict(state)
+    resumed.add("one", "cut off")
+    assert (resumed.num_recordings, caplog.text) == (10, "")
+    with pytest.raises(UserError, match=r"3 of 10 recordings cannot be read.*; the last was three"):
+        resumed.add("three", "no header")
 
 
 def test_readable_recordings_pass_in_order_and_the_others_are_counted():

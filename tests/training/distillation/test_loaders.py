@@ -106,6 +106,17 @@ def test_processes_evaluate_every_recording_once_within_the_bounds(lengths, proc
     assert read == [index for index, length in enumerate(lengths) if length]
 
 
+def test_what_could_not_be_read_before_a_run_was_resumed_counts(accelerator):
+    state = {"step": 0, "sampler": None, "unreadable": {"names": ["torn.flac"], "num_recordings": 10}}
+    loader = SpeechLoader(
+        *(arguments(per_device_train_batch_size=10), DataArguments(max_unreadable_share=0.2)),
+        *(broken_speech().audio, COLLATOR, accelerator, state),
+    )
+    assert loader.unreadable.names == {"torn.flac", "tone-7.flac"}
+    with pytest.raises(UserError, match="3 of 10 recordings cannot be read, .* tone-3.flac"):
+        list(loader.readable(batch for batch, _ in zip(loader, range(1))))
+
+
 @pytest.mark.parametrize("start", [0, None], ids=["training", "evaluation"])
 def test_recordings_without_a_header_are_counted_before_the_first_batch(accelerator, start):
     unreadable = build(accelerator, start, 0.1, broken_speech().audio).unreadable

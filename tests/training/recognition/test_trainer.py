@@ -149,6 +149,14 @@ def test_more_unreadable_recordings_than_allowed_end_training(tmp_path, monkeypa
         train(build_trainer(tmp_path, share=0.2), monkeypatch, [0, 1], [2, 4], [3, 5])
 
 
+def test_what_could_not_be_read_before_training_was_resumed_counts(tmp_path, monkeypatch):
+    options = {"share": 0.2, "save_strategy": "steps", "save_steps": 1}
+    train(build_trainer(tmp_path, max_steps=1, **options), monkeypatch, [0, 1], [2, 4])
+    resumed = build_trainer(tmp_path, max_steps=2, **options)
+    with pytest.raises(UserError, match=r"2 of 6 recordings cannot be read, more than a share of 0\.2; .* 4\.flac"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_recordings_of_a_stream_are_counted_with_those_read_so_far(tmp_path, caplog):
     trainer = build_trainer(tmp_path, streamed=True, max_steps=2, per_device_train_batch_size=2, share=0.001)
     trainer.train()

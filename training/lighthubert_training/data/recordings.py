@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -76,6 +78,8 @@ def read_recording(audio: Any, sampling_rate: int, name: str, labels: Any = None
 class Unreadable:
     """Recordings that are left out because they cannot be read: each is named once, and too many end the run.
 
+    A run counts those of all its processes, and, when it is resumed, those from before.
+
     Args:
         max_share: largest share of `num_recordings` that may be left out.
         num_recordings: how many recordings there are; of a stream, how many were read so far.
@@ -100,6 +104,27 @@ class Unreadable:
                 f"{len(self.names)} of {self.num_recordings} recordings cannot be read, more than a share of"
                 f" {self.max_share}; the last was {name} ({reason})"
             )
+
+    def add_together(self, found: Sequence[tuple[str, str]], accelerator: Accelerator) -> None:
+        """Leaves out what all processes found, names with reasons. All call it, and each counts all of it.
+
+        Raises:
+            UserError: they are more than `max_share`.
+        """
+        if accelerator.num_processes > 1:
+            count = accelerator.reduce(torch.tensor(len(found), device=accelerator.device), "sum")
+            found = gather_object(list(found)) if int(count) else ()
+        for name, reason in found:
+            self.add(name, reason)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is resumed has to know, as JSON."""
+        return {"names": sorted(self.names), "num_recordings": self.num_recordings}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Counts what `state_dict` has of an earlier part of the run."""
+        self.names |= set(state["names"])
+        self.num_recordings = max(self.num_recordings, state["num_recordings"])
 
     def readable(self, recordings: Iterable[Recording]) -> Iterator[Recording]:
         """Those of `recordings` that have a waveform; the others are added."""

@@ -20,7 +20,8 @@ class SpeechLoader(DataLoader):
     every recording once, the same batches every time, with the same bounds.
 
     Args:
-        start: the `step` to begin with and the state of the `sampler` there; `None` for held-out speech.
+        start: the `step` to begin with, the state of the `sampler` there, and what was `unreadable` before; `None` for
+            held-out speech.
 
     Attributes:
         sampling_rate: of the audio in batches, in Hz.
@@ -36,11 +37,13 @@ class SpeechLoader(DataLoader):
         accelerator: Accelerator,
         start: Mapping[str, Any] | None,
     ):
-        self.device, self.unreadable = accelerator.device, Unreadable(data_arguments.max_unreadable_share)
+        self.accelerator, self.unreadable = accelerator, Unreadable(data_arguments.max_unreadable_share)
         self.sampling_rate = rate = collator.student_feature_extractor.sampling_rate
         column = data_arguments.audio_column_name
         speech = SpeechDataset(data, column, rate) if isinstance(data, Dataset) else None
         seconds = [] if speech is None else durations(speech, self.unreadable)
+        if start is not None and start.get("unreadable"):
+            self.unreadable.load_state_dict(start["unreadable"])
         accumulated = arguments.gradient_accumulation_steps
         process, num_processes = accelerator.process_index, accelerator.num_processes
         options = {
@@ -70,9 +73,11 @@ class SpeechLoader(DataLoader):
         )
 
     def readable(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Of `batches` of this loader, those that have a recording, on the device; what cannot be read is counted."""
+        """Of `batches` of this loader, those that have a recording, on the device. What any process cannot read is
+        counted at the end, to which all have to come."""
+        unreadable: list[tuple[str, str]] = []
         for batch in batches:
-            for name, reason in batch["unreadable"]:
-                self.unreadable.add(name, reason)
+            unreadable += batch["unreadable"]
             if "items" in batch:
-                yield send_to_device(batch, self.device)
+                yield send_to_device(batch, self.accelerator.device)
+        self.unreadable.add_together(unreadable, self.accelerator)

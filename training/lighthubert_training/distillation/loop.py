@@ -188,5 +188,6 @@ class Distiller:
         assert isinstance(sampler, BatchSampler)
         state = {"recipe": self.recipe, "eval_loss": eval_loss}
         state |= {"log": self.log.state_dict(), "sampler": sampler.state_dict(step)}
+        state |= {"unreadable": self.loader.unreadable.state_dict()}
         output_dir, limit = Path(self.arguments.output_dir), self.arguments.save_total_limit
         save_checkpoint(self.accelerator, output_dir, step, state, limit, self.failed_saves)

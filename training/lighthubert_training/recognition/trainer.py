@@ -21,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from lighthubert_training.data.batches import EpochSampler
+from lighthubert_training.data.recordings import Unreadable
 from lighthubert_training.error_rates import character_error_rate, word_error_rate
 from lighthubert_training.models import computed_once, has_fixed_feature_encoder, true_frames
 from lighthubert_training.recognition.arguments import CTCArguments
@@ -306,6 +307,8 @@ class CTCTrainer(Trainer):
         args, state = self.args, self.state
         output_dir, limit = args.output_dir, args.save_total_limit
         args.output_dir, args.save_total_limit = str(unfinished.parent), None
+        states: Any = state.stateful_callbacks
+        states[Unreadable.__name__] = self.train_dataset.unreadable.state_dict()
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -316,9 +319,12 @@ class CTCTrainer(Trainer):
                 state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
 
     def _load_callback_state(self) -> None:
-        """As Trainer does, and early stopping goes on with the evaluations that it has counted."""
+        """As Trainer does, and early stopping goes on with the evaluations that it has counted, the policy for what
+        cannot be read with those recordings."""
         super()._load_callback_state()
         states: Any = self.state.stateful_callbacks
+        if unreadable := states.get(Unreadable.__name__):
+            self.train_dataset.unreadable.load_state_dict(unreadable)
         if (saved := states.get(EarlyStoppingCallback.__name__)) and (callback := self.early_stopping) is not None:
             vars(callback).update(saved["attributes"])
 
