@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.utils import validate_repo_id
 from transformers import Wav2Vec2FeatureExtractor
 
 from . import LightHubertConfig, LightHubertForPreTraining, SearchSpace
 from .errors import UserError, run, user_error
 from .files import require_unused, whole_folder
 from .loading import parse_search_space
+from .search_space import MOST_LAYERS
 
 
 logger = logging.getLogger("modeling_lighthubert.convert")
@@ -94,6 +96,8 @@ def load_original_checkpoint(checkpoint_path: str) -> tuple[dict[str, Any], dict
         raise UserError(f"{path} is not a LightHuBERT checkpoint: cfg.model names no hubert_pruner or student_hubert")
     if missing := [name for name in SETTINGS if name not in settings]:
         raise UserError(f"{path} is not a LightHuBERT checkpoint: its settings lack {missing}")
+    if settings["encoder_layers"] not in range(1, MOST_LAYERS + 1):
+        raise UserError(f"{path} is not a LightHuBERT checkpoint: encoder_layers={settings['encoder_layers']!r:.80}")
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UserError(f"{path} is not a LightHuBERT checkpoint: 'model' is not a dictionary of tensors")
     return settings, weights
@@ -202,7 +206,10 @@ def convert(checkpoint_path: str, search_space: SearchSpace | None = None) -> Li
     settings, weights = load_original_checkpoint(checkpoint_path)
     space = search_space or find_search_space(settings)
     head = weights.get(f"layer_pred_heads.{settings['encoder_layers'] - 1}.weight")
-    with user_error(f"{checkpoint_path}: "):
+    said = (
+        "" if search_space or not space else ", with the search space that its settings name (--search_space: another)"
+    )
+    with user_error(f"{checkpoint_path}{said}: ", (Exception,)):  # settings can be of any type
         config = make_config(settings, space, None if head is None else head.shape[0])
     with torch.device("meta"):
         model = LightHubertForPreTraining(config)
@@ -274,6 +281,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--push_to_hub", metavar="ID", help="Hub repository to push the folder to.")
     options = parser.parse_args(arguments)
     folder = require_unused(options.pytorch_dump_folder_path, "--pytorch_dump_folder_path")
+    if options.push_to_hub:
+        with user_error("--push_to_hub: "):
+            validate_repo_id(options.push_to_hub)
     model = convert(options.checkpoint_path, parse_search_space(options.search_space))
     if options.trim:
         with user_error():

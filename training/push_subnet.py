@@ -10,6 +10,7 @@ none. A repository that holds another model is left alone.
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +204,9 @@ class Publication:
         """
         arguments, api = self.arguments, self.api
         api.create_repo(arguments.repo_id, private=arguments.private or None, exist_ok=True)
+        if self.replaces and arguments.overwrite:
+            branch = arguments.revision or "main"
+            print(f"{arguments.repo_id}: all other files on the branch {branch} are deleted", file=sys.stderr)
         if arguments.revision:
             api.create_branch(arguments.repo_id, branch=arguments.revision, exist_ok=True)
         commit = api.upload_folder(

@@ -34,7 +34,7 @@ from lighthubert_training.distillation.teacher import (
 )
 from lighthubert_training.runs.checkpoints import saving_results
 from lighthubert_training.runs.distributed import build_accelerator, locked_by_main_process, require_whole_weights
-from lighthubert_training.runs.hub import push_folder
+from lighthubert_training.runs.hub import check_push, push_folder
 from lighthubert_training.runs.log import RunLog
 from lighthubert_training.runs.options import OptionParser, parse_options
 from lighthubert_training.runs.plots import plot_losses
@@ -165,6 +165,8 @@ def main() -> None:
     accelerator = build_accelerator(arguments.device, mixed_precision=arguments.mixed_precision, **tracking)
     require_whole_weights(accelerator)
     folder, is_main = Path(arguments.output_dir), accelerator.is_main_process
+    if arguments.push_to_hub:
+        check_push(folder, arguments.hub_model_id)
     with locked_by_main_process(folder):
         finished = distil(accelerator, arguments, objective, data_arguments, recipe)
     if finished and arguments.push_to_hub and is_main:

@@ -45,7 +45,7 @@ from lighthubert_training.recognition.trainer import CTCTrainer, begin_with_blan
 from lighthubert_training.recognition.transcripts import write_evaluation
 from lighthubert_training.runs.checkpoints import saving_results
 from lighthubert_training.runs.distributed import locked_by_main_process, on_main_process
-from lighthubert_training.runs.hub import push_folder
+from lighthubert_training.runs.hub import check_push, push_folder
 from lighthubert_training.runs.options import OptionParser, parse_options
 from lighthubert_training.runs.plots import plot_losses
 from lighthubert_training.sampling import evaluation_subnets
@@ -224,13 +224,16 @@ def main() -> None:
     parser = OptionParser(KINDS, description=__doc__)
     _, ctc, _, data_arguments, _, training_arguments = parsed = parse_options(parser, "recognition")
     push_to_hub = training_arguments.push_to_hub
+    if push_to_hub:
+        check_push(str(training_arguments.output_dir), training_arguments.hub_model_id)
     configure(training_arguments, ctc, data_arguments)
     folder = Path(str(training_arguments.output_dir))
     with locked_by_main_process(folder):
         fine_tune(*parsed)
-    if push_to_hub and PartialState().is_main_process:
-        push_folder(folder, training_arguments.hub_model_id)
+    is_main = PartialState().is_main_process
     PartialState().destroy_process_group()  # transformers leaves it, and its threads may abort the exit
+    if push_to_hub and is_main:
+        push_folder(folder, training_arguments.hub_model_id)
 
 
 if __name__ == "__main__":

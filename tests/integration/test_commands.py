@@ -2,12 +2,19 @@
 
 import json
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import push_subnet
 import pytest
-from conftest import GOLDEN
-from scripts import fails, finish_as_a_user, run
+import run_distillation
+import run_speech_recognition_ctc as ctc
+from conftest import GOLDEN, tiny_model
+from huggingface_hub import HfApi
+from scripts import call, distillation, fails, finish_as_a_user, run
 
 from lighthubert_training.cli import VERBS, main
+from modeling_lighthubert.errors import run as run_command
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -44,6 +51,40 @@ def test_a_bug_is_the_traceback_of_the_process_and_exit_status_1(tmp_path):
     assert (finished.returncode, finished.stdout) == (1, "so far\n")
     assert finished.stderr.startswith("Traceback (most recent call last):")
     assert finished.stderr.endswith("KeyError: 'bug'\n")
+
+
+def pushing(folder: Path, workshop: Path) -> dict[str, tuple[Callable[[], object], Sequence[object]]]:
+    """The `main` of every script that pushes, and a command line that makes it push."""
+    speech, hub, supernet = workshop / "speech.parquet", ("--push_to_hub", "--hub_model_id", "me/model"), folder / "in"
+    model = ("--model_name_or_path", supernet)
+    quiet = ("--max_steps", 1, "--use_cpu", "--report_to", "none", "--disable_tqdm", True)
+    output = ("--output_dir", folder / "out")
+    return {
+        "distill": (run_distillation.main, distillation(workshop, "", *output, "--max_steps", 1, *hub)[1:]),
+        "finetune": (ctc.main, (*model, "--train_file", speech, *output, *quiet, "--subnet", "smallest", *hub)),
+        "push": (
+            push_subnet.main,
+            (*model, "--repo_id", "me/model", "--training_data", "Tones.", "--license", "mit", "--repeats", 1),
+        ),
+    }
+
+
+@pytest.mark.parametrize("verb", ["distill", "finetune", "push"])
+def test_a_hub_that_fails_at_the_end_is_one_line_and_exit_status_1(verb, workshop, tmp_path, monkeypatch, capfd):
+    def create_repo(*_, **__):
+        raise OSError("503 Service Unavailable for hf_secret")
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    for name in ("create_repo", "repo_info"):
+        monkeypatch.setattr(HfApi, name, create_repo)
+    tiny_model().save_pretrained(tmp_path / "in")
+    main, words = pushing(tmp_path, workshop)[verb]
+    with pytest.raises(SystemExit) as ended:
+        call(lambda: run_command(main), verb, *words)
+    assert ended.value.code == 1
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: me/model could not be pushed (503 Service Unavailable for ***)")
+    assert verb == "push" or (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_the_conversion_runs_as_a_module(tmp_path):

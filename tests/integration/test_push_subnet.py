@@ -132,6 +132,7 @@ def test_another_model_is_left_alone_unless_told(hub, push):
     assert "model.safetensors" in hub.repositories[REPOSITORY].files("refs/pr/1")
     status, output = push("--subnet", "smallest", "--overwrite")
     assert status == 0, output
+    assert "me/small: all other files on the branch main are deleted" in output
     assert "pytorch_model.bin" not in hub.repositories[REPOSITORY].files()
 
 

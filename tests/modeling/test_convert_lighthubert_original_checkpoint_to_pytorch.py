@@ -212,6 +212,16 @@ def test_the_folder_is_pushed(command, monkeypatch):
     assert "me/mine" in (folder / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_hub_that_fails_leaves_the_folder_and_no_success(command, monkeypatch, tmp_path):
+    def fail():
+        raise OSError("503 Service Unavailable")
+
+    monkeypatch.setattr(conversion, "HfApi", fail)
+    with pytest.raises(ConnectionError, match="out is whole, but is not pushed to me/mine: 503"):
+        command(CHECKPOINT, "--push_to_hub", "me/mine")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 # Bad input
 
 
@@ -315,6 +325,24 @@ def test_a_search_space_that_the_checkpoint_does_not_name_is_asked_for(original,
 @pytest.mark.parametrize("space", [None, "small", "base"])
 def test_a_search_space_wider_than_the_checkpoint_is_refused(space, command, tmp_path):
     assert_refused(command, tmp_path, "but the supernet has only 128", CHECKPOINT, space=space)
+
+
+def test_a_search_space_that_is_not_the_checkpoints_own_is_told_from_one_that_was_given(command, tmp_path):
+    said = "with the search space that its settings name (--search_space: another): search space hidden_size"
+    assert_refused(command, tmp_path, said, CHECKPOINT, space=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("encoder_layers", 10**9), ("encoder_layers", "12"), ("encoder_embed_dim", None), ("conv_pos_groups", 0)],
+)
+def test_settings_that_make_no_model_are_refused(original, command, written, tmp_path, name, value):
+    original["cfg"]["model"][name] = value
+    assert_refused(command, tmp_path, "written.pt", written(original))
+
+
+def test_a_name_that_the_hub_cannot_have_is_refused_before_anything_is_written(command, tmp_path):
+    assert_refused(command, tmp_path, "--push_to_hub: Repo id must", CHECKPOINT, "--push_to_hub", "me/a/b")
 
 
 def test_an_unknown_search_space_is_refused(command, tmp_path):

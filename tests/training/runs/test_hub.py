@@ -9,7 +9,7 @@ from hub_server import Hub, loopback_hub
 from huggingface_hub import HfApi, constants
 
 from lighthubert_training.runs import hub as runs_hub
-from lighthubert_training.runs.hub import push_folder, reaching_hub, without_token
+from lighthubert_training.runs.hub import check_push, push_folder, reaching_hub, without_token
 from modeling_lighthubert.errors import UserError
 
 
@@ -63,6 +63,16 @@ def test_a_name_that_the_hub_cannot_have_is_the_users_mistake(hub: Hub, folder):
     with pytest.raises(UserError, match="me/a/b could not be pushed: Repo id must be"):
         push_folder(folder, "me/a/b")
     assert not hub.repositories
+
+
+def test_what_the_hub_would_refuse_after_a_run_is_refused_before_it(folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    check_push(folder, None)
+    with pytest.raises(UserError, match="--push_to_hub: Repo id must be"):
+        check_push(folder, "me/a/b")
+    monkeypatch.setattr(runs_hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="--push_to_hub: nobody is logged in. Do so with `hf auth login`"):
+        check_push(folder, "me/a")
 
 
 def test_what_the_client_says_is_shown_without_the_token(monkeypatch):

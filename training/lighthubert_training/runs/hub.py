@@ -6,8 +6,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.errors import UserError, user_error
 
 
 UNPUBLISHED = ["checkpoint-*", "unfinished-*", ".unfinished-*", "tensorboard/*", "runs/*", "training_args.bin"]
@@ -42,6 +43,18 @@ def without_token(text: str) -> str:
     """`text`, with the token for the Hub hidden should it ever be there."""
     token = get_token()
     return text.replace(token, "***") if token else text
+
+
+def check_push(folder: str | Path, hub_model_id: str | None) -> None:
+    """Refuses, before a run, what the Hub would refuse at its end; the arguments are those of `push_folder`.
+
+    Raises:
+        UserError: the Hub has no names like that of the repository, or nobody is logged in.
+    """
+    with user_error("--push_to_hub: "):
+        validate_repo_id(hub_model_id or Path(folder).resolve().name)
+    if get_token() is None:
+        raise UserError("--push_to_hub: nobody is logged in. Do so with `hf auth login`, or set HF_TOKEN")
 
 
 def push_folder(folder: Path, hub_model_id: str | None) -> None:
