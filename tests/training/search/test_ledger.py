@@ -1,7 +1,7 @@
 """The ledger gives each subnet to one process, and knows which search it belongs to."""
 
 import pytest
-from conftest import TWO_DEEP
+from conftest import TWO_DEEP, small_disk
 
 from lighthubert_training.search.ledger import Ledger
 from modeling_lighthubert.errors import UserError
@@ -49,3 +49,24 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "search").write_text("")
     with pytest.raises(UserError, match="search"):
         Ledger(tmp_path / "search")
+
+
+@pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0" + b"half" * 100], ids=["another", "damaged"])
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path, content):
+    (tmp_path / "evaluations.sqlite3").write_bytes(content * 20)
+    with pytest.raises(UserError, match=r"evaluations.sqlite3 cannot be used \(.*\): .* if it is damaged, delete it"):
+        Ledger(tmp_path)
+
+
+def test_a_full_disk_is_an_error_that_loses_no_evaluation(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.claim(TWO_DEEP.largest, 9)
+    ledger.finish(1, [0.1], 1.0)
+    ledger.claim(TWO_DEEP.smallest, 9)
+    with small_disk(4096), pytest.raises(UserError, match="cannot be used .*see to it that the disk has room"):
+        ledger.finish(2, [0.5] * 2000, 1.0)
+    ledger.close()
+    again = Ledger(tmp_path)
+    assert [each.number for each in again.finished()] == [1]
+    assert again.take_over() == (2, TWO_DEEP.smallest)
+    again.close()

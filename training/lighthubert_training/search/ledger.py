@@ -14,6 +14,9 @@ from modeling_lighthubert import Subnet
 from modeling_lighthubert.errors import UserError, user_error
 
 
+FILE = "evaluations.sqlite3"
+
+
 class Evaluation(NamedTuple):
     """The measurement of a subnet.
 
@@ -38,7 +41,7 @@ class Ledger:
         folder: for the file, and for a lock that this process holds as long as it lives.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder cannot be written to, or the file is damaged; of any method: the disk is full.
     """
 
     def __init__(self, folder: Path):
@@ -47,14 +50,23 @@ class Ledger:
         with user_error():
             folder.mkdir(parents=True, exist_ok=True)
             self.alive.acquire()
-        self.database = sqlite3.connect(folder / "evaluations.sqlite3", timeout=60, isolation_level=None)
-        self.database.execute("PRAGMA journal_mode=WAL")
-        self.database.execute("PRAGMA synchronous=NORMAL")  # outlives any kill; a power cut may undo the last second
-        self.database.execute(
+        self.database = sqlite3.connect(folder / FILE, timeout=60, isolation_level=None)
+        self._execute("PRAGMA journal_mode=WAL")
+        self._execute("PRAGMA synchronous=NORMAL")  # outlives any kill; a power cut may undo the last second
+        self._execute(
             "CREATE TABLE IF NOT EXISTS evaluations (number INTEGER PRIMARY KEY, subnet TEXT UNIQUE NOT NULL,"
             " owner TEXT NOT NULL, errors TEXT, seconds REAL, finished INTEGER UNIQUE)"
         )
-        self.database.execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+        self._execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+
+    def _execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        try:
+            return self.database.execute(statement, values)
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"{self.folder / FILE} cannot be used ({error}): see to it that the disk has room, and start the same"
+                " command again; if it is damaged, delete it"
+            ) from error
 
     def close(self) -> None:
         self.database.close()
@@ -63,7 +75,7 @@ class Ledger:
 
     def __len__(self) -> int:
         """Number of evaluations, finished or not."""
-        return self.database.execute("SELECT count(*) FROM evaluations").fetchone()[0]
+        return self._execute("SELECT count(*) FROM evaluations").fetchone()[0]
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Keeps the settings of a new search, and compares them with those of one that goes on.
@@ -73,8 +85,8 @@ class Ledger:
         """
         for name, value in settings.items():
             text = json.dumps(value)
-            self.database.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (name, text))
-            (kept,) = self.database.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+            self._execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (name, text))
+            (kept,) = self._execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
             if kept != text:
                 raise UserError(
                     f"{self.folder} has evaluations of a search with {name}={kept}, not {text}: give the same,"
@@ -84,7 +96,7 @@ class Ledger:
     def claim(self, subnet: Subnet, most: int) -> int | None:
         """Number of the evaluation that this process now has to make; `None` if there are `most` of them already, or
         the subnet is claimed."""
-        claimed = self.database.execute(
+        claimed = self._execute(
             "INSERT OR IGNORE INTO evaluations (subnet, owner)"
             " SELECT ?, ? WHERE (SELECT count(*) FROM evaluations) < ?",
             (subnet.to_json_string(), self.owner, most),
@@ -93,11 +105,11 @@ class Ledger:
 
     def take_over(self) -> tuple[int, Subnet] | None:
         """Number and subnet of an evaluation that a dead process has left, which this process now has to make."""
-        unfinished = self.database.execute("SELECT number, subnet, owner FROM evaluations WHERE errors IS NULL")
+        unfinished = self._execute("SELECT number, subnet, owner FROM evaluations WHERE errors IS NULL")
         for number, subnet, owner in unfinished.fetchall():
             if owner == self.owner or self._is_alive(owner):
                 continue
-            taken = self.database.execute(
+            taken = self._execute(
                 "UPDATE evaluations SET owner = ? WHERE number = ? AND owner = ?", (self.owner, number, owner)
             )
             if taken.rowcount:
@@ -115,7 +127,7 @@ class Ledger:
         return False
 
     def finish(self, number: int, errors: Sequence[float], seconds: float) -> None:
-        self.database.execute(
+        self._execute(
             "UPDATE evaluations SET errors = ?, seconds = ?, finished = (SELECT count(finished) FROM evaluations)"
             " WHERE number = ?",
             (json.dumps(list(errors)), seconds, number),
@@ -123,7 +135,7 @@ class Ledger:
 
     def finished(self, after: int = 0) -> list[Evaluation]:
         """Finished evaluations in the order in which they were finished, without the first `after`."""
-        rows = self.database.execute(
+        rows = self._execute(
             "SELECT number, subnet, errors, seconds FROM evaluations WHERE finished >= ? ORDER BY finished", (after,)
         )
         return [
