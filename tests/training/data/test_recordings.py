@@ -8,7 +8,6 @@ import pytest
 from speech import RATE, TONE, at_hand, broken_speech, encoded
 
 from lighthubert_training.data.recordings import (
-    NO_HEADER,
     CroppedRecordings,
     Item,
     Recording,
@@ -71,8 +70,10 @@ def test_recordings_are_resampled():
     assert [len(recording.waveform) for recording in speech] == [len(TONE)] * 2
 
 
-def test_durations_come_from_headers_alone():
+def test_durations_come_from_headers_alone_and_what_has_none_says_why(caplog):
     assert durations(broken_speech()) == [0.5] * 7 + [0.0] + [0.5] * 2
+    durations(broken_speech(), Unreadable(0.1))
+    assert "cannot be read: tone-7.flac (not in a format that libsndfile reads: convert it" in caplog.text
 
 
 # What is drawn in training
@@ -121,9 +122,9 @@ def test_items_travel_to_workers():
 def test_an_unreadable_recording_is_named_once_with_its_reason(caplog):
     unreadable = Unreadable(max_share=0.1, num_recordings=10)
     for _ in range(2):
-        unreadable.add("tone-7.flac", NO_HEADER)
+        unreadable.add("tone-7.flac", "cut off")
     assert [record.getMessage() for record in caplog.records] == [
-        f"left out, because it cannot be read: tone-7.flac ({NO_HEADER})"
+        "left out, because it cannot be read: tone-7.flac (cut off)"
     ]
     assert caplog.records[0].name.startswith("lighthubert_training.")
 

@@ -112,8 +112,8 @@ def test_a_streamed_transcript_with_the_sign_for_a_space_is_left_out_and_named(p
 
 def test_recordings_to_transcribe_are_found_once(tmp_path):
     (tmp_path / "one.flac").write_bytes(WHOLE)
-    undecoded([{"audio": {"path": "same.flac", "bytes": WHOLE}}] * 2).to_parquet(tmp_path / "two.parquet")
-    one, two = str(tmp_path / "one.flac"), str(tmp_path / "two.parquet")
+    undecoded([{"audio": {"path": "same.flac", "bytes": WHOLE}}] * 2).to_parquet(tmp_path / "two.PARQUET")
+    one, two = str(tmp_path / "one.flac"), str(tmp_path / "two.PARQUET")
     assert list(find_recordings([one, two, str(tmp_path), one], DataArguments())) == [one, f"{two}#0", f"{two}#1"]
     with pytest.raises(UserError, match="gone.wav does not exist"):
         find_recordings([str(tmp_path / "gone.wav")], DataArguments())

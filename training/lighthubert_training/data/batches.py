@@ -18,7 +18,7 @@ import torch
 from datasets import IterableDataset
 
 from lighthubert_training.data.audio import duration
-from lighthubert_training.data.recordings import NO_HEADER, Item, Unreadable, recording_name
+from lighthubert_training.data.recordings import Item, Unreadable, recording_name, why_unreadable
 from modeling_lighthubert.errors import UserError
 
 
@@ -203,7 +203,7 @@ class StreamSampler(BatchSampler):
                 items.append(Item(epoch, index, audio))
                 seconds.append(length)
             else:
-                self.unreadable.add(recording_name(audio, index), NO_HEADER)
+                self.unreadable.add(recording_name(audio, index), why_unreadable(audio))
         steps = self.group(items, seconds)
         random.Random(f"{self.seed}-{epoch}-{first}").shuffle(steps)
         return steps

@@ -18,7 +18,6 @@ from modeling_lighthubert.errors import UserError
 
 
 logger = logging.getLogger(__name__)
-NO_HEADER = "no header of audio, or no samples"
 
 
 @dataclass(frozen=True, order=True)
@@ -73,6 +72,11 @@ def read_recording(audio: Any, sampling_rate: int, name: str, labels: Any = None
         # the message of soundfile says where in memory the bytes are; its `error_string` does not
         problem = getattr(error, "error_string", str(error)) or type(error).__name__
         return Recording(name, None, problem, labels)
+
+
+def why_unreadable(audio: Any) -> str:
+    """The reason why a recording has no `duration`."""
+    return read_recording(audio, 16_000, "").problem or "it could not be read before, and can be now"
 
 
 class Unreadable:
@@ -191,11 +195,11 @@ class CroppedRecordings(torch.utils.data.Dataset):
 
 
 def durations(speech: SpeechDataset, unreadable: Unreadable | None = None) -> list[float]:
-    """Seconds of each recording by its header, 0 without one: those are added to `unreadable`, which counts all."""
+    """Seconds of each recording, 0 of one without a header: those are added to `unreadable`, which counts all."""
     rows = tqdm(speech.audio, desc="reading headers", disable=len(speech) < 10_000)
     seconds = [duration(row[speech.audio_column_name]) for row in rows]
     if unreadable is not None:
         unreadable.num_recordings = len(speech)
         for index in (index for index, length in enumerate(seconds) if length == 0):
-            unreadable.add(speech.name(index), NO_HEADER)
+            unreadable.add(speech.name(index), why_unreadable(speech.encoded(index)))
     return seconds

@@ -12,13 +12,13 @@ from transformers import Wav2Vec2Processor
 
 from lighthubert_training.data.collators import label_ids
 from lighthubert_training.data.recordings import (
-    NO_HEADER,
     Recording,
     SpeechDataset,
     Unreadable,
     durations,
     read_recording,
     recording_name,
+    why_unreadable,
 )
 from lighthubert_training.data.sources import TABLES, DataArguments, count_recordings, load_speech
 from lighthubert_training.recognition.text import (
@@ -104,7 +104,7 @@ def _why_useless(speech: TranscribedSpeech, index: int, model: Any, training: bo
     seconds = speech.seconds[index]
     problem = "" if training else speech[index].problem
     if problem or seconds == 0:
-        speech.unreadable.add(speech.name(index), NO_HEADER if seconds == 0 else problem)
+        speech.unreadable.add(speech.name(index), problem or why_unreadable(speech.encoded(index)))
         return NOT_READABLE
     num_frames = int(model._get_feat_extract_output_lengths(round(seconds * speech.sampling_rate)))
     if num_frames < 1:
