@@ -19,9 +19,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import Wav2Vec2FeatureExtractor, get_scheduler
 
+from lighthubert_training.cards.render import NUM_AVAILABLE, NUM_RECORDINGS
 from lighthubert_training.cards.supernet import write_supernet_card
 from lighthubert_training.data.collators import DistillationCollator
-from lighthubert_training.data.sources import DataArguments, load_speech
+from lighthubert_training.data.sources import DataArguments, count_recordings, load_speech
 from lighthubert_training.distillation.arguments import DistillationArguments, ObjectiveArguments
 from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.loop import Distiller, compile_layers, prepare_output
@@ -83,8 +84,14 @@ def build_optimizer(arguments: DistillationArguments, student: LightHubertForPre
     return torch.optim.AdamW(groups, weight_decay=arguments.weight_decay, fused=True)
 
 
-def save_student(distiller: Distiller, feature_extractor: Wav2Vec2FeatureExtractor) -> None:
-    """The trained model with its largest subnet selected, its card, and how training went."""
+def save_student(
+    distiller: Distiller, feature_extractor: Wav2Vec2FeatureExtractor, counts: dict[str, int] | None
+) -> None:
+    """The trained model with its largest subnet selected, its card, and how training went.
+
+    Args:
+        counts: the recordings that the losses on held-out speech are of, and those that the data have.
+    """
     folder, student, log = Path(distiller.arguments.output_dir), distiller.student, distiller.log
     if student.search_space is not None:
         student.set_subnet("largest")
@@ -92,11 +99,12 @@ def save_student(distiller: Distiller, feature_extractor: Wav2Vec2FeatureExtract
         student.save_pretrained(unfinished)
         feature_extractor.save_pretrained(unfinished)
     if log.eval_losses:
-        write_json(folder / "eval_results.json", {f"eval_loss_{name}": loss for name, loss in log.eval_losses.items()})
+        results = {f"loss_{name}": loss for name, loss in log.eval_losses.items()} | (counts or {})
+        write_json(folder / "eval_results.json", {f"eval_{name}": value for name, value in results.items()})
         print(" ".join(f"eval_loss_{name}={loss:.4f}" for name, loss in log.eval_losses.items()))
     write_json(folder / "history.json", log.history)
     plot_losses(log.history, folder / "loss.png")
-    write_supernet_card(student, distiller.recipe, log.eval_losses, folder)
+    write_supernet_card(student, distiller.recipe, log.eval_losses, folder, counts)
 
 
 def distil(
@@ -135,6 +143,7 @@ def distil(
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
 
+    eval_loader = eval_data and SpeechLoader(arguments, data_arguments, eval_data, collator, accelerator, None)
     distiller = Distiller(
         arguments=arguments,
         student=student,
@@ -143,14 +152,18 @@ def distil(
         scheduler=scheduler,
         accelerator=accelerator,
         loader=SpeechLoader(arguments, data_arguments, train_data, collator, accelerator, state),
-        eval_loader=eval_data and SpeechLoader(arguments, data_arguments, eval_data, collator, accelerator, None),
+        eval_loader=eval_loader,
         log=RunLog(accelerator, arguments.logging_steps, state["log"]),
         recipe=recipe,
     )
     finished = distiller.train(state["step"])
     if finished and accelerator.is_main_process:
+        counts = None
+        if eval_loader:
+            num_recordings = len(eval_data) - len(eval_loader.unreadable.names)
+            counts = {NUM_RECORDINGS: num_recordings, NUM_AVAILABLE: count_recordings(data_arguments)}
         with saving_results(Path(arguments.output_dir)):
-            save_student(distiller, extractor)
+            save_student(distiller, extractor, counts)
     accelerator.end_training()
     return finished
 

@@ -19,8 +19,9 @@ import optuna
 import torch
 from transformers import AutoFeatureExtractor
 
+from lighthubert_training.cards.render import NUM_AVAILABLE, NUM_RECORDINGS
 from lighthubert_training.data.collators import DistillationCollator
-from lighthubert_training.data.sources import DataArguments
+from lighthubert_training.data.sources import DataArguments, count_recordings
 from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.step import PreparedBatch, prepare_batch
 from lighthubert_training.distillation.teacher import build_teacher, check_frame_rates, masking_options
@@ -243,7 +244,8 @@ def main() -> None:
             seed=arguments.seed,
         )
         search.run()
-        best = write_results(search, folder, cost)["best"]
+        counts = {NUM_RECORDINGS: fitness.num_recordings, NUM_AVAILABLE: count_recordings(data)}
+        best = write_results(search, folder, cost, counts)["best"]
         if arguments.report:
             schedule = (arguments.report_steps, arguments.report_learning_rate, arguments.seed)
             training = FurtherTraining(model, fitness.loss, batches, *schedule) if batches else None

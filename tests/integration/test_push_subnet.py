@@ -179,7 +179,7 @@ def test_a_card_has_no_figures_of_other_subnets(hub, push, supernet):
     status, output = push("--subnet", "smallest", "--results", supernet / "eval_results.json")
     assert status == 0, output
     files = hub.repositories[REPOSITORY].files()
-    figures = [{"metric": "loss", "value": results["eval_loss_smallest"]}]
+    figures = [{"metric": "loss", "value": results["eval_loss_smallest"], "num_recordings": 8, "num_available": 8}]
     assert json.loads(files["facts.json"])["results"] == figures
     (result,) = ModelCard(files["README.md"].decode()).data.eval_results
     assert result.metric_value == round(results["eval_loss_smallest"], 4)

@@ -72,6 +72,7 @@ def test_a_search_leaves_the_best_subnet_the_front_and_a_plot(workshop, supernet
     errors = [float(row["error"]) for row in rows(output) if row["on_all_data"] == "True"]
     assert results["best"]["error"] == pytest.approx(min(errors))
     assert len(rows(output)) == results["num_evaluations"]
+    assert (results["num_recordings"], results["num_available"]) == (8, 8)
     assert set(results["named"]) == {"largest", "smallest", "middle"}
     assert [Subnet.from_dict(row["subnet"]) for row in json.loads((output / "front.json").read_text())]
     assert (output / "front.png").read_bytes().startswith(b"\x89PNG")

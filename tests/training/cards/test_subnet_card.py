@@ -114,10 +114,11 @@ def test_speed_is_measured_with_the_conditions_it_holds_for():
 def test_results_are_read_from_what_a_search_and_a_training_run_leave(tmp_path):
     subnet = NARROW.smallest.to_dict()
     search, run = tmp_path / "results.json", tmp_path / "eval_results.json"
-    search.write_text(json.dumps({"fitness": "distillation loss", "best": {"subnet": subnet, "error": 0.5}}))
+    found = {"fitness": "distillation loss", "best": {"subnet": subnet, "error": 0.5}}
+    search.write_text(json.dumps(found | {"num_recordings": 7, "num_available": 7}))
     run.write_text(json.dumps({"eval_wer": 0.25, "eval_runtime": 3.0, "eval_samples_per_second": 2.0, "epoch": 1.0}))
     assert read_results([str(search), str(run)], subnet) == [
-        {"metric": "distillation loss", "value": 0.5},
+        {"metric": "distillation loss", "value": 0.5, "num_recordings": 7, "num_available": 7},
         {"metric": "wer", "value": 0.25},
     ]
     with pytest.raises(UserError, match="is about another subnet"):

@@ -19,13 +19,14 @@ RECIPE = {
 @pytest.mark.parametrize("space", [TWO_DEEP, None], ids=["supernet", "one-model"])
 def test_the_card_says_what_the_student_is_and_what_it_was_trained_on(tmp_path, space):
     student = tiny_model(LightHubertForPreTraining, space)
-    write_supernet_card(student, RECIPE, {"smallest": 0.25}, tmp_path)
+    write_supernet_card(student, RECIPE, {"smallest": 0.25}, tmp_path, {"num_recordings": 7, "num_available": 8})
     card = (tmp_path / "README.md").read_text()
     smallest = student.hubert if space is None else student.hubert.extract_subnet("smallest")
     assert f"| {smallest.num_parameters():,} |" in card
     assert ("smaller HuBERTs" in card) is (space is not None)
     assert ("set_subnet" in card) is (space is not None)
     assert "Distilled from the/teacher on some/speech" in card
+    assert "Distillation loss on held-out speech, 7 of 8 recordings:" in card
     assert "| smallest | 0.2500 |" in card
     assert "{{" not in card and "None" not in card
 

@@ -92,7 +92,8 @@ def read_results(
         if "fitness" not in content:
             figures = training_figures(content, names)
         elif content["best"]["subnet"] == dict(subnet):
-            figures = [{"metric": content["fitness"], "value": content["best"]["error"]}]
+            counts = {name: content[name] for name in COUNTS if name in content}
+            figures = [{"metric": content["fitness"], "value": content["best"]["error"]} | counts]
         else:
             raise UserError(f"--results {file} is about another subnet than this: give the best.json beside it")
         if not figures:

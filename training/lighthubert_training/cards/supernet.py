@@ -12,13 +12,18 @@ from modeling_lighthubert.profiling import macs_per_second
 
 
 def write_supernet_card(
-    student: LightHubertForPreTraining, recipe: Mapping[str, Any], results: Mapping[str, float], folder: Path
+    student: LightHubertForPreTraining,
+    recipe: Mapping[str, Any],
+    results: Mapping[str, float],
+    folder: Path,
+    counts: Mapping[str, int] | None = None,
 ) -> None:
     """Writes `README.md`: what the student is, what it was trained on, and its losses on held-out speech.
 
     Args:
         recipe: all options of the run.
         results: distillation loss by name of subnet; empty if it was not evaluated.
+        counts: of results, the recordings that they are of, and those that the data have.
     """
     space = student.search_space
     subnets = {"this model": student.subnet} if space is None else space.named
@@ -41,5 +46,6 @@ def write_supernet_card(
         start=start and public_name(start),
         sources=[public_name(source) for source in sources],
         results=results,
+        counts=counts,
     )
     save_card(card, folder / "README.md")

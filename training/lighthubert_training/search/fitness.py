@@ -59,6 +59,11 @@ class MeanLoss:
         self.batches, self.stages = batches, split_stages(batches)
         self.num_stages = len(self.stages)
 
+    @property
+    def num_recordings(self) -> int:
+        """Of prepared batches of a distillation."""
+        return sum(len(each.batch["input_values"]) for each in self.batches)
+
     @torch.no_grad()
     def errors(self, subnet: Subnet) -> Iterator[float]:
         self.model.set_subnet(subnet)
@@ -88,6 +93,7 @@ class CTCError:
         references: Sequence[str],
     ):
         self.model, self.processor, self.references = model.eval(), processor, references
+        self.num_recordings = len(references)
         self.stages = split_stages(list(zip(batches, conv_features(model, batches), strict=True)))
         self.num_stages = len(self.stages)
 
@@ -137,6 +143,7 @@ class ProbeError:
         test: tuple[Sequence[Batch], Sequence[Any]],
     ):
         self.model, self.train, self.test = model.eval(), train, test
+        self.num_recordings = len(test[1])
 
     def errors(self, subnet: Subnet) -> Iterator[float]:
         self.model.set_subnet(subnet)

@@ -34,11 +34,12 @@ FEWEST_SUBNETS = 5
 """For a correlation: the ranks of four agree by chance in one of twelve cases, those of five in one of sixty."""
 
 
-def write_results(search: Search, folder: Path, cost: str) -> dict[str, Any]:
+def write_results(search: Search, folder: Path, cost: str, counts: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Writes `best.json`, `front.json`, `results.json`, `evaluations.csv` and `front.png`.
 
     Args:
         cost: of the front, by its name in `COSTS`.
+        counts: the recordings that the errors are of, and those that the data have, for cards.
 
     Returns:
         What is in `results.json`.
@@ -50,6 +51,7 @@ def write_results(search: Search, folder: Path, cost: str) -> dict[str, Any]:
     best, front, named = search.best(), search.front(cost), measure_named(search)
     results = {
         "fitness": search.fitness.name,
+        **(counts or {}),
         "num_evaluations": len(search.evaluations),
         "seconds": sum(each.seconds for each in search.evaluations),
         "best": to_row(best) | {"subnet": best.subnet.to_dict()},
