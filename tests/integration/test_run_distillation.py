@@ -85,7 +85,7 @@ def test_a_student_without_a_search_space_is_one_model(workshop):
         *("--student_name_or_path", "random", "--num_target_layers", 2, "--loss_frames", "all", "--max_steps", 1),
         *("--dataloader_num_workers", 0, "--device", "cpu", "--output_dir", output),
     )
-    assert list(losses(output)) == ["eval_loss_model"]
+    assert list(losses(output))[:1] == ["eval_loss_model"]
     start = load_file(workshop / "teacher" / "model.safetensors")
     name = "encoder.layers.0.attention.q_proj.weight"
     assert not torch.allclose(weights(output)[f"hubert.{name}"], start[name], atol=0.01)
@@ -150,8 +150,9 @@ def test_compiled_layers_train_the_same_weights(workshop, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # the script raises it
-        output = distil(workshop, "compiled", *options, "--torch_compile")
+    limit = torch._dynamo.config.recompile_limit
+    output = distil(workshop, "compiled", *options, "--torch_compile")
+    assert torch._dynamo.config.recompile_limit == limit
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 2, torch._dynamo.utils.counters["stats"]
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()

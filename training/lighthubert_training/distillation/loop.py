@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,6 @@ def compile_layers(student: LightHubertForPreTraining, teacher: Teacher) -> None
 
     Every combination of sizes is compiled when it first comes: 27 of a layer in the small space.
     """
-    torch._dynamo.config.recompile_limit = 64
     for layer in [*student.hubert.encoder.layers, *teacher.model.encoder.layers]:
         layer.compile(dynamic=True)
 
@@ -110,7 +109,8 @@ class Distiller:
         batches = iter(self.loader)
         steps, is_hidden = range(start, arguments.max_steps), not self.accelerator.is_main_process
         bar = tqdm(steps, desc="distilling", initial=start, total=arguments.max_steps, disable=is_hidden)
-        with stop_on_sigterm() as stop, bar:
+        limit = torch._dynamo.config.patch(recompile_limit=64) if arguments.torch_compile else nullcontext()
+        with stop_on_sigterm() as stop, bar, limit:
             for step in bar:
                 of_step = itertools.islice(batches, arguments.gradient_accumulation_steps)
                 averages = self.step(step, list(self.loader.readable(of_step)))
