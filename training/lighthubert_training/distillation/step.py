@@ -143,23 +143,25 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss of each of the named `subnets`, a mean over the frames that count in all processes' batches.
 
-    Masks are the same at every call. The selection and the training mode of the student are left as they were, also on
-    an error.
+    Masks are the same at every call. The selection and the training mode of the student, and torch's random numbers,
+    are left as they were, also on an error.
 
     Raises:
         UserError: there is no frame to evaluate on.
     """
     training, selected = student.training, student.subnet
     sums = torch.zeros(len(subnets) + 1, device=accelerator.device)
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     try:
         student.eval()
-        for batch in batches:
-            prepared = prepare_batch(student, teacher, batch, 0, accelerator, share_feature_encoder)
-            for number, subnet in enumerate(subnets.values()):
-                if subnet is not None:
-                    student.set_subnet(subnet)
-                sums[number] += prepared.loss(student, teacher) * prepared.num_frames
-            sums[-1] += prepared.num_frames
+        with torch.random.fork_rng(devices):  # HuBERT of older transformers draws one for each layer
+            for batch in batches:
+                prepared = prepare_batch(student, teacher, batch, 0, accelerator, share_feature_encoder)
+                for number, subnet in enumerate(subnets.values()):
+                    if subnet is not None:
+                        student.set_subnet(subnet)
+                    sums[number] += prepared.loss(student, teacher) * prepared.num_frames
+                sums[-1] += prepared.num_frames
     finally:
         if student.search_space is not None:
             student.set_subnet(selected)
