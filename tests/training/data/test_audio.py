@@ -216,6 +216,8 @@ FILES = [encoded(np.tile(TONE, 4), **format) for format in FORMATS]
 
 
 @settings(max_examples=60)
+@example(encoded(np.zeros(9 * 60 * RATE, dtype=np.int16), format="FLAC"))  # in 30 kB
+@example(encoded(np.zeros(30 * 60 * RATE, dtype=np.int16), format="FLAC"))
 @example(with_flac_length(FILES[2], 0))
 @example(with_flac_length(FILES[2], 2**36 - 1))
 @example(FILES[0][:24] + bytes([1, 0, 0, 0]) + FILES[0][28:])  # 1 Hz

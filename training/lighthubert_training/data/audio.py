@@ -19,7 +19,7 @@ UNREADABLE = (soundfile.LibsndfileError, OSError, ValueError, TypeError)
 """What reading a broken recording raises. `TypeError` is soundfile's for a file without a header."""
 LEAST_BITS_PER_SECOND = 6000
 """What the thriftiest codec of speech, Opus, makes of a second, unless it is silent."""
-MOST_SECONDS_OF_SILENCE = 1200
+MOST_SECONDS_OF_SILENCE = 600
 """A file may have so much more than `LEAST_BITS_PER_SECOND` allow: digital silence takes next to no bytes."""
 SAMPLING_RATES = (1000, 768_000)
 """Lowest and highest in Hz. A header with another one lies, and resampling takes minutes and gigabytes."""
@@ -139,7 +139,15 @@ def resample(blocks: Iterable[np.ndarray], rate: Any, sampling_rate: int) -> np.
     if not isinstance(rate, int | float | np.number) or not SAMPLING_RATES[0] <= rate <= SAMPLING_RATES[1]:
         raise ValueError(f"sampling_rate is {rate!r} Hz, not {SAMPLING_RATES[0]} to {SAMPLING_RATES[1]}")
     stream = None if rate == sampling_rate else soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32")
-    parts = []
+    waveform, num_samples = np.empty(0, dtype=np.float32), 0
+
+    def append(samples: np.ndarray) -> None:
+        nonlocal num_samples
+        if num_samples + len(samples) > len(waveform):  # grows in place: a list of blocks would be there twice
+            waveform.resize((num_samples + len(samples)) * 5 // 4, refcheck=False)
+        waveform[num_samples : num_samples + len(samples)] = samples
+        num_samples += len(samples)
+
     for block in blocks:
         loudest = np.abs(block).max(initial=0.0)
         if not np.isfinite(loudest):
@@ -147,12 +155,13 @@ def resample(blocks: Iterable[np.ndarray], rate: Any, sampling_rate: int) -> np.
         if loudest > LOUDEST:
             raise ValueError(f"audio has samples of {loudest:.0e}, full scale is 1")
         block = block.astype(np.float32, copy=False)
-        parts.append(block if stream is None else stream.resample_chunk(block))
+        append(block if stream is None else stream.resample_chunk(block))
     if stream is not None:
-        parts.append(stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
-    if not any(map(len, parts)):
+        append(stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+    if not num_samples:
         raise ValueError("audio is empty, or has NaN or infinite samples")
-    return np.concatenate(parts)
+    waveform.resize(num_samples, refcheck=False)
+    return waveform
 
 
 def duration(audio: Any) -> float:
