@@ -1170,6 +1170,14 @@ def test_the_arguments_of_forward_are_those_of_stock_hubert(waveform, return_dic
     assert ours == theirs
 
 
+@pytest.mark.parametrize("cut", FORMS)
+@pytest.mark.parametrize("head", HEAD_CLASSES)
+def test_audio_on_another_device_is_not_waited_for(head, cut):
+    """To look at its values would be to wait: the meta device has none."""
+    model = make(head, cut=cut, subnet="smallest").to("meta").train()
+    model(torch.zeros(2, 4000, device="meta"))
+
+
 def test_a_recording_of_one_frame_is_answered():
     assert answer(make(), noise(1, 400)).shape == (1, 1, 48)
 
