@@ -46,8 +46,8 @@ class DataArguments:
     eval_split_name: list[str] | None = option(None, "Split of each dataset to evaluate on, or one for all.")
     train_file: list[str] | None = option(
         None,
-        "Training data in place of datasets: parquet files, JSON (lines) or CSV files with a column of"
-        " paths, manifests of fairseq (.tsv), or folders of audio. Paths in them are relative to the file.",
+        "Training data in place of datasets: parquet, JSON (lines), CSV or .tsv files with a column of paths,"
+        " manifests of fairseq (.tsv), or folders of audio. Paths in them are relative to the file.",
     )
     validation_file: list[str] | None = option(None, "Evaluation data in place of datasets, in the same forms.")
     streaming: bool = option(False, "Whether training data are read, and downloaded, while the run goes on.")
@@ -107,12 +107,7 @@ def _undecoded(dataset: Dataset | IterableDataset, column: str, name: str) -> Da
     """Recordings in `column` as they are stored: `bytes` or `path`. Arrays, datasets would encode with torchcodec."""
     try:
         return dataset.cast_column(column, Audio(decode=False))
-    except (
-        ImportError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         remedy = "give a column of paths, or of files as bytes"
         raise UserError(f"{name} has no encoded audio in column {column!r}: {remedy} ({error})") from error
 
