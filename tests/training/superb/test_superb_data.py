@@ -76,6 +76,16 @@ def test_what_the_hub_has_is_taken_where_no_part_lies(data, upstream, tmp_path):
         load("pr", data, upstream, hub=hub)
 
 
+def test_ids_are_text_and_a_suffix_may_be_in_capitals(tmp_path):
+    (tmp_path / "asv").mkdir()
+    write_lines(tmp_path / "asv" / "test.CSV", "audio,id", "a.wav,007", "b.wav,NA")
+    write_lines(tmp_path / "asv" / "trials.csv", "one,other,label", "007,NA,1")
+    source = TaskData(TaskSettings("asv", "Get it."), tmp_path)
+    part = source.part("test", ("id",))
+    assert [row["id"] for row in part.rows] == ["007", "NA"]
+    assert source.pairs("trials", {"one": part, "other": part}, ("label",)) == [(0, 1, 1)]
+
+
 def test_pairs_are_found_by_their_ids(data, upstream):
     assert load("asv", data, upstream).trials == dict.fromkeys(("dev", "test"), [(0, 1, 1), (1, 2, 0), (2, 3, 1)])
     relevant = load("qbe", data, upstream).relevant["test"]

@@ -19,6 +19,8 @@ from modeling_lighthubert.errors import UserError
 
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
+TEXTS = ("text", "id")
+"""Columns that are read as text: 007 is no number."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class TaskData:
             UserError: there is none; the message says what to get, and where to put it.
         """
         hub = self.settings.hub
-        there = sorted(file for file in self.folder.glob("*") if file.suffix in SUFFIXES)
+        there = sorted(file for file in self.folder.glob("*") if file.suffix.lower() in SUFFIXES)
         found = [file for file in there if file.stem == name]
         if found:
             arguments = DataArguments(validation_file=[str(found[0])])
@@ -98,7 +100,7 @@ class TaskData:
         else:
             asked = " or ".join(f"{self.folder / name}{suffix}" for suffix in SUFFIXES)
             raise UserError(f"{self.settings.task}: there is no {asked}. {self.settings.data}")
-        texts, others = ([each for each in columns if (each == "text") == is_text] for is_text in (True, False))
+        texts, others = ([each for each in columns if (each in TEXTS) == is_text] for is_text in (True, False))
         speech: Any = load_speech(arguments, training=False, other_columns=others, text_columns=texts)
         rows = speech.select_columns(list(columns)).to_list() if columns else [{} for _ in range(len(speech))]
         part = Part(name, rows, speech)
@@ -118,7 +120,8 @@ class TaskData:
             UserError: no such file, it has other columns, or it names a recording that its part lacks.
         """
         file = self.file(f"{name}.csv")
-        rows = load_dataset("csv", data_files=str(file), split="train")
+        as_text = {"converters": dict.fromkeys(parts, str), "keep_default_na": False}
+        rows = load_dataset("csv", data_files=str(file), split="train", **as_text)
         if missing := {*parts, *labels} - set(rows.column_names):
             raise UserError(f"{file} has the columns {rows.column_names}, and lacks {', '.join(sorted(missing))}")
         known = {
