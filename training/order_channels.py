@@ -10,6 +10,7 @@ It is done once, before stage 2. The outputs of the full model stay as they are.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -20,7 +21,7 @@ from lighthubert_training.data.collators import pad
 from lighthubert_training.data.recordings import SpeechDataset, Unreadable
 from lighthubert_training.data.sources import DataArguments, load_speech
 from lighthubert_training.distillation.channel_order import measure_importance, reorder
-from lighthubert_training.runs.distributed import DEVICE_HELP, choose_device
+from lighthubert_training.runs.distributed import DEVICE_HELP, choose_device, locked
 from lighthubert_training.runs.options import OptionParser, option, parse_options
 from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, LightHubertPreTrainedModel
 from modeling_lighthubert.errors import UserError, run
@@ -70,9 +71,8 @@ def draw_waveforms(
             yield pad(extractor, [recording.waveform])["input_values"][0]
 
 
-def main() -> None:
-    parser = OptionParser((OrderingArguments, DataArguments), description=__doc__)
-    arguments, data_arguments = parse_options(parser)
+def order(arguments: OrderingArguments, data_arguments: DataArguments) -> None:
+    """Writes the ordered supernet, with its feature extractor, to a folder that is not in use."""
     folder = require_unused(arguments.output_dir)
     if data_arguments.streaming:
         raise UserError("--streaming: recordings are drawn at random, which a stream does not allow. Leave it out")
@@ -87,6 +87,13 @@ def main() -> None:
         model.save_pretrained(unfinished)
         extractor.save_pretrained(unfinished)
     print(f"{len(importance)} groups of channels, heads and units in order: {folder.resolve()}")
+
+
+def main() -> None:
+    arguments, data_arguments = parse_options(OptionParser((OrderingArguments, DataArguments), description=__doc__))
+    folder = Path(arguments.output_dir).resolve()
+    with locked(folder.parent, folder.name):
+        order(arguments, data_arguments)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import order_channels
 import pytest
 import torch
 from conftest import answer, assert_close
-from scripts import TRAINING, call, distil, killed, weights
+from scripts import TRAINING, call, distil, held, killed, weights
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
 from modeling_lighthubert.errors import UserError
@@ -53,6 +53,14 @@ def test_a_used_folder_is_refused_before_anything_is_computed(tmp_path, order):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="exists and is not empty: choose another --output_dir"):
         order(tmp_path, "--model_name_or_path", "no/such-model")
+
+
+def test_a_second_run_to_the_same_folder_is_refused(workshop, tmp_path, order):
+    with (
+        held(tmp_path, "ordered") as pid,
+        pytest.raises(UserError, match=f"ordered is being written by process {pid}"),
+    ):
+        order(tmp_path / "ordered", "--model_name_or_path", workshop / "teacher")
 
 
 def test_a_stream_is_refused(workshop, tmp_path, order):
