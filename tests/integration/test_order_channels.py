@@ -58,7 +58,7 @@ def test_a_used_folder_is_refused_before_anything_is_computed(tmp_path, order):
 def test_a_second_run_to_the_same_folder_is_refused(workshop, tmp_path, order):
     with (
         held(tmp_path, "ordered") as pid,
-        pytest.raises(UserError, match=f"ordered is being written by process {pid}"),
+        pytest.raises(UserError, match=f"is being written by process {pid}"),
     ):
         order(tmp_path / "ordered", "--model_name_or_path", workshop / "teacher")
 
