@@ -25,7 +25,6 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.models.hubert.modeling_hubert import HubertPreTrainedModel
-from transformers.utils import cached_file
 
 from . import (
     LightHubertForCTC,
@@ -33,9 +32,9 @@ from . import (
     LightHubertModel,
     LightHubertPreTrainedModel,
 )
-from .errors import LIBRARY_ERRORS, UserError, run
+from .errors import UserError, run
 from .files import require_unused, whole_folder
-from .loading import load_cut_lighthubert
+from .loading import has_processor, load_cut_lighthubert, load_processor
 from .onnx_export import onnx_session, to_onnx
 from .profiling import SAMPLING_RATE, median_ratio, time_in_turns
 
@@ -119,28 +118,18 @@ def write_export(
     return torch_runner(written), folder / "model.safetensors"
 
 
-PROCESSORS = (
-    ("feature extractor", AutoFeatureExtractor, ("preprocessor_config.json", "processor_config.json")),
-    ("tokenizer", AutoTokenizer, ("tokenizer_config.json",)),
-)
-
-
 def copy_processor(model_name_or_path: str, folder: Path) -> None:
     """Saves the feature extractor and the tokenizer of the supernet, as far as there are any.
 
     What cannot be read is named on standard error, and so is a checkpoint that has neither.
     """
-    found = []
-    for name, auto_class, files in PROCESSORS:
-        lookup = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        if not any(cached_file(model_name_or_path, file, **lookup) for file in files):
-            continue
-        found.append(name)
+    kinds = [kind for kind in (AutoFeatureExtractor, AutoTokenizer) if has_processor(model_name_or_path, kind)]
+    for kind in kinds:
         try:
-            auto_class.from_pretrained(model_name_or_path).save_pretrained(folder)
-        except (*LIBRARY_ERRORS, TypeError, KeyError, ImportError) as error:
-            _warn(f"the {name} of {model_name_or_path} is left out, because it cannot be read: {error}")
-    if not found:
+            load_processor(model_name_or_path, kind).save_pretrained(folder)
+        except UserError as error:
+            _warn(f"{error}: it is left out")
+    if not kinds:
         _warn(f"{model_name_or_path} has no feature extractor and no tokenizer to copy")
 
 

@@ -98,6 +98,7 @@ class ExportedModel(nn.Module):
             with torch.device("meta"):
                 self.model = type(model)(copy.deepcopy(model.config))
             self.model.load_state_dict(model.state_dict(), assign=True)
+        self.model = self.model.float()  # whatever the checkpoint is kept in
         position_convolution = self.model.base_model.encoder.pos_conv_embed.conv
         if nn.utils.parametrize.is_parametrized(position_convolution):
             nn.utils.parametrize.remove_parametrizations(position_convolution, "weight")

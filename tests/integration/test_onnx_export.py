@@ -27,12 +27,15 @@ def make(form: str):
     return to_hubert(tiny_model(LightHubertModel, SHALLOW, feat_extract_norm="group"))
 
 
-@pytest.fixture(scope="module", params=["cut CTC", "stock base model"])
+@pytest.fixture(scope="module", params=["cut CTC in bfloat16", "stock base model"])
 def exported(request, tmp_path_factory):
-    """A model and the folder of its ONNX file."""
-    model, folder = make(request.param), tmp_path_factory.mktemp("onnx")
+    """A model, in full precision, and the folder of its ONNX file."""
+    model, folder = make(request.param.removesuffix(" in bfloat16")), tmp_path_factory.mktemp("onnx")
+    in_half_precision = "bfloat16" in request.param
+    model = model.bfloat16() if in_half_precision else model
     assert to_onnx(model, folder) < 1e-4
-    return model, folder
+    assert model.dtype is (torch.bfloat16 if in_half_precision else torch.float32)
+    return model.float(), folder
 
 
 def run(file, audio: torch.Tensor, mask: torch.Tensor) -> np.ndarray:

@@ -206,17 +206,19 @@ def test_a_folder_in_use_is_refused_before_anything_is_loaded(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_a_tokenizer_is_copied_and_one_that_cannot_be_read_is_named(supernet, tmp_path, capsys):
+@pytest.mark.parametrize("broken", ["{", "[]"])
+def test_a_tokenizer_is_copied_and_one_that_cannot_be_read_is_named(supernet, tmp_path, capsys, broken):
     (supernet / "vocab.json").write_text(json.dumps({"<pad>": 0, "|": 1, "<unk>": 2, "a": 3}))
     Wav2Vec2CTCTokenizer(str(supernet / "vocab.json")).save_pretrained(supernet)
     export(supernet, tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()["a"] == 3
     assert "warning" not in capsys.readouterr().err
-    (supernet / "vocab.json").write_text("{")
+    (supernet / "vocab.json").write_text(broken)
     export(supernet, tmp_path / "without")
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1
-    assert f"the tokenizer of {supernet} is left out, because it cannot be read: " in warnings[0]
+    assert f"{supernet} has no tokenizer that can be read: " in warnings[0]
+    assert warnings[0].endswith(": it is left out")
     assert not (tmp_path / "without" / "tokenizer_config.json").exists()
     assert (tmp_path / "without" / "preprocessor_config.json").exists()
 
