@@ -1,5 +1,6 @@
 """How our commands fail: a mistake of the user is one line and exit status 2, a bug is a traceback."""
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 
 LIBRARY_ERRORS = (ValueError, OSError, StrictDataclassError, SafetensorError)
 """How libraries say that a file, a configuration or a value is wrong."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""How systems say that a disk is full."""
 
 
 class UserError(ValueError):
@@ -64,8 +67,9 @@ def optional_module(module: str, extra: str, purpose: str) -> ModuleType:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs the `main` of a command, and ends the process with its exit status.
 
-    A `UserError` is printed as one line, with status 2; a Hub that cannot be reached and a loss that is no number,
-    which no option could have ruled out, as one line with status 1. Everything else is a bug and keeps its traceback.
+    A `UserError` and a full disk are printed as one line, with status 2; a Hub that cannot be reached and a loss that
+    is no number, which no option could have ruled out, as one line with status 1. Everything else is a bug and keeps
+    its traceback.
     """
     try:
         sys.exit(main())
@@ -73,6 +77,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         status, message = 2, str(error)
     except (ConnectionError, FloatingPointError) as error:
         status, message = 1, str(error)
+    except (OSError, SafetensorError) as error:
+        # safetensors writes in Rust, whose errors have the number in their text
+        numbers = [f"os error {number})" for number in NO_ROOM]
+        if getattr(error, "errno", None) not in NO_ROOM and not any(number in str(error) for number in numbers):
+            raise
+        status, message = 2, f"{error}: make room on the disk, and give the same command once more"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     sys.stdout.flush()

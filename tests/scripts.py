@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -29,6 +28,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import stock_settings
 from datasets import Audio, Dataset
+from forked import run_forked
 from safetensors.torch import load_file
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
@@ -49,12 +49,18 @@ SPACE = {
 PRELOADED = [
     "accelerate",
     "datasets",
+    "matplotlib.backends.backend_agg",
     "torch.utils.tensorboard",
     "transformers.models.hubert.modeling_hubert",
+    "transformers.models.wav2vec2.processing_wav2vec2",
+    "lighthubert_training.cards.speech_recognition",
+    "lighthubert_training.cards.supernet",
     "lighthubert_training.distillation.loop",
+    "lighthubert_training.recognition.recognizer",
     "lighthubert_training.recognition.trainer",
-    "lighthubert_training.search.search",
-    "lighthubert_training.superb.training",
+    "lighthubert_training.runs.plots",
+    "lighthubert_training.search.report",
+    "lighthubert_training.superb.scoring",
 ]
 """What the scripts import. A new interpreter takes five seconds for it, and the fork of a process that has it none."""
 
@@ -74,27 +80,6 @@ def fork_context() -> ForkServerContext:
             patch.setenv(name, value)
         forkserver.ensure_running()
     return context
-
-
-def run_forked(words: list[str], variables: dict[str, str], output: dict[int, str]) -> None:
-    """Runs a script in this process, which was forked for it.
-
-    Args:
-        output: the files that take what the process writes, by file descriptor.
-    """
-    for descriptor, file in output.items():
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    os.environ.clear()
-    os.environ.update(variables)
-    sys.argv = words
-    sys.path.insert(0, str(Path(words[0]).parent))
-    try:
-        runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise
-    # threads of a group that is still there may abort the interpreter at its end: pytorch/pytorch#179291
-    assert not torch.distributed.is_initialized(), "the process group was not destroyed"
 
 
 def start(*command: object, processes: int = 1, folder: Path | None = None) -> list[ForkServerProcess]:

@@ -420,7 +420,7 @@ def test_a_recording_that_breaks_off_is_left_out_and_named(shop, tmp_path, caplo
         output = fine_tune(shop, "torn", *words)
         said = caplog.text
     else:
-        said = run(SCRIPT, *options(shop, "torn-2", *words), processes=2, finish=finish_as_a_user)
+        said = run(SCRIPT, *options(shop, "torn-2", *words), processes=2)
         output = shop / "torn-2"
     assert said.count("left out, because it cannot be read: 3.flac") == 2 * processes  # in training, in evaluation
     assert all(torch.isfinite(weight).all() for weight in weights(output).values())

@@ -13,7 +13,7 @@ import run_superb
 import torch
 from accelerate.state import AcceleratorState
 from conftest import stock_settings, tiny_model
-from scripts import TRAINING, finish_as_a_user, held, killed, run
+from scripts import TRAINING, held, killed, run
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor, WavLMConfig, WavLMModel
 
 from lighthubert_training.superb.recipes import read_settings, task_names
@@ -134,7 +134,7 @@ def test_kept_features_score_as_computed_ones_do(models, data, tmp_path):
 def test_two_processes_train_what_one_does(models, data, tmp_path):
     more = ("--tasks", "ks,asv,qbe", "--cache_dir", tmp_path / "cache")
     script = (TRAINING / "run_superb.py", *options(models / "hubert", data, tmp_path / "two", *more))
-    run(*script, processes=2, finish=finish_as_a_user)
+    run(*script, processes=2)
     one, two = score(models / "hubert", data, tmp_path / "one", *more), scores(tmp_path / "two")
     assert two.keys() == one.keys()
     for name, metrics in one.items():

@@ -1,5 +1,6 @@
 """Claims about failing: a mistake of the user is one line and exit status 2, a bug is a traceback."""
 
+import errno
 import sys
 
 import pytest
@@ -46,6 +47,21 @@ def test_what_is_no_bug_is_one_line_on_standard_error(capsys, error, status, lin
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error), match="a bug"):
         run(lambda: raise_(error))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+    ],
+    ids=["python", "safetensors"],
+)
+def test_a_full_disk_is_one_line(capsys, error):
+    status, _, line = ended(capsys, lambda: raise_(error))
+    assert status == 2
+    assert line.startswith("error: ") and line.count("\n") == 1
+    assert "make room on the disk" in line
 
 
 @pytest.mark.parametrize(("result", "status"), [(None, 0), (0, 0), (3, 3)])
