@@ -1,5 +1,6 @@
 """What a forked process does: of its own, because each imports this module anew."""
 
+import gc
 import os
 import runpy
 import sys
@@ -16,6 +17,7 @@ def run_forked(words: list[str], variables: dict[str, str], output: dict[int, st
     """
     for descriptor, file in output.items():
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    gc.freeze()  # what was imported stays
     os.environ.clear()
     os.environ.update(variables)
     sys.argv = words
