@@ -99,16 +99,19 @@ def load_config(model_name_or_path: str | Path, config_class: Any = AutoConfig, 
             raise ValueError("it has no config.json")
         with user_error(f"{file} is no JSON: "):
             values = json.loads(Path(file).read_text(encoding="utf-8"))
-        _check_sizes(values)
+        _check_values(values)
         if config_class is AutoConfig:
             options["trust_remote_code"] = False  # else transformers asks on the terminal
         return config_class.from_pretrained(model_name_or_path, **options)
 
 
-def _check_sizes(config: Any) -> None:
-    """Raises a `ValueError` for a configuration with a size that no model has."""
+def _check_values(config: Any) -> None:
+    """Raises a `ValueError` for a configuration with a size that no model has, or classes that are no names."""
     if not isinstance(config, dict):
         raise ValueError(f"config.json has to be a JSON object, not {str(config)[:80]}")
+    classes = config.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"architectures in config.json has to be a list of names, not {str(classes)[:80]}")
     for name in config.keys() & (SIZES | NUMBERS_OF_PARTS):
         least, most = (0, 1000) if name in NUMBERS_OF_PARTS else (1, 1_000_000)
         value = config[name]
@@ -241,8 +244,7 @@ def is_supernet(model: Any) -> bool:
 
 def named_classes(config: PreTrainedConfig) -> list[str]:
     """The classes of a model that its checkpoint names, such as `HubertForCTC`; older ones name none."""
-    names = config.architectures
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return config.architectures or []
 
 
 def _default_class(config: PreTrainedConfig) -> Any:

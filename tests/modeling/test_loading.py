@@ -394,9 +394,6 @@ def test_layers_that_the_weights_lack_are_not_made_up(folders, tmp_path, monkeyp
 def test_a_setting_of_another_type_is_refused_in_one_line(folders, tmp_path, name, value):
     """Also where transformers fails in its own code; and it does not ask on the terminal whether to run other code."""
     folder = with_setting(folders / "ctc", tmp_path / "types", name, value)
-    if name == "architectures":  # of which there may be none
-        assert type(load_model(folder)) is LightHubertModel
-        return
     with pytest.raises(UserError, match="types cannot be loaded: "):
         load_model(folder)
 
