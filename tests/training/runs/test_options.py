@@ -204,7 +204,7 @@ def test_mistakes_in_a_recipe_end_with_their_reason(tmp_path, recipe, message):
     ("arguments", "message"),
     [
         (["--name", "a", "--rate", "-1"], "--rate has to be positive"),
-        (["--name", "a", "--nome", "b"], "'--nome', 'b'"),
+        (["--name", "a", "--nome", "b"], "unrecognized arguments: --nome b"),
         (["--name"], "--name: expected one argument .--help lists the options"),
         (["--config"], "--config: expected one argument"),
         (["--config", "nowhere.yaml"], "nowhere.yaml is no file and no recipe: give a YAML file$"),

@@ -67,6 +67,8 @@ class OptionParser(HfArgumentParser):
         for name in self.optional:
             if getattr(found, name, None) == [None]:  # a list of none
                 setattr(found, name, None)
+        if others:
+            self.error(f"unrecognized arguments: {' '.join(others)}")
         return found, others
 
     def format_help(self) -> str:
