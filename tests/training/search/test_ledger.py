@@ -1,5 +1,7 @@
 """The ledger gives each subnet to one process, and knows which search it belongs to."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from conftest import TWO_DEEP, small_disk
 
@@ -70,3 +72,11 @@ def test_a_full_disk_is_an_error_that_loses_no_evaluation(tmp_path):
     assert [each.number for each in again.finished()] == [1]
     assert again.take_over() == (2, TWO_DEEP.smallest)
     again.close()
+
+
+def test_processes_may_open_a_new_ledger_at_once(tmp_path):
+    """Each turns the file to a write-ahead log, which SQLite does not wait for."""
+    for number in range(20):
+        with ThreadPoolExecutor(4) as pool:
+            opened = pool.map(lambda _, folder=tmp_path / str(number): Ledger(folder), range(4))
+            assert len(list(opened)) == 4

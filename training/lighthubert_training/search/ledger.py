@@ -50,14 +50,16 @@ class Ledger:
         with user_error():
             folder.mkdir(parents=True, exist_ok=True)
             self.alive.acquire()
-        self.database = sqlite3.connect(folder / FILE, timeout=60, isolation_level=None)
-        self._execute("PRAGMA journal_mode=WAL")
-        self._execute("PRAGMA synchronous=NORMAL")  # outlives any kill; a power cut may undo the last second
-        self._execute(
-            "CREATE TABLE IF NOT EXISTS evaluations (number INTEGER PRIMARY KEY, subnet TEXT UNIQUE NOT NULL,"
-            " owner TEXT NOT NULL, errors TEXT, seconds REAL, finished INTEGER UNIQUE)"
-        )
-        self._execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+        # turning to a write-ahead log does not wait for another process that does the same
+        with FileLock(folder / ".opening.lock"):
+            self.database = sqlite3.connect(folder / FILE, timeout=60, isolation_level=None)
+            self._execute("PRAGMA journal_mode=WAL")
+            self._execute("PRAGMA synchronous=NORMAL")  # outlives any kill; a power cut may undo the last second
+            self._execute(
+                "CREATE TABLE IF NOT EXISTS evaluations (number INTEGER PRIMARY KEY, subnet TEXT UNIQUE NOT NULL,"
+                " owner TEXT NOT NULL, errors TEXT, seconds REAL, finished INTEGER UNIQUE)"
+            )
+            self._execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
 
     def _execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         try:
