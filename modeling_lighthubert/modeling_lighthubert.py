@@ -425,7 +425,8 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
         Raises:
             ValueError: the subnet is not in the search space, this is a cut model, or weights are offloaded.
         """
-        if any(parameter.is_meta for parameter in self.parameters()) and hasattr(self.base_model, "_hf_hook"):
+        is_offloaded = any(hasattr(module, "_hf_hook") for module in self.modules())  # by Accelerate
+        if is_offloaded and any(parameter.is_meta for parameter in self.parameters()):
             raise ValueError(
                 f"weights of this {type(self).__name__} are offloaded, not in memory: load it without device_map to"
                 " cut a subnet out"

@@ -206,11 +206,10 @@ def test_a_supernet_is_not_quantised_in_silence(supernet, tmp_path):
     LightHubertForCTC.from_pretrained(tmp_path / "cut", quantization_config=NothingConfig())
 
 
-def test_a_subnet_of_offloaded_weights_is_not_cut(tmp_path):
-    tiny_model(LightHubertModel).save_pretrained(tmp_path / "supernet")
-    model = LightHubertModel.from_pretrained(
-        tmp_path / "supernet", device_map={"": "disk"}, offload_folder=tmp_path / "offloaded"
-    )
+@pytest.mark.parametrize("head", [LightHubertModel, LightHubertForCTC])
+def test_a_subnet_of_offloaded_weights_is_not_cut(tmp_path, head):
+    tiny_model(head).save_pretrained(tmp_path / "supernet")
+    model = head.from_pretrained(tmp_path / "supernet", device_map={"": "disk"}, offload_folder=tmp_path / "offloaded")
     with pytest.raises(ValueError, match="are offloaded, not in memory: load it without device_map"):
         model.extract_subnet("smallest")
 
