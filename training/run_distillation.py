@@ -5,6 +5,11 @@ Stage 1 trains the full-size student, stage 2 its subnets:
     python training/run_distillation.py --config stage1 --output_dir stage1
     python training/run_distillation.py --config stage2_small --output_dir supernet --student_name_or_path stage1
 
+A subnet may be cut out, and go on by itself:
+
+    python training/run_distillation.py --config recovery --output_dir recovered --student_name_or_path supernet \\
+        --subnet best.json
+
 A recipe, one of ours by name or a YAML file, holds any of the options below; those on the command line have the last
 word. Two CPU processes:
 `python -m torch.distributed.run --standalone --nproc_per_node 2 training/run_distillation.py --device cpu ...`.
@@ -40,13 +45,18 @@ from lighthubert_training.runs.log import RunLog
 from lighthubert_training.runs.options import OptionParser, parse_options
 from lighthubert_training.runs.plots import plot_losses
 from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining
-from modeling_lighthubert.errors import run
+from modeling_lighthubert.errors import UserError, run
 from modeling_lighthubert.files import whole_files, write_json
-from modeling_lighthubert.loading import load_config, load_model, parse_search_space
+from modeling_lighthubert.loading import is_supernet, load_config, load_cut_model, load_model, parse_search_space
 
 
 def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHubertForPreTraining:
-    """The student with its initial weights, the search space asked for, and no more width than its largest subnet."""
+    """The student with its initial weights: a supernet with the search space asked for and no more width than its
+    largest subnet, one model, or the subnet asked for, cut out with its part of the prediction heads.
+
+    Raises:
+        UserError: no such checkpoint or subnet, or a subnet of what is no supernet.
+    """
     space, start = parse_search_space(arguments.search_space), arguments.student_name_or_path
     is_random = start == "random"
     if start is None or is_random:
@@ -61,10 +71,16 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
     }
     config = load_config(start, LightHubertConfig, **options)
     config.update(masking_options(config))
+    if arguments.subnet is not None and not is_supernet(config):
+        raise UserError(
+            f"--subnet {arguments.subnet}: {start} is no supernet. Leave it out, or give a supernet as"
+            " --student_name_or_path"
+        )
     if is_random:
         student = LightHubertForPreTraining(config)
     else:
-        student = load_model(start, head=LightHubertForPreTraining, dtype=torch.float32, config=config)
+        load = load_model if arguments.subnet is None else load_cut_model
+        student = load(start, arguments.subnet, head=LightHubertForPreTraining, dtype=torch.float32, config=config)
     if student.search_space is not None:
         student = student.trim()  # what no subnet uses would cost memory, and time of the optimiser
         student.set_subnet("largest")
@@ -104,7 +120,9 @@ def save_student(
         print(" ".join(f"eval_loss_{name}={loss:.4f}" for name, loss in log.eval_losses.items()))
     write_json(folder / "history.json", log.history)
     plot_losses(log.history, folder / "loss.png")
-    write_supernet_card(student, distiller.recipe, log.eval_losses, folder, counts)
+    before = next((entry["eval_loss"] for entry in log.history if entry["step"] == 0), None)
+    results = {} if before is None else {"as it was cut": before}
+    write_supernet_card(student, distiller.recipe, results | log.eval_losses, folder, counts)
 
 
 def distil(

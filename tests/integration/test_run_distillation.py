@@ -24,6 +24,8 @@ from scripts import (
     fails,
     finish,
     finish_as_a_user,
+    killed,
+    newest,
     run,
     weights,
 )
@@ -38,6 +40,7 @@ from transformers import (
 
 from modeling_lighthubert import LightHubertForPreTraining
 from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.export import main as export
 
 
 def losses(output: Path) -> dict[str, float]:
@@ -74,6 +77,79 @@ def test_a_supernet_stores_no_more_width_than_its_space_needs(workshop):
     output = distil(workshop, "narrow", "--search_space", workshop / "narrow.json", "--max_steps", 1)
     model = AutoModel.from_pretrained(output)
     assert model.config.hidden_size == model.subnet.hidden_size == 32
+
+
+def recover(workshop: Path, output: str, supernet: Path, *options: object) -> Path:
+    """Goes on with one subnet of `supernet`."""
+    start = ("--search_space", "none", "--student_name_or_path", supernet)
+    return distil(workshop, output, *start, "--max_steps", 4, "--learning_rate", 2e-3, *options)
+
+
+@pytest.fixture(scope="module")
+def recovered(workshop, supernet) -> Path:
+    """The smallest subnet of stage 2, distilled further by itself."""
+    return recover(workshop, "recovered", supernet, "--subnet", "smallest", "--logging_steps", 1)
+
+
+def test_a_subnet_goes_on_by_itself_from_the_loss_that_it_has_in_its_supernet(supernet, recovered):
+    """With its part of the prediction head."""
+    history = json.loads((recovered / "history.json").read_text())
+    before, after = (entry for entry in history if "eval_loss" in entry)
+    assert before["step"] == 0
+    assert before["eval_loss_model"] == pytest.approx(losses(supernet)["eval_loss_smallest"], rel=1e-5)
+    assert after["eval_loss_model"] < before["eval_loss_model"]
+    head, cut = (weights(folder)["prediction_heads.0.weight"] for folder in (supernet, recovered))
+    assert cut.shape == (48, 16)
+    assert 0 < (cut - head[:, :16]).abs().max() < 0.01
+
+
+def test_a_recovered_subnet_is_an_ordinary_cut_model_with_a_card_that_says_what_it_was(supernet, recovered, tmp_path):
+    model = AutoModel.from_pretrained(recovered)
+    assert model.search_space is None
+    assert model.subnet == AutoModel.from_pretrained(supernet).search_space.smallest
+    export(["--model_name_or_path", str(recovered), "--output_dir", str(tmp_path / "exported"), "--repeats", "1"])
+    assert AutoModel.from_pretrained(tmp_path / "exported").subnet == model.subnet
+    card = (recovered / "README.md").read_text().replace("\n", " ")
+    assert f"for 4 steps; it began as the subnet smallest of stage2: {model.subnet}" in card
+    assert f"| model | {losses(recovered)['eval_loss_model']:.4f} |" in card
+
+
+def test_a_subnet_in_a_json_file_goes_on(workshop, supernet):
+    subnet = AutoModel.from_pretrained(supernet).sample_subnet(3)
+    subnet.to_json_file(workshop / "best.json")
+    output = recover(workshop, "best", supernet, "--subnet", workshop / "best.json", "--max_steps", 1)
+    assert AutoModel.from_pretrained(output).subnet == subnet
+    assert "the subnet best.json of stage2" in (output / "README.md").read_text().replace("\n", " ")
+
+
+def test_a_recovery_that_was_killed_ends_with_the_same_weights_and_with_no_other_subnet(workshop, supernet, recovered):
+    start = ("--search_space", "none", "--student_name_or_path", supernet, "--learning_rate", 2e-3)
+    steps = ("--max_steps", 4, "--logging_steps", 1, "--save_steps", 1, "--resume_from_checkpoint", "latest")
+    command = distillation(workshop, "killed-recovery", *start, *steps, "--subnet")
+    killed("lighthubert_training.runs.checkpoints:write_manifest", 3, *command, "smallest")
+    assert newest(workshop / "killed-recovery") == 2
+    with pytest.raises(UserError, match="subnet was 'smallest' and is 'middle'. Give the same ones"):
+        call(run_distillation.main, *command, "middle")
+    call(run_distillation.main, *command, "smallest")
+    for name, weight in weights(recovered).items():
+        assert torch.equal(weights(workshop / "killed-recovery")[name], weight), name
+    first, *_ = json.loads((workshop / "killed-recovery" / "history.json").read_text())
+    assert (first["step"], "eval_loss_model" in first) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("subnet", "start", "message"),
+    [
+        ("27M", "stage2", "subnet '27M' is not known in this search space: choose from ['largest', "),
+        ("nothing.json", "stage2", "subnet nothing.json: "),
+        ("smallest", "teacher", "is no supernet. Leave it out, or give a supernet as --student_name_or_path"),
+        ("smallest", "recovered", "is no supernet. Leave it out, or give a supernet as --student_name_or_path"),
+    ],
+)
+@pytest.mark.usefixtures("recovered")
+def test_a_subnet_that_cannot_be_cut_is_refused(workshop, subnet, start, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        recover(workshop, "refused", workshop / start, "--subnet", subnet)
 
 
 def test_a_student_without_a_search_space_is_one_model(workshop):
@@ -327,7 +403,7 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_status_2(workshop):
 
 
 def test_recipes_are_found_by_name(workshop):
-    with pytest.raises(UserError, match="--config stage3 .*small_budget, stage1, stage2_base, stage2_small"):
+    with pytest.raises(UserError, match="--config stage3 .*recovery, small_budget, stage1, stage2_base, stage2_small"):
         distil(workshop, "recipe", "--config", "stage3")
     nowhere = workshop / "nowhere"
     with pytest.raises(UserError, match="nowhere does not exist"):

@@ -23,6 +23,9 @@ from modeling_lighthubert.errors import UserError
         ({"crop_seconds": 0.0}, "crop_seconds=0.0 has to be above 0"),
         ({"freeze_feature_encoder": True, "feature_encoder_learning_rate": 1e-4}, "the feature encoder is frozen"),
         ({"share_feature_encoder": True, "feature_encoder_learning_rate": 1e-4}, "the feature encoder is frozen"),
+        ({"subnet": "a", "search_space": "small"}, "--subnet a .* one model, .*: leave out --search_space small"),
+        ({"subnet": "a"}, "--subnet a is cut out of a supernet: give .* as --student_name_or_path"),
+        ({"subnet": "a", "student_name_or_path": "random"}, "--subnet a is cut out of a supernet"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

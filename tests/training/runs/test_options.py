@@ -332,6 +332,12 @@ def test_published_recipes_are_those_of_the_paper(path):
     assert options["DataArguments"].dataset_name == ["openslr/librispeech_asr"]
 
 
+def test_recovery_has_the_objective_of_stage_2_so_that_the_prediction_head_fits():
+    recipes = [parse_published(path) for path in CONFIGS if path.stem in ("recovery", "stage2_small")]
+    recovery, stage2 = (options["ObjectiveArguments"] for options in recipes)
+    assert recovery == stage2
+
+
 def test_the_schedule_of_the_recipe_for_100_hours_ends_with_its_steps():
     path = next(path for path in CONFIGS if path.stem == "ctc_librispeech_100h")
     training = parse_published(path)["TrainingArguments"]

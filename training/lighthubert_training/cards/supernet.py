@@ -1,4 +1,4 @@
-"""The card of a student of distillation: a supernet, or one model."""
+"""The card of a student of distillation: a supernet, one model, or a subnet that was cut out first."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ def write_supernet_card(
 
     Args:
         recipe: all options of the run.
-        results: distillation loss by name of subnet; empty if it was not evaluated.
+        results: distillation loss by name of subnet, or of what it was before the run; empty if it was not evaluated.
         counts: of results, the recordings that they are of, and those that the data have.
     """
     space = student.search_space
@@ -44,6 +44,7 @@ def write_supernet_card(
         recipe=recipe,
         teacher=public_name(recipe["teacher_name_or_path"]),
         start=start and public_name(start),
+        cut=recipe["subnet"] and public_name(recipe["subnet"]),
         sources=[public_name(source) for source in sources],
         results=results,
         counts=counts,

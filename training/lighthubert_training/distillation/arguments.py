@@ -37,6 +37,11 @@ class DistillationArguments:
     search_space: str | None = option(
         None, "Search space: small, base, or a JSON file. Default: that of the initial weights, or none: one model."
     )
+    subnet: str | None = option(
+        None,
+        "Subnet of the supernet that is the initial student, a name or a JSON file: it is cut out first, and distilled"
+        " as one model.",
+    )
     sampling: str = option(
         "uniform",
         "Subnets of a step: largest (stage 1), uniform (stage 2), uniform_size (by size), sandwich (with both ends).",
@@ -92,6 +97,16 @@ class DistillationArguments:
             raise ValueError("feature_encoder_learning_rate: the feature encoder is frozen, so leave it out")
         if self.crop_seconds <= 0:
             raise ValueError(f"crop_seconds={self.crop_seconds} has to be above 0")
+        if self.subnet is not None and self.search_space is not None:
+            raise ValueError(
+                f"--subnet {self.subnet} is distilled as one model, which has no search space: leave out"
+                f" --search_space {self.search_space}, or set it to none"
+            )
+        if self.subnet is not None and self.student_name_or_path in (None, "random"):
+            raise ValueError(
+                f"--subnet {self.subnet} is cut out of a supernet: give its folder or its name on the Hub as"
+                " --student_name_or_path"
+            )
 
 
 @dataclass

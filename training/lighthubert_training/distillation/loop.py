@@ -111,6 +111,8 @@ class Distiller:
         bar = tqdm(steps, desc="distilling", initial=start, total=arguments.max_steps, disable=is_hidden)
         limit = torch._dynamo.config.patch(recompile_limit=64) if arguments.torch_compile else nullcontext()
         with stop_on_sigterm() as stop, bar, limit:
+            if start == 0 and arguments.subnet is not None and self.eval_loader is not None:
+                self.evaluate(0)  # what the subnet was worth in its supernet
             for step in bar:
                 of_step = itertools.islice(batches, arguments.gradient_accumulation_steps)
                 averages = self.step(step, list(self.loader.readable(of_step)))
