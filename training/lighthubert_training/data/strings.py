@@ -3,6 +3,7 @@
 import io
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from modeling_lighthubert.errors import UserError
 SAMPLING_RATE = 16_000
 
 
-def read_parquet(file: str | Path) -> Dataset:
-    """Rows of a Parquet file with the columns `audio`, which stays encoded, and `text`.
+def read_parquet(file: str | Path, columns: Sequence[str] = ("audio", "text")) -> Dataset:
+    """Rows of a Parquet file with `columns`, of which `audio` stays encoded.
 
     Raises:
         UserError: no such file, or one without these columns.
@@ -29,7 +30,7 @@ def read_parquet(file: str | Path) -> Dataset:
         rows = load_dataset("parquet", data_files=str(file), split="train")
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(f"{file} is no Parquet file that can be read: {error}") from error
-    if missing := {"audio", "text"} - set(rows.column_names):
+    if missing := set(columns) - set(rows.column_names):
         raise UserError(f"{file} has no column {' and '.join(sorted(missing))}, but {', '.join(rows.column_names)}")
     return rows.cast_column("audio", Audio(decode=False))
 
