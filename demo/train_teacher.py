@@ -44,6 +44,7 @@ from modeling_lighthubert import LightHubertConfig, LightHubertModel
 from modeling_lighthubert.errors import UserError, run
 from modeling_lighthubert.export import to_hubert
 from modeling_lighthubert.files import require_unused, whole_file, whole_folder, write_json
+from modeling_lighthubert.loading import load_model
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,9 @@ class TeacherArguments:
     intermediate_size: int = option(512, "FFN units of each layer.")
     conv_channels: int = option(64, "Channels of each convolution of the feature encoder.")
     feat_extract_norm: str = option("layer", "Norm of the convolutions: layer or group.", choices=("layer", "group"))
+    feature_encoder_name_or_path: str | None = option(
+        None, "HuBERT with whose convolutions those of the teacher begin; it may have fewer channels. Default: random."
+    )
     num_units: list[int] = option([100], "Clusters, for each iteration.")
     max_steps: list[int] = option([2500], "Optimiser steps, for each iteration.")
     unit_layer: int = option(4, "Layer, from 1, whose features are clustered after an iteration. HuBERT: 6 of 12.")
@@ -105,8 +109,18 @@ class TeacherArguments:
 
 def build_model(arguments: TeacherArguments) -> LightHubertModel:
     """A HuBERT with random weights, whose layers add nothing at first (as in Fixup, arXiv 1901.09321): ten layers with
-    their norms behind them learn nothing in hundreds of steps otherwise."""
+    their norms behind them learn nothing in hundreds of steps otherwise. Convolutions begin with those of another
+    model, as far as it has any; filters of raw samples are what takes longest to learn."""
     model = LightHubertModel(arguments.config())
+    if arguments.feature_encoder_name_or_path is not None:
+        other = load_model(arguments.feature_encoder_name_or_path).feature_extractor.state_dict()
+        weights = model.feature_extractor.state_dict()
+        if any(name not in weights or weights[name].ndim != weight.ndim for name, weight in other.items()):
+            raise UserError(f"{arguments.feature_encoder_name_or_path} has another kind of feature encoder")
+        for name, weight in other.items():
+            weights[name][: len(weight)] = 0.0  # its channels do not read further ones
+            weights[name][tuple(map(slice, weight.shape))] = weight
+        model.feature_extractor.load_state_dict(weights)
     for layer in model.encoder.layers:
         nn.init.zeros_(layer.attention.out_proj.weight)
         nn.init.zeros_(layer.feed_forward.output_dense.weight)
@@ -130,8 +144,8 @@ def read(files: Sequence[str], join_seconds: float) -> list[np.ndarray]:
 
 
 def mfcc(waveform: np.ndarray) -> np.ndarray:
-    """13 MFCCs, normalised over the recording, with first and second differences, (num_frames, 39), on HuBERT's frames.
-    The differences keep their scale: as large as the coefficients, they would decide about the clusters."""
+    """13 MFCCs, normalised over the recording, with first and second differences, (num_frames, 39), on HuBERT's
+    frames. The differences keep their scale: as large as the coefficients, they would decide about the clusters."""
     filters = mel_filter_bank(WINDOW // 2 + 1, 40, 0.0, SAMPLING_RATE / 2, SAMPLING_RATE, norm="slaney")
     window, mel = window_function(WINDOW, "hann"), {"mel_filters": filters, "log_mel": "log"}
     energies = spectrogram(waveform.astype(np.float64), window, WINDOW, HOP, power=2.0, center=False, **mel)

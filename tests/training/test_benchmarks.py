@@ -1,38 +1,47 @@
-"""Every benchmark can be imported and lists its options; what common.py and the tables compute is right. No benchmark
-is run."""
+"""Every benchmark can be imported and lists its options; what common.py, measures.py and the tables compute is right.
+One benchmark is run, on a tiny teacher and little speech."""
 
 import importlib.util
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from scripts import fails, finish_as_a_user, run
+from speech import RATE, encoded, undecoded
+from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
+from lighthubert_training.data.strings import read_parquet
+from modeling_lighthubert import SearchSpace
 from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.profiling import macs_per_second
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-NAMES = sorted(file.stem for file in FOLDER.glob("*.py"))
+SHARED = ("common", "measures")
+NAMES = sorted({file.stem for file in FOLDER.glob("*.py")} - set(SHARED))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def benchmarks():
-    """Scripts find `common` beside them; here their folder is on the path, last, while this module is tested."""
+    """Scripts find modules beside them; here their folder is on the path, last, while this module is tested."""
     sys.path.append(str(FOLDER))
     threads = torch.get_num_threads()
     yield
     sys.path.remove(str(FOLDER))
-    for name in [name for name in sys.modules if name == "common" or name.startswith("benchmark_")]:
+    for name in [name for name in sys.modules if name in SHARED or name.startswith("benchmark_")]:
         del sys.modules[name]
     torch.set_num_threads(threads)
 
 
 def load(name: str) -> ModuleType:
     """A benchmark as a module, by its path: some are called like modules of others."""
-    if name == "common":
-        return importlib.import_module("common")
+    if name in SHARED:
+        return importlib.import_module(name)
     module = f"benchmark_{name}"
     if module not in sys.modules:
         spec = importlib.util.spec_from_file_location(module, FOLDER / f"{name}.py")
@@ -41,7 +50,7 @@ def load(name: str) -> ModuleType:
     return sys.modules[module]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "common"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_lists_its_options(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
@@ -50,26 +59,12 @@ def test_a_benchmark_lists_its_options(name, monkeypatch, capsys):
     assert f"usage: {name}.py" in capsys.readouterr().out
 
 
-def test_results_are_kept_and_no_run_is_made_twice(tmp_path):
-    common, made, file = load("common"), [], tmp_path / "results.json"
-
-    def work(name: str, seed: int) -> dict[str, int]:
-        made.append((name, seed))
-        if name == "broken":
-            raise RuntimeError("it failed")
-        return {"r2": seed}
-
-    with pytest.raises(RuntimeError, match="it failed"):
-        common.run_all(file, [("one", 0), ("broken", 0)], work)
-    assert json.loads(file.read_text()) == {"one": {"0": {"r2": 0}}}
-    assert common.run_all(file, [("one", 0), ("one", 1)], work) == {"one": {"0": {"r2": 0}, "1": {"r2": 1}}}
-    assert sorted(made) == [("broken", 0), ("one", 0), ("one", 1)]
-
-
 def test_scripts_get_their_options_and_leave_a_log(tmp_path):
     (tmp_path / "script.py").write_text("import sys\n\nprint(sys.argv[1:])\n")
-    load("common").run_script(tmp_path / "script.py", seed=3, subnet=None, output_dir=tmp_path)
-    assert (tmp_path / "run.log").read_text() == f"['--seed=3', '--output_dir={tmp_path}']\n"
+    options = {"seed": 3, "subnet": None, "train_file": ["a.parquet", "b.parquet"], "output_dir": tmp_path}
+    load("common").run_script(tmp_path / "script.py", **options)
+    words = ["--seed=3", "--train_file", "a.parquet", "b.parquet", f"--output_dir={tmp_path}"]
+    assert (tmp_path / "run.log").read_text() == f"{words}\n"
 
 
 def test_a_script_that_fails_says_why(tmp_path):
@@ -128,61 +123,83 @@ def test_runs_of_the_demonstration_are_summed_up_as_mean_and_range():
     assert ctc == "| middle | 30.0% (20.0-40.0) | 10.0% |"
 
 
-def learnt(**r2: float) -> dict[str, dict[str, float]]:
-    return {name.replace("_", " "): {"r2": value} for name, value in r2.items()}
+def test_a_margin_says_whether_all_seeds_agree():
+    margin = load("common").margin
+    better = margin({"0": 0.3, "1": 0.25}, {"0": 0.2, "1": 0.2, "2": 0.9}, "r2")
+    assert better.gains == pytest.approx([0.1, 0.05])
+    assert better.relative == pytest.approx(0.375)
+    assert better.verdict == 1
+    assert margin({"0": 0.3, "1": 0.2}, {"0": 0.2, "1": 0.3}, "wer, 1 min").verdict == 0
+    assert margin({"0": 0.3}, {"0": 0.2}, "wer, 1 min").verdict == -1, "more errors are worse"
+    assert margin({"0": 0.3}, {"1": 0.2}, "r2") is None
 
 
-CONTROLS = learnt(teacher=0.2, largest=0.2)
-CONTROLS |= {f"{name}, {kind}": {"r2": 0.1} for name in ("largest", "middle", "smallest")
-             for kind in ("slice of the teacher", "random weights")}  # fmt: skip
+def test_the_table_of_gains_has_every_seed_and_the_findings_say_in_how_many_measures_it_is_better():
+    gains = load("gains")
 
+    def made(row: str, **measures: float) -> dict:
+        return {"seconds": 60, row: measures}
 
-def test_the_table_of_recipes_has_controls_and_what_was_run():
     results = {
-        "controls": {"0": CONTROLS, "1": CONTROLS},
-        "recipe": {seed: learnt(largest=r2, middle=r2, smallest=r2) for seed, r2 in (("0", 0.2), ("1", 0.4))},
-        "smallest alone": {"0": learnt(smallest=0.5)},
+        "teacher": {"0": made("teacher", r2=0.5)},
+        "distilled once for all": {
+            "0": made("smallest", r2=0.4, per=0.3, wer=0.5),
+            "1": made("smallest", r2=0.5, per=0.4, wer=0.7),
+        },
+        "smallest, slice of the teacher": {
+            "0": made("smallest", r2=0.3, per=0.35, wer=0.4),
+            "1": made("smallest", r2=0.3, per=0.45, wer=0.6),
+        },
     }
-    lines = load("learning").tables(results).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| teacher", "| slice of the teacher", "| random weights", "| recipe", "| smallest alone",
-    ]  # fmt: skip
-    assert lines[2] == "| teacher | 0.200 ± 0.000 | 0.200 ± 0.000 | 0.200 ± 0.000 |"
-    assert lines[5] == "| recipe | 0.300 ± 0.141 | 0.300 ± 0.141 | 0.300 ± 0.141 |"
-    assert lines[6] == "| smallest alone |  |  | 0.500 |"
+    lines = gains.table(results, ["r2", "per", "wer"]).splitlines()
+    assert lines[0] == "|  | r2 | per | wer |"
+    assert lines[2] == "| teacher | 0.500 (0.500) |  |  |"
+    assert "| smallest, distilled once for all | 0.450 (0.400 0.500) | 35.0 (30.0 40.0) | 60.0 (50.0 70.0) |" in lines
+    (finding,) = gains.findings(results, ["r2", "per", "wer"])
+    assert "against slice of the teacher: better in the mean in 2 of 3 measures, and in every seed in 2" in finding
+    assert finding.endswith("worse in every seed in wer")
+
+
+def test_the_table_of_recipes_has_what_was_run():
+    def made(r2: float) -> dict:
+        return {"seconds": 60} | {name: {"r2": r2} for name in ("largest", "middle", "smallest")}
+
+    results = {"recipe": {"0": made(0.2), "1": made(0.4)}, "no masks": {"0": made(0.5)}}
+    assert load("learning").table(results).splitlines()[2:] == [
+        "| recipe | 0.300 ± 0.141 | 0.300 ± 0.141 | 0.300 ± 0.141 |",
+        "| no masks | 0.500 | 0.500 | 0.500 |",
+    ]
 
 
 def test_the_table_of_narrow_feature_encoders_has_cost_and_quality_of_each_subnet():
     row = {"r2": 0.27, "digit": 0.86, "macs": 5e6, "steps": 3}
     better = row | {"r2": 0.29}
     results = {
-        "controls": {"0": {"teacher": {"r2": 0.2, "digit": 0.9, "macs": 9e6}}},
+        "controls": {"0": {"seconds": 60, "smallest, slice": {"r2": 0.2, "digit": 0.9, "macs": 9e6}}},
         "from a half, ordered": {"0": {"within 40 %": row}, "1": {"within 40 %": better}},
     }
-    header, _, teacher, subnet = load("narrow_feature_encoder").table(results).splitlines()
-    assert header == "|  | subnet | steps | MMAC/s | R2 | digit |"
-    assert teacher == "| controls | teacher |  | 9.0 | 0.200 | 90.0 |"
+    header, _, control, subnet = load("narrow_feature_encoder").table(results).splitlines()
+    assert header == "|  | subnet | steps | MMAC/s | r2 | digit |"
+    assert control == "| controls | smallest, slice |  | 9.0 | 0.200 | 90.0 |"
     assert subnet == "| from a half, ordered | within 40 % | 3 | 5.0 | 0.280 ± 0.014 | 86.0 ± 0.0 |"
 
 
 def test_once_for_all_is_compared_with_each_subnet_alone():
     asr = load("asr")
 
-    def run(seconds: float, **wer: float) -> dict:
-        return {"seconds": seconds} | {name: {"wer": rate, "cer": rate / 2} for name, rate in wer.items()}
+    def made(seconds: float, **wer: float) -> dict:
+        row = {"training_seconds": seconds}
+        return {"seconds": 60} | {name: row | {"wer": rate, "cer": rate / 2} for name, rate in wer.items()}
 
     results = {
-        "supernet": {"0": None},
-        "once for all": {"0": run(40, smallest=0.3, middle=0.2, random_0=0.22)},
-        "smallest alone": {"0": run(10, smallest=0.25)},
-        "middle alone": {"0": run(10, middle=0.21)},
-        "middle from random weights": {"0": run(10, middle=0.84)},
+        "once for all": {"0": made(40, smallest=0.3, middle=0.2, random_0=0.22)},
+        "smallest alone": {"0": made(10, smallest=0.25)},
+        "middle alone": {"0": made(10, middle=0.21)},
     }
     lines = asr.table(results, ["smallest", "middle", "random_0"]).splitlines()
-    assert lines[2] == "| smallest | 25.0 | 30.0 |  |  | 12.5 | 15.0 |  |"
-    assert lines[4] == "| random, mean |  | 22.0 |  |  |  | 11.0 |  |"
-    of_control, of_all, _ = asr.margins(results, ["smallest", "middle", "random_0"])
-    assert "0.25 of its word errors" in of_control
+    assert lines[2] == "| smallest | 25.0 | 30.0 |  | 12.5 | 15.0 |"
+    assert lines[4] == "| random, mean |  | 22.0 |  |  | 11.0 |"
+    of_all, _ = asr.margins(results, ["smallest", "middle", "random_0"])
     assert "+2.0 points of WER against 2 subnets alone in the mean, +5.0 at most (smallest); 2.00 of" in of_all
     assert of_all.endswith("4.0 times that of one")
 
@@ -208,3 +225,155 @@ def test_a_search_sums_up_what_it_found():
     fronts, sized, _ = search.findings(results)
     assert "in 1 of 2 seeds" in fronts
     assert "in 1 of 1 seeds" in sized
+
+
+WORDS = ("due sei", "press one", "press two")
+
+
+@pytest.fixture
+def speech(tmp_path) -> Path:
+    """A folder of little speech, tones whose pitch is the word: known and held-out speakers and languages."""
+    folder, rng = tmp_path / "speech", np.random.default_rng(0)
+    folder.mkdir()
+
+    def row(number: int, **labels: object) -> dict:
+        tone = np.sin(2 * np.pi * 300 * (1 + number % 3) * np.arange(9600) / RATE) + 0.1 * rng.standard_normal(9600)
+        return {"audio": {"bytes": encoded(0.1 * tone, format="FLAC"), "path": None}, **labels}
+
+    for part in ("train", "test"):
+        digits = [row(n, digit=n % 3, speaker=speaker) for n in range(9) for speaker in ("ann", "theo", "zoe")]
+        prompts = [row(n, text=WORDS[n % 3], language="it" if n % 3 == 0 else "en") for n in range(12)]
+        slots = [row(n, slots=json.dumps({"size": f"size {n % 3}"})) for n in range(6)]
+        for corpus, rows in {"digits": digits, "prompts": prompts, "commands": slots}.items():
+            undecoded(rows).to_parquet(folder / f"{corpus}-{part}.parquet")
+    undecoded([row(n, speaker="zoe") for n in range(3)]).to_parquet(folder / "prompts-unlabelled.parquet")
+    return folder
+
+
+@pytest.fixture
+def bench_arguments(tmp_path, speech):
+    """Of a benchmark on a teacher with random weights."""
+    config = HubertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, conv_dim=(16,) * 7,
+        feat_extract_norm="layer", num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=8,
+    )  # fmt: skip
+    space = SearchSpace((16, 24, 32), (2, 4), (1, 2, 3), (2, 3), head_dim=8)
+    HubertModel(config).save_pretrained(tmp_path / "teacher")
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained(tmp_path / "teacher")
+    space.to_json_file(tmp_path / "space.json")
+    return load("common").BenchArguments(
+        speech_dir=str(speech), teacher_name_or_path=str(tmp_path / "teacher"), held_out_speaker="theo",
+        search_space=str(tmp_path / "space.json"), output_dir=str(tmp_path / "output"), held_out_language="it",
+        results_file=str(tmp_path / "results/gains.json"), passes=2, seeds=[0], label_minutes=[0.05],
+        steps_of_minutes=[2], phone_steps=2,
+    )  # fmt: skip
+
+
+def test_what_is_held_out_is_not_distilled_on(bench_arguments, tmp_path):
+    files = load("measures").distillation_files(bench_arguments, tmp_path / "kept")
+    rows = {file.stem: read_parquet(file, ["audio"]) for file in files}
+    assert set(rows) == {"digits-train", "prompts-train", "commands-train", "prompts-unlabelled"}
+    assert set(rows["digits-train"]["speaker"]) == {"ann", "zoe"}
+    assert set(rows["prompts-train"]["language"]) == {"en"}
+
+
+def test_the_measures_of_a_model_are_of_known_and_of_held_out_speech(bench_arguments):
+    bench = load("gains").Gains(bench_arguments)
+    row = bench.measures(bench.control("slice of the teacher", bench.subnets["middle"], 0), seed=0)
+    assert {"r2", "r2, held-out speaker", "r2, held-out language", "r2 of masked frames"} <= set(row)
+    assert {"digit", "digit, held-out speaker", "speaker", "language", "slots"} <= set(row)
+    assert {"per", "per, held-out language", "wer, 0.05 min", "wer, 0.05 min, held-out language"} <= set(row)
+    assert "wer, en, 0.05 min" in row
+    assert row["digit"] > 0.9, "tones of three pitches"
+    again = bench.measures(bench.control("slice of the teacher", bench.subnets["middle"], 0), seed=0)
+    assert row == again
+
+
+def test_features_that_are_computed_once_are_those_of_the_model(bench_arguments):
+    measures, bench = load("measures"), load("gains").Gains(bench_arguments)
+    model = bench.control("slice of the teacher", bench.subnets["middle"], 0)
+    frozen, batch = measures.FrozenModel(model, bench.measures.speech), [0, 1, 40]
+    assert frozen.shares_encoder
+    states, _ = frozen(batch)
+    audio = bench.measures.speech.audio(batch)
+    with torch.no_grad():
+        own = model(audio["input_values"], audio["attention_mask"]).last_hidden_state
+    torch.testing.assert_close(states, own, rtol=0, atol=2e-2)  # they are kept in half precision
+    assert not measures.FrozenModel(
+        bench.control("random weights", bench.subnets["middle"], 0), frozen.speech
+    ).shares_encoder
+
+
+def test_controls_are_what_their_names_say(bench_arguments):
+    bench, common = load("gains").Gains(bench_arguments), load("common")
+    subnet = bench.subnets["smallest"]
+    whole = bench.untrained.state_dict()
+
+    def is_of_the_teacher(model: torch.nn.Module, name: str) -> bool:
+        own = model.state_dict()[name]
+        return torch.equal(own, whole[name][tuple(slice(size) for size in own.shape)])
+
+    encoder, layer = "feature_extractor.conv_layers.3.conv.weight", "encoder.layers.0.attention.q_proj.weight"
+    for kind, expected in {
+        common.RANDOM: (False, False),
+        common.SLICE: (True, True),
+        common.ENCODER: (True, False),
+    }.items():
+        model = bench.control(kind, subnet, 0)
+        assert model.subnet == subnet
+        assert (is_of_the_teacher(model, encoder), is_of_the_teacher(model, layer)) == expected
+    first = bench.first_layers(bench.subnets["middle"])
+    assert first.config.hidden_size == 32
+    assert first.config.num_hidden_layers < 3
+    assert is_of_the_teacher(first, layer)
+    assert macs_per_second(first) <= macs_per_second(bench.untrained, bench.subnets["middle"])
+
+
+def test_runs_are_made_once_and_kept_with_their_options(bench_arguments):
+    options = {name: value for name, value in asdict(bench_arguments).items() if value is not None}
+    options |= {"only": "smallest, DistilHuBERT's way", "measures": "r2"}
+    words = [f"--{name}={value[0] if isinstance(value, list) else value}" for name, value in options.items()]
+    assert "1 runs" in run(FOLDER / "gains.py", *words, finish=finish_as_a_user)
+    kept = Path(bench_arguments.results_file).read_text()
+    (made,) = json.loads(kept)["results"]["smallest, DistilHuBERT's way"].values()
+    assert {"r2", "r2 of masked frames"} <= set(made["smallest"])
+    runner = load("common").Runner(load("gains").Gains, replace(bench_arguments, only=None, measures=["r2"]))
+    assert runner.hours([("smallest, DistilHuBERT's way", 1)]) == made["seconds"] / 7200
+    assert "runs, about" not in run(FOLDER / "gains.py", *words)
+    assert Path(bench_arguments.results_file).read_text() == kept
+    assert "has results with another passes" in fails(FOLDER / "gains.py", *words, "--passes=3")
+
+
+def test_an_unknown_run_is_named(bench_arguments):
+    bench_arguments.only = ["largest, by magic"]
+    with pytest.raises(UserError, match="--only largest, by magic: choose from 'distilled once for all'"):
+        load("common").Runner(load("gains").Gains, bench_arguments)()
+
+
+def test_phones_are_those_of_the_language():
+    phones = load("measures").phonemize(["press 1", "due"], ["en", "it"])
+    assert phones[0][:3] == ["p", "ɹ", "ɛ"]
+    assert phones[0][-1] == "n", "a figure is read out"
+    assert phones[1] == ["d", "u", "e"]
+
+
+def test_ctc_learns_units_from_features():
+    measures = load("measures")
+    texts = {number: ["ab", "ba", "aab"][number % 3] for number in range(6)}
+    alphabet = measures.Alphabet(texts.values())
+    codes = torch.nn.functional.one_hot(torch.arange(3), 3).float()
+
+    def frames(number: int) -> torch.Tensor:
+        return torch.cat([codes[[0, alphabet.numbers[unit]]] for unit in texts[number]])
+
+    layer = torch.nn.Linear(3, len(alphabet))
+
+    def logits(batch):
+        states = [frames(number) for number in batch]
+        return layer(torch.nn.utils.rnn.pad_sequence(states, batch_first=True)), torch.tensor(list(map(len, states)))
+
+    batches = [[0, 1, 2], [3, 4, 5]]
+    measures.train_ctc(logits, layer, batches, texts, alphabet, 200, 0.1, seed=0)
+    assert {
+        number: "".join(units) for number, units in measures.transcribe(logits, batches, alphabet).items()
+    } == texts

@@ -13,6 +13,8 @@ JOBS = ("distillation", "recognition", "search", "superb")
 GROUND_FLOOR = (
     *("runs", "error_rates", "decoding", "sampling", "models", "data", "probing", "cards"),  # lowest first
 )
+SHARED = ("common", "measures")
+"""Modules that benchmarks share."""
 SCRIPTS = {file.stem for folder in ("training", "demo", "benchmarks") for file in (ROOT / folder).glob("*.py")}
 
 
@@ -36,7 +38,7 @@ def complaint(name: str, part: str | None) -> str | None:
     if name.startswith("."):
         return "a relative import"
     top, _, rest = name.partition(".")
-    if top in SCRIPTS and (top != "common" or part is not None):
+    if top in SCRIPTS and (top not in SHARED or part is not None):
         return "a script"
     if part is None or top != "lighthubert_training" or not rest:
         return None

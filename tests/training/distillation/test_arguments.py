@@ -41,6 +41,7 @@ def test_impossible_options_are_refused(options, message):
         ({"target_layers": []}, "counted from 1"),
         ({"mask_time_prob": 1.5}, "between 0 and 1"),
         ({"mask_time_prob": 0.0}, "no frame would count"),
+        ({"prediction_weight": 0.0}, "nothing would be learnt"),
     ],
 )
 def test_impossible_objectives_are_refused(options, message):

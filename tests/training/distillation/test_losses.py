@@ -62,6 +62,20 @@ def test_every_objective_trains_every_subnet(options):
             assert 0 < weight.grad.abs().max() < float("inf")
 
 
+@torch.no_grad()
+def test_the_loss_is_a_weighted_sum_of_prediction_and_temporal_relation():
+    student, batch = tiny_student(), padded_batch()
+
+    def loss(**options: float) -> torch.Tensor:
+        teacher = tiny_teacher(loss_frames="all", **options)
+        outputs = teacher(batch["teacher_input_values"], batch["attention_mask"])
+        return student_loss(student, batch, outputs, torch.zeros(2, 18, dtype=torch.bool), teacher)
+
+    relation = loss(temporal_relation_weight=1.0, prediction_weight=0.0)
+    assert relation > 0
+    assert_close(loss(temporal_relation_weight=2.0, prediction_weight=0.5), 2 * relation + 0.5 * loss())
+
+
 @pytest.mark.parametrize("options", [{}, {"cosine_weight": 1.0}])
 @torch.no_grad()
 def test_a_padded_batch_gives_the_mean_over_the_same_clips_alone(options):

@@ -130,6 +130,7 @@ class ObjectiveArguments:
     mask_time_prob: float = option(0.65, "Fraction of the student's frames to mask.")
     mask_time_length: int = option(10, "Length of a masked span, in frames.")
     loss_frames: str = option("masked", "Frames that the loss is a mean over.", choices=("masked", "all"))
+    prediction_weight: float = option(1.0, "Weight of the loss of the prediction heads. STaRHuBERT has none.")
     cosine_weight: float = option(0.0, "Weight of the cosine loss beside L1.")
     temporal_relation_weight: float = option(0.0, "Weight of the loss between frames' similarities, layer by layer.")
 
@@ -141,6 +142,8 @@ class ObjectiveArguments:
             raise ValueError(f"mask_time_prob={self.mask_time_prob} has to be between 0 and 1")
         if self.loss_frames == "masked" and self.mask_time_prob == 0.0:
             raise ValueError("no frame would count: loss_frames='masked' needs mask_time_prob above 0")
+        if self.prediction_weight == 0.0 and self.temporal_relation_weight == 0.0:
+            raise ValueError("nothing would be learnt: prediction_weight and temporal_relation_weight are both 0")
 
     @property
     def num_prediction_heads(self) -> int:

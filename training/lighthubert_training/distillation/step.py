@@ -37,7 +37,8 @@ class PreparedBatch:
     conv_features: torch.Tensor | None
 
     def loss(self, student: LightHubertForPreTraining, teacher: Teacher) -> torch.Tensor:
-        """Loss of the selected subnet: the mean over its prediction heads, and the temporal relation."""
+        """Loss of the selected subnet: the mean over its prediction heads, and the temporal relation, each with its
+        weight."""
         objective, batch, outputs = teacher.objective, self.batch, self.outputs
         wants_states = objective.temporal_relation_weight > 0
         inputs = batch["input_values"], batch["attention_mask"], self.mask
@@ -48,7 +49,7 @@ class PreparedBatch:
             prediction_loss(prediction, target, frames, objective.cosine_weight)
             for prediction, target in zip(predicted.predictions, outputs.targets, strict=True)
         ]
-        loss = torch.stack(losses).mean()
+        loss = objective.prediction_weight * torch.stack(losses).mean()
         if not wants_states:
             return loss
         depth, states = student.config.num_hidden_layers, predicted.hidden_states[1:]
