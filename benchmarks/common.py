@@ -1,17 +1,17 @@
-"""What several benchmarks need: the demonstration's teacher, distilled by the recipe for small budgets with something
-changed; runs of scripts, two at a time, whose results are kept; and small measures of this process.
+"""What benchmarks share: one bench with every control, for all tables of learning; runs, two at a time, whose results
+are kept; and small measures of this process.
 """
 
+import hashlib
 import json
 import os
-import random
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from functools import cached_property
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,143 +19,282 @@ import numpy as np
 import torch
 import yaml
 from datasets import disable_progress_bars
+from filelock import FileLock
+from measures import MeasureArguments, Measures, distillation_files
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
 from lighthubert_training.data.collators import Batch
-from lighthubert_training.data.strings import SAMPLING_RATE, prepare_speech
+from lighthubert_training.data.strings import SAMPLING_RATE
 from lighthubert_training.distillation.arguments import ObjectiveArguments
-from lighthubert_training.distillation.teacher import Teacher
-from lighthubert_training.probing import ProbeBench
-from lighthubert_training.runs.options import RECIPES, OptionParser, option, parse_options
+from lighthubert_training.distillation.teacher import build_teacher
+from lighthubert_training.runs.options import OptionParser, option, parse_options
 from lighthubert_training.runs.tables import mean_and_deviation
-from modeling_lighthubert import LightHubertModel, SearchSpace, Subnet
+from modeling_lighthubert import LightHubertModel, Subnet
 from modeling_lighthubert.errors import UserError
-from modeling_lighthubert.files import write_json, write_text
-from modeling_lighthubert.loading import load_model
+from modeling_lighthubert.files import whole_files, write_json, write_text
+from modeling_lighthubert.loading import load_config, load_model, parse_search_space
+from modeling_lighthubert.profiling import macs_per_second
 
 
 ROOT = Path(__file__).resolve().parent.parent
-TEACHER, SPACE = ROOT / "demo/teacher", ROOT / "demo/search_space.json"
-RECIPE = yaml.safe_load((RECIPES / "distillation/small_budget.yaml").read_text(encoding="utf-8"))
+FOLDER = ROOT / "benchmarks"
+RECIPE = yaml.safe_load((FOLDER / "teacher/distillation.yaml").read_text(encoding="utf-8"))
 SUBNETS = ("largest", "middle", "smallest")
-SLICE, CONTROL = "slice of the teacher", "random weights"
+RANDOM, SLICE, ENCODER = "random weights", "slice of the teacher", "teacher's feature encoder, random transformer"
+ALONE, DISTILHUBERT, STAR = "distilled alone", "DistilHuBERT's way", "STaRHuBERT's way"
+UNTRAINED, TRAINED_ALONE = (RANDOM, SLICE, ENCODER), (ALONE, DISTILHUBERT, STAR)
 A_SMALL = Subnet.uniform(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536)
 Results = Mapping[str, Mapping[str, Any]]
 """Results by the name of the run and its seed."""
 
 
+@dataclass(kw_only=True)
+class BenchArguments(MeasureArguments):
+    """What is distilled, for how long, and what becomes of it."""
+
+    teacher_name_or_path: str = option(str(FOLDER / "teacher"), "HuBERT to distil.")
+    search_space: str = option(str(FOLDER / "teacher/search_space.json"), "JSON file: the subnets to train.")
+    output_dir: str = option(str(FOLDER / "output"), "Folder for runs.")
+    results_file: str | None = option(None, "JSON file of results. Default: that of the benchmark in results/.")
+    passes: int = option(600, "Passes of a subnet that each distillation has.")
+    seeds: list[int] = option([0, 1, 2], "One run of each kind for each.")
+    only: list[str] | None = option(None, "Runs to make, by name. Default: all.")
+
+
 @dataclass
 class SpeechArguments:
-    """The speech of a benchmark."""
+    """Recordings of single words, or strings of them."""
 
     train_file: str = option(str(ROOT / "demo/speech/train.parquet"), "Parquet file to train on.")
     test_file: str = option(str(ROOT / "demo/speech/test.parquet"), "Parquet file to test on.")
 
 
-@dataclass
-class LearningArguments(SpeechArguments):
-    """What is compared, and for how long."""
-
-    output_dir: str = option(str(ROOT / "benchmarks/output/learning"), "Folder for runs and results.")
-    passes: int = option(300, "Passes of a subnet; a quarter of them in stage 1, if any.")
-    seeds: list[int] = option([0, 1, 2], "One run of each variant for each.")
-    only: list[str] | None = option(None, "Variants to run, by name. Default: all.")
-    max_probe_recordings: int = option(400, "Recordings of each kind to measure on.")
-
-
 def parse(kind: type, description: str | None) -> Any:
-    """Options of a benchmark that runs in one thread, as `kind`."""
+    """Options of a benchmark, as `kind`; this process computes with one thread."""
     prepare_process()
     return parse_options(OptionParser(kind, description=description))[0]
 
 
-class Learning:
-    """Distils variants of the demonstration's teacher, and measures students and controls by probes and R2.
+class Bench:
+    """One teacher, its untrained and trained controls, and what all of them are measured by.
+
+    Subclasses say which runs there are (`names`) and make them (`run`).
 
     Attributes:
-        variants: by name; a subclass says in `run` how each is made.
-        space, subnets: the search space of the demonstration, and what is measured of it, by name.
-        untrained: supernets that hold the teacher's weights, by what their slices are called.
-        random_subnets: names of the subnets whose shapes are measured with random weights.
-        measuring: held while this process measures or draws weights, so that two runs do not meet.
+        name: of the benchmark.
+        minutes: of a run on one of two cores, by name or of any, as it was measured.
     """
 
-    variants: ClassVar[Mapping[str, Any]] = {}
+    name: ClassVar[str]
+    minutes: ClassVar[Mapping[str, float]] = {}
 
-    def __init__(self, arguments: LearningArguments):
+    def __init__(self, arguments: BenchArguments):
         self.arguments, self.output = arguments, Path(arguments.output_dir).resolve()
-        if unknown := set(arguments.only or ()) - set(self.variants):
-            raise UserError(f"--only {' '.join(sorted(unknown))}: choose from {', '.join(map(repr, self.variants))}")
-        rng = random.Random(0)
-        train = prepare_speech(arguments.train_file, self.output / "data", "train", 1000, rng)
-        test = prepare_speech(arguments.test_file, self.output / "data", "test", 100, rng)
-        self.train_file = train.file
-        self.teacher = Teacher(load_model(TEACHER), ObjectiveArguments(num_target_layers=RECIPE["num_target_layers"]))
-        self.space = SearchSpace.from_json_file(SPACE)
+        # two thirds of the layers, as 8 of 12
+        depth = load_config(arguments.teacher_name_or_path).num_hidden_layers
+        self.recipe = RECIPE | {"num_target_layers": round(depth * 2 / 3)}
+        objective = ObjectiveArguments(num_target_layers=self.recipe["num_target_layers"])
+        self.teacher, extractor = build_teacher(arguments.teacher_name_or_path, "float32", objective)
+        self.space = parse_search_space(arguments.search_space)
         self.subnets = {name: self.space.named[name] for name in SUBNETS}
-        self.untrained = {SLICE: load_model(TEACHER, head=LightHubertModel, search_space=self.space)}
-        self.random_subnets = list(SUBNETS)
-        extractor = Wav2Vec2FeatureExtractor.from_pretrained(TEACHER)
-        self.bench = ProbeBench(train, test, self.teacher, extractor, arguments.max_probe_recordings)
-        self.measuring = threading.Lock()
+        # the teacher as a supernet, whose subnets are its slices
+        options = {"head": LightHubertModel, "dtype": torch.float32, "search_space": self.space}
+        self.untrained = load_model(arguments.teacher_name_or_path, **options)
+        self.measures = Measures(arguments, self.teacher, extractor)
+        self.train_files = distillation_files(arguments, self.output / "data")
 
-    def distil(self, changes: Mapping[str, Any], seed: int, folder: Path) -> None:
-        """Distils by the recipe with `changes`, and goes on with what an earlier run left in `folder`."""
-        data = {"train_file": self.train_file, "validation_file": None, "dataloader_num_workers": 0}
-        run = {"seed": seed, "output_dir": folder, "report_to": "none", "resume_from_checkpoint": "latest"}
-        run_script("training/run_distillation.py", **(RECIPE | dict(changes) | data | run))
-
-    def measure(self, model: PreTrainedModel, subnet: Subnet) -> dict[str, Any]:
-        """R2 and accuracies of a cut model."""
-        return self.bench.measure(model)
-
-    @cached_property
-    def untrained_rows(self) -> dict[str, dict[str, Any]]:
-        """The teacher and its slices, which no seed changes."""
-        rows = {"teacher": self.measure(self.teacher.model, self.space.largest)}
-        for name, subnet in self.subnets.items():
-            for kind, supernet in self.untrained.items():
-                rows[f"{name}, {kind}"] = self.measure(supernet.extract_subnet(subnet), subnet)
-        return rows
-
-    def controls(self, seed: int) -> dict[str, dict[str, Any]]:
-        """The teacher, its untrained slices, and random weights."""
-        rows, config = dict(self.untrained_rows), self.untrained[SLICE].config
-        for name in self.random_subnets:
-            set_seed(seed)
-            model = LightHubertModel(config.cut_to(self.subnets[name]))
-            rows[f"{name}, {CONTROL}"] = self.measure(model, self.subnets[name])
-        return rows
-
-    def run(self, variant: str, seed: int) -> dict[str, dict[str, Any]]:
-        """Distils `variant` and measures its subnets, by name."""
+    @classmethod
+    def names(cls, arguments: BenchArguments) -> list[str]:
+        """Names of the runs, in the order in which they are made."""
         raise NotImplementedError
 
-    def run_all(self) -> dict[str, dict[str, Any]]:
-        """Measures of controls and variants, all or those of `--only`, for every seed."""
+    def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
+        """Makes a run, and measures what comes out of it, by name."""
+        raise NotImplementedError
 
-        def work(name: str, seed: int) -> dict[str, dict[str, Any]]:
-            if name != "controls":
-                return self.run(name, seed)
-            with self.measuring:
-                return self.controls(seed)
+    def control(self, kind: str, subnet: Subnet, seed: int) -> LightHubertModel:
+        """An untrained model of the shape of `subnet`: one of `UNTRAINED`."""
+        if kind == SLICE:
+            return self.untrained.extract_subnet(subnet)
+        set_seed(seed)
+        model = LightHubertModel(self.untrained.config.cut_to(subnet))
+        if kind == ENCODER:
+            model.feature_extractor.load_state_dict(self.untrained.feature_extractor.state_dict())
+        return model.eval()
 
-        names = ["controls", *(self.arguments.only or self.variants)]
-        jobs = [(name, seed) for seed in self.arguments.seeds for name in names]
-        return run_all(self.output / "results.json", jobs, work)
+    def first_layers(self, subnet: Subnet) -> LightHubertModel:
+        """The first layers of the teacher, as wide as they are, at the cost in MACs of `subnet`: as many as fit with
+        at least half of their FFN units, and as many units as fit; the smallest such model if none fits."""
+        full, budget = self.space.largest, macs_per_second(self.untrained, subnet)
+        size, step = full.intermediate_size[0], full.hidden_size // 12
+        shapes = [
+            Subnet.uniform(full.hidden_size, depth, full.num_attention_heads[0], units, full.head_dim)
+            for depth in range(1, full.num_hidden_layers + 1)
+            for units in range(step, size + 1, step)
+            if depth == 1 or 2 * units >= size
+        ]
+        with torch.device("meta"):
+            costs = [macs_per_second(LightHubertModel(self.untrained.config.cut_to(shape))) for shape in shapes]
+        fitting = [shape for shape, cost in zip(shapes, costs, strict=True) if cost <= budget]
+        shape = fitting[-1] if fitting else shapes[0]
+        model = LightHubertModel(self.untrained.config.cut_to(shape))
+        weights = self.untrained.extract_subnet(full).state_dict()
+        model.load_state_dict(
+            {name: weights[name][tuple(map(slice, weight.shape))] for name, weight in model.state_dict().items()}
+        )
+        return model.eval()
+
+    def distil(self, seed: int, **changes: Any) -> Path:
+        """Distils by the recipe with `changes`, unless that was done before, and goes on with what a run that was
+        killed has left. Runs are kept by their options, so that benchmarks share them.
+
+        Returns:
+            The folder of the student.
+        """
+        options = self.recipe | {"teacher_name_or_path": self.arguments.teacher_name_or_path}
+        options |= {"search_space": self.arguments.search_space, "max_steps": self.arguments.passes}
+        options |= {"train_file": self.train_files, "seed": seed} | changes
+        digest = hashlib.sha256(repr(sorted(options.items(), key=str)).encode()).hexdigest()[:12]
+        folder = self.output / "distilled" / digest
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not (folder / "model.safetensors").exists():
+                run_script(
+                    "training/run_distillation.py", output_dir=folder, resume_from_checkpoint="latest", **options
+                )
+        return folder
+
+    def distil_alone(self, kind: str, subnet: Subnet, seed: int, **changes: Any) -> LightHubertModel:
+        """One model of the cost of `subnet`, distilled by itself: one of `TRAINED_ALONE`."""
+        model = self.first_layers(subnet) if kind == DISTILHUBERT else self.control(SLICE, subnet, seed)
+        depth, options = self.space.largest.num_hidden_layers, {}
+        if kind == DISTILHUBERT:  # layers 4, 8 and 12 of 12, L1 and cosine, no masks
+            layers = [round(depth * layer / 12) for layer in (4, 8, 12)]
+            options = {"target": "hidden_states", "target_layers": layers, "target_norm": "none", "cosine_weight": 1.0}
+            options |= {"mask_time_prob": 0.0, "loss_frames": "all"}
+        elif kind == STAR:  # relations between the frames of every layer, no masks
+            options = {"temporal_relation_weight": 1.0, "prediction_weight": 0.0}
+            options |= {"mask_time_prob": 0.0, "loss_frames": "all"}
+        start = {"student_name_or_path": self.save(model), "search_space": None, "sampling": "largest"}
+        return load_model(self.distil(seed, **start, **options, **changes), head=LightHubertModel)
+
+    def save(self, model: LightHubertModel) -> Path:
+        """A folder with a model and its feature extractor, by the weights of the model."""
+        weights = b"".join(weight.numpy().tobytes() for weight in model.state_dict().values())
+        folder = self.output / "models" / hashlib.sha256(weights).hexdigest()[:12]
+        with FileLock(folder.with_suffix(".lock")), whole_files(folder) as unfinished:
+            model.save_pretrained(unfinished)
+            self.measures.speech.extractor.save_pretrained(unfinished)
+        return folder
+
+
+class Runner:
+    """Makes the runs of a benchmark that have no result yet, two at a time in processes with one thread each, and
+    keeps each result as soon as it is there.
+
+    Args:
+        file: of the results, JSON, with the arguments that they were made with.
+    """
+
+    FREE = ("output_dir", "results_file", "seeds", "only")
+    """Options that change no result."""
+
+    def __init__(self, kind: type[Bench], arguments: BenchArguments):
+        self.kind, self.arguments = kind, arguments
+        self.file = Path(arguments.results_file or FOLDER / f"results/{kind.name}.json")
+        self.options = {name: value for name, value in asdict(arguments).items() if name not in self.FREE}
+        for name in ("teacher_name_or_path", "search_space", "speech_dir"):
+            self.options[name] = Path(self.options[name]).name
+        self.results: dict[str, dict[str, Any]] = {}
+        if self.file.exists():
+            kept = json.loads(self.file.read_text(encoding="utf-8"))
+            if changed := [name for name in self.options if kept["arguments"].get(name) != self.options[name]]:
+                raise UserError(
+                    f"{self.file} has results with another {', '.join(changed)}: give the same, or another"
+                    " --results_file"
+                )
+            self.results = kept["results"]
+
+    def __call__(self) -> dict[str, dict[str, Any]]:
+        """Results of all runs in the file, by name and seed."""
+        known, only = self.kind.names(self.arguments), self.arguments.only
+        if unknown := set(only or ()) - set(known):
+            raise UserError(f"--only {' '.join(sorted(unknown))}: choose from {', '.join(map(repr, known))}")
+        jobs = [(name, seed) for name in only or known for seed in self.arguments.seeds]
+        jobs = [(name, seed) for name, seed in jobs if str(seed) not in self.results.get(name, {})]
+        if jobs:
+            print(f"{len(jobs)} runs, about {self.hours(jobs):.1f} hours on two cores", flush=True)
+            run_all(self.kind, self.arguments, jobs, self.keep)
+        return self.results
+
+    def hours(self, jobs: Sequence[tuple[str, int]]) -> float:
+        """What the runs take, by what those took that were made before, or else by `minutes`."""
+        known = {name: np.mean([run["seconds"] for run in runs.values()]) for name, runs in self.results.items()}
+        other = self.kind.minutes.get("any", 10.0)
+        return sum(known.get(name, 60 * self.kind.minutes.get(name, other)) for name, _ in jobs) / 7200
+
+    def keep(self, name: str, seed: int, result: dict[str, Any]) -> None:
+        self.results.setdefault(name, {})[str(seed)] = result
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.file, {"arguments": self.options, "results": self.results})
+
+
+_bench: Bench | None = None
+"""Of a worker process."""
+
+
+def _start(kind: type[Bench], arguments: BenchArguments) -> None:
+    global _bench
+    prepare_process()
+    _bench = kind(arguments)
+
+
+def _work(name: str, seed: int) -> dict[str, Any]:
+    assert _bench is not None
+    begin = time.perf_counter()
+    measured = _bench.run(name, seed)
+    return {"seconds": round(time.perf_counter() - begin), **measured}
+
+
+def run_all(
+    kind: type[Bench],
+    arguments: BenchArguments,
+    jobs: Sequence[tuple[str, int]],
+    keep: Callable[[str, int, dict[str, Any]], None],
+) -> None:
+    """Makes runs, two at a time, and hands each result to `keep` as soon as it is there. The first that fails ends the
+    others that have not begun."""
+    context, count = get_context("spawn"), min(2, len(jobs))
+    with (
+        tqdm(total=len(jobs), desc="runs") as bar,
+        ProcessPoolExecutor(count, context, initializer=_start, initargs=(kind, arguments)) as workers,
+    ):
+        running = {workers.submit(_work, *job): job for job in jobs}
+        try:
+            for finished in as_completed(running):
+                keep(*running[finished], finished.result())
+                bar.set_postfix_str("{}, seed {}".format(*running[finished]))
+                bar.update()
+        finally:
+            workers.shutdown(cancel_futures=True)
 
 
 def run_script(script: str, **options: Any) -> None:
-    """Runs `script` from the top folder, with one thread and its options that are not `None`. Its output is added to
-    `run.log` in its `output_dir`.
+    """Runs `script` from the top folder, with one thread and its options that are not `None`; a list is several words.
+    Its output is added to `run.log` in its `output_dir`.
 
     Raises:
         UserError: the script says that an option is wrong.
         RuntimeError: it failed otherwise.
     """
-    words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    words = []
+    for name, value in options.items():
+        if isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
     command, environment = [sys.executable, str(ROOT / script), *words], os.environ | {"OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode == 2:
@@ -166,30 +305,11 @@ def run_script(script: str, **options: Any) -> None:
         log.write(finished.stdout + finished.stderr)
 
 
-def run_all(file: Path, jobs: Sequence[tuple[str, int]], work: Callable[[str, int], Any]) -> dict[str, dict[str, Any]]:
-    """Does `work` for each name and seed in `jobs` that has no result in `file` yet, two at a time, keeps each result
-    as soon as it is there, and returns all results in the file."""
-    results: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    jobs = [(name, seed) for name, seed in jobs if str(seed) not in results.get(name, {})]
-    with tqdm(total=len(jobs), desc="runs") as bar, ThreadPoolExecutor(2) as workers:
-        running = {workers.submit(work, *job): job for job in jobs}
-        try:
-            for finished in as_completed(running):
-                name, seed = running[finished]
-                results.setdefault(name, {})[str(seed)] = finished.result()
-                write_json(file, results)
-                bar.set_postfix_str(f"{name}, seed {seed}")
-                bar.update()
-        finally:
-            workers.shutdown(cancel_futures=True)  # of a run that failed the message comes at once
-    return results
-
-
-def report(folder: Path, table: str, findings: Sequence[str] = ()) -> None:
-    """Prints a table and a list of findings, in Markdown, and writes them to `results.md`."""
+def report(file: Path, table: str, findings: Sequence[str] = ()) -> None:
+    """Prints a table and a list of findings, in Markdown, and writes them to a file."""
     text = "\n".join([table, "", *(f"- {finding}" for finding in findings)]).rstrip() + "\n"
-    write_text(folder / "results.md", text)
-    print(text, f"all in {folder}", sep="\n")
+    write_text(file, text)
+    print(text, f"all in {file.parent}", sep="\n")
 
 
 def prepare_process() -> None:
@@ -205,10 +325,56 @@ def summary(values: Sequence[float], percent: bool) -> str:
     return mean_and_deviation(values, 1, 100) if percent else mean_and_deviation(values, 3)
 
 
-def measures_of(results: Results) -> dict[str, str]:
-    """Titles of R2, and of the probes that the data has labels for, by name."""
-    teacher = next(iter(results["controls"].values()))["teacher"]
-    return {name: {"r2": "R2"}.get(name, name) for name in ("r2", "digit", "speaker") if name in teacher}
+def mean_and_each(values: Sequence[float], measure: str) -> str:
+    """The mean, and every seed."""
+    digits, scale = (3, 1) if measure.startswith("r2") else (1, 100)
+    each = " ".join(f"{scale * value:.{digits}f}" for value in values)
+    return f"{scale * np.mean(values):.{digits}f} ({each})" if values else ""
+
+
+def measures_of(results: Results) -> list[str]:
+    """Names of all measures."""
+    made = (row for runs in results.values() for run in runs.values() for row in run.values() if isinstance(row, dict))
+    return list(dict.fromkeys(name for row in made for name, value in row.items() if isinstance(value, float)))
+
+
+def is_error(measure: str) -> bool:
+    """Whether less of a measure is better."""
+    return measure.startswith(("wer", "cer", "per"))
+
+
+def over_seeds(results: Results, run: str, row: str, measure: str) -> dict[str, float]:
+    """A measure by seed, of the row of that name in a run."""
+    runs = results.get(run, {})
+    return {seed: made[row][measure] for seed, made in sorted(runs.items()) if measure in made.get(row, {})}
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How much better one model is than another in a measure, by seeds that both have.
+
+    Attributes:
+        gains: of each seed, positive where it is better.
+        relative: mean of the gains over the mean of the other.
+    """
+
+    gains: Sequence[float]
+    relative: float
+
+    @property
+    def verdict(self) -> int:
+        """1 if it is better in every seed, -1 if it is worse in every seed, else 0: no order can be told."""
+        return int(all(gain > 0 for gain in self.gains)) - int(all(gain < 0 for gain in self.gains))
+
+
+def margin(ours: Mapping[str, float], theirs: Mapping[str, float], measure: str) -> Margin | None:
+    """Of two rows; `None` without seeds that both have."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    sign = -1 if is_error(measure) else 1
+    gains = [sign * (ours[seed] - theirs[seed]) for seed in seeds]
+    return Margin(gains, float(np.mean(gains) / np.mean([theirs[seed] for seed in seeds])))
 
 
 def to_distil(batches: Sequence[Batch]) -> list[Batch]:

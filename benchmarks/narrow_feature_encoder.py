@@ -1,14 +1,12 @@
 """What a narrower feature encoder costs in quality, and which recipe makes the most of it.
 
-    python benchmarks/narrow_feature_encoder.py
-    python benchmarks/narrow_feature_encoder.py --train_file digits-train.parquet --test_file digits-test.parquet
+    python benchmarks/narrow_feature_encoder.py --speech_dir speech
 
-As `learning.py`: every run distils the teacher of the demonstration by the recipe `small_budget`, and is measured by
-probes and R2. Here the feature encoder learns, and in all variants but the first subnets choose its channels as well.
-All variants have the same budget, in MACs: forward and backward passes of student and teacher, of `--passes` steps
-with all channels. `within 40 %` is the best of subnets at no more than 40 % of the MACs of the middle one: that with
-the least loss, on training speech, of random ones. Controls are slices of the teacher, with channels in order of
-importance and not, and random weights.
+Every run distils the teacher by the recipe, and is measured by R2 and linear probes. Here the feature encoder learns,
+and in all variants but the first subnets choose its channels as well. All variants have the same budget, in MACs:
+forward and backward passes of student and teacher, of `--passes` steps with all channels. `within 40 %` is the best of
+subnets at no more than 40 % of the MACs of the middle one: that with the least loss, on training speech, of random
+ones. Controls are slices of the teacher, with channels in order of importance and not, and random weights.
 """
 
 import dataclasses
@@ -21,8 +19,8 @@ from typing import Any
 
 import common
 import torch
-from common import RECIPE, ROOT, SLICE, SUBNETS, TEACHER, LearningArguments, Results
-from transformers import PreTrainedModel
+from common import RANDOM, RECIPE, SLICE, Bench, BenchArguments, Results, Runner
+from transformers import set_seed
 
 from lighthubert_training.distillation.step import evaluate
 from lighthubert_training.runs.distributed import build_accelerator
@@ -51,49 +49,62 @@ BUDGET, BEST = 0.4, "within 40 %"
 HALF = "half of the channels"
 
 
-@dataclasses.dataclass
-class NarrowArguments(LearningArguments):
-    """What is compared, and for how long."""
+@dataclasses.dataclass(kw_only=True)
+class NarrowArguments(BenchArguments):
+    """What is distilled, for how long, and what becomes of it."""
 
-    output_dir: str = option(str(ROOT / "benchmarks/output/narrow_feature_encoder"), "Folder for runs and results.")
+    measures: list[str] = option(["r2", "probes"], "Groups of measures.")
     num_candidates: int = option(40, "Random subnets to choose the best within the budget from.")
 
 
-class NarrowFeatureEncoders(common.Learning):
-    """Runs variants of the feature encoder, and measures what comes out."""
+CONTROLS, ORDERED = "controls", "slice, ordered"
 
-    variants = VARIANTS
+
+class NarrowFeatureEncoders(Bench):
+    """Variants of the feature encoder."""
+
+    name = "narrow_feature_encoder"
+    arguments: NarrowArguments
 
     def __init__(self, arguments: NarrowArguments):
         super().__init__(arguments)
-        self.arguments: NarrowArguments = arguments
         self.spaces = {None: self.space} | {parts: self.elastic_space(parts) for parts in (QUARTERS, HALVES)}
-        for parts, space in self.spaces.items():
-            space.to_json_file(self.space_file(parts))
         half = tuple(width // 2 for width in self.teacher.model.config.conv_dim)
-        self.random_subnets = [f"{name}, {HALF}" for name in ("middle", "smallest")]
-        for name in self.random_subnets:
-            self.subnets[name] = dataclasses.replace(self.subnets[name.partition(",")[0]], conv_dim=half)
-        self.ordered = self.output / "ordered"
-        if not (self.ordered / "model.safetensors").exists():
-            options = {"model_name_or_path": TEACHER, "search_space": self.space_file(QUARTERS), "device": "cpu"}
-            options |= {"train_file": self.train_file, "output_dir": self.ordered}
-            common.run_script("training/order_channels.py", **options)
-        supernet = load_model(TEACHER, head=LightHubertModel, search_space=self.spaces[QUARTERS])
-        self.untrained = {SLICE: supernet, "slice, ordered": load_model(self.ordered)}
+        self.narrow = {
+            f"{name}, {HALF}": dataclasses.replace(self.subnets[name], conv_dim=half)
+            for name in ("middle", "smallest")
+        }
+        options = {"head": LightHubertModel, "dtype": torch.float32, "search_space": self.spaces[QUARTERS]}
+        self.elastic = load_model(arguments.teacher_name_or_path, **options)
+
+    @classmethod
+    def names(cls, arguments: BenchArguments) -> list[str]:
+        return [CONTROLS, *VARIANTS]
+
+    def ordered(self, seed: int) -> Path:
+        """The teacher as a supernet whose channels are in the order of their importance."""
+        folder = self.output / f"ordered-{seed}"
+        if not (folder / "model.safetensors").exists():
+            options = {"model_name_or_path": self.arguments.teacher_name_or_path, "device": "cpu"}
+            options |= {"search_space": self.space_file(QUARTERS, seed), "train_file": self.train_files}
+            common.run_script("training/order_channels.py", **options, seed=seed, output_dir=folder)
+        return folder
 
     def elastic_space(self, parts: tuple[int, ...]) -> SearchSpace:
         """With those quarters of the teacher's channels to choose from, for each convolution."""
         choices = tuple(tuple(width * part // 4 for part in parts) for width in self.teacher.model.config.conv_dim)
         return dataclasses.replace(self.space, conv_dim=choices)
 
-    def space_file(self, parts: tuple[int, ...] | None) -> Path:
-        return self.output / ("search_space.json" if parts is None else f"search_space-from-{parts[0]}-of-4.json")
+    def space_file(self, parts: tuple[int, ...] | None, seed: int) -> Path:
+        """A search space as a file, for the run of a seed."""
+        file = self.output / f"search_space-{'full' if parts is None else f'from-{parts[0]}-of-4'}-{seed}.json"
+        self.spaces[parts].to_json_file(file)
+        return file
 
     def macs(self, subnet: Subnet) -> float:
         """MACs per second of audio."""
         with torch.device("meta"):
-            model = LightHubertModel(self.untrained[SLICE].config.cut_to(self.spaces[QUARTERS].resolve(subnet)))
+            model = LightHubertModel(self.elastic.config.cut_to(self.spaces[QUARTERS].resolve(subnet)))
         return macs_per_second(model)
 
     def macs_of_step(self, parts: tuple[int, ...] | None) -> float:
@@ -102,28 +113,34 @@ class NarrowFeatureEncoders(common.Learning):
         drawn = (draw_subnets(self.spaces[parts], RECIPE["sampling"], 0, step)[0] for step in range(100))
         return statistics.mean(3 * self.macs(subnet) for subnet in drawn) + self.macs(self.space.largest)
 
-    def measure(self, model: PreTrainedModel, subnet: Subnet) -> dict[str, Any]:
+    def measure(self, model: LightHubertModel, subnet: Subnet, seed: int) -> dict[str, Any]:
         """Cost and quality of a cut model, and its subnet."""
-        return {"subnet": subnet.to_dict(), "macs": self.macs(subnet)} | self.bench.measure(model)
+        return {"subnet": subnet.to_dict(), "macs": self.macs(subnet), **self.measures(model, seed)}
 
-    def folder(self, variant: str, seed: int) -> Path:
-        return self.output / f"{variant.replace(' ', '-').replace(',', '')}-{seed}"
-
-    def run(self, variant: str, seed: int) -> dict[str, dict[str, Any]]:
-        """Distils `variant` and measures its subnets, by name."""
-        folder, (parts, is_ordered) = self.folder(variant, seed), VARIANTS[variant]
+    def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
+        """Distils a variant and measures its subnets, by name; or measures what is not trained."""
+        every = self.subnets | self.narrow
+        if name == CONTROLS:
+            rows = {}
+            for title, supernet in {SLICE: self.elastic, ORDERED: load_model(self.ordered(seed))}.items():
+                for row, subnet in every.items():
+                    rows[f"{row}, {title}"] = self.measure(supernet.extract_subnet(subnet), subnet, seed)
+            for row, subnet in self.narrow.items():
+                set_seed(seed)
+                model = LightHubertModel(self.elastic.config.cut_to(self.spaces[QUARTERS].resolve(subnet)))
+                rows[f"{row}, {RANDOM}"] = self.measure(model, subnet, seed)
+            return rows
+        parts, is_ordered = VARIANTS[name]
         steps = int(self.arguments.passes * self.macs_of_step(None) / self.macs_of_step(parts))
-        changes = {"share_feature_encoder": False, "search_space": self.space_file(parts), "max_steps": steps}
-        self.distil(changes | ({"student_name_or_path": self.ordered} if is_ordered else {}), seed, folder)
-        trained = load_model(folder, head=LightHubertForPreTraining)
-        with self.measuring:
-            subnets = {name: self.subnets[name] for name in SUBNETS}
-            if parts is not None:
-                subnets = self.subnets | {BEST: self.best_within_budget(trained)}
-            return {
-                name: {"steps": steps} | self.measure(trained.hubert.extract_subnet(subnet), subnet)
-                for name, subnet in subnets.items()
-            }
+        changes = {"share_feature_encoder": False, "search_space": self.space_file(parts, seed), "max_steps": steps}
+        if is_ordered:
+            changes["student_name_or_path"] = self.ordered(seed)
+        trained = load_model(self.distil(seed, **changes), head=LightHubertForPreTraining)
+        subnets = self.subnets if parts is None else every | {BEST: self.best_within_budget(trained)}
+        return {
+            row: {"steps": steps, **self.measure(trained.hubert.extract_subnet(subnet), subnet, seed)}
+            for row, subnet in subnets.items()
+        }
 
     def candidates(self, space: SearchSpace) -> list[Subnet]:
         """Random subnets that use between 80 and 100 % of the budget for MACs."""
@@ -136,7 +153,8 @@ class NarrowFeatureEncoders(common.Learning):
 
     def best_within_budget(self, trained: LightHubertForPreTraining) -> Subnet:
         """The candidate with the least loss on recordings to train on."""
-        batches = common.to_distil(self.bench.train_frames[::4])
+        speech = self.measures.speech
+        batches = common.to_distil([speech.audio(each) for each in speech.batches(self.measures.train_frames)[::4]])
         candidates = {str(number): subnet for number, subnet in enumerate(self.candidates(trained.search_space))}
         losses = evaluate(trained, self.teacher, batches, candidates, build_accelerator("cpu"))
         return candidates[min(losses, key=losses.__getitem__)]
@@ -144,25 +162,26 @@ class NarrowFeatureEncoders(common.Learning):
 
 def table(results: Results) -> str:
     """Markdown: a line for each subnet of each variant, mean and deviation over the seeds."""
-    measures, rows = common.measures_of(results), []
+    measures, rows = [name for name in common.measures_of(results) if name != "macs"], []
     for variant, runs in results.items():
-        for name, first in next(iter(runs.values())).items():
+        first_run = next(iter(runs.values()))
+        for name, first in ((name, row) for name, row in first_run.items() if isinstance(row, dict)):
             found = [run[name] for run in runs.values()]
             macs = f"{statistics.mean(row['macs'] for row in found) / 1e6:.1f}"
-            measured = [common.summary([row[measure] for row in found], measure != "r2") for measure in measures]
+            measured = [common.summary([row[name] for row in found], name[:2] != "r2") for name in measures]
             rows.append([variant, name, str(first.get("steps", "")), macs, *measured])
-    return markdown_table(["", "subnet", "steps", "MMAC/s", *measures.values()], rows)
+    return markdown_table(["", "subnet", "steps", "MMAC/s", *measures], rows)
 
 
 def mean(results: Results, variant: str, subnet: str, measure: str = "r2") -> float:
     return statistics.mean(run[subnet][measure] for run in results[variant].values())
 
 
-def speed_ups(narrow: NarrowFeatureEncoders, variant: str, rows: Mapping[str, Any], seed: int) -> dict[str, float]:
+def speed_ups(narrow: NarrowFeatureEncoders, rows: Mapping[str, Any]) -> dict[str, float]:
     """How many times faster than the teacher each cut subnet is on a clip of 5 s, taking turns with all the others."""
-    trained, audio = load_model(narrow.folder(variant, seed)), torch.from_numpy(common.noise(1, 5))
+    audio, supernet = torch.from_numpy(common.noise(1, 5)), narrow.elastic
     models = {"reference": narrow.teacher.model}
-    models |= {name: trained.extract_subnet(row["subnet"]).eval() for name, row in rows.items()}
+    models |= {name: supernet.extract_subnet(row["subnet"]).eval() for name, row in rows.items()}
     with torch.inference_mode():
         times = time_in_turns({name: partial(model, audio) for name, model in models.items()}, repeats=30)
     return {name: median_ratio(times["reference"], times[name]) for name in rows}
@@ -173,18 +192,18 @@ def plot(narrow: NarrowFeatureEncoders, results: Results, seed: int, path: Path)
     elastic = [variant for variant in results if variant.startswith("from")]
     best = max(elastic, key=lambda variant: mean(results, variant, f"middle, {HALF}"))
     labels = {"r2": "R2 of the target", "digit": "digit probe, accuracy", "speaker": "speaker probe, accuracy"}
-    measures = common.measures_of(results)
+    measures = [name for name in labels if name in common.measures_of(results)]
     figure, panels = new_figure(len(measures), (4.5 * len(measures), 4))
     for variant, marker in ((FULL, "s"), (best, "o")):
-        rows = results[variant][str(seed)]
-        speeds = speed_ups(narrow, variant, rows, seed)
+        rows = {name: row for name, row in results[variant][str(seed)].items() if isinstance(row, dict)}
+        speeds = speed_ups(narrow, rows)
         for axes, measure in zip(panels, measures, strict=True):
             points = [(speeds[name], mean(results, variant, name, measure)) for name in rows]
             axes.scatter(*zip(*points, strict=True), marker=marker, label=variant)
             for name, point in zip(rows, points, strict=True):
                 axes.annotate(name, point, fontsize=7, xytext=(3, 3), textcoords="offset points")
     for axes, measure in zip(panels, measures, strict=True):
-        axes.plot(1, mean(results, "controls", "teacher", measure), "k*", markersize=11, label="teacher")
+        axes.plot(1, mean(results, CONTROLS, f"largest, {SLICE}", measure), "k*", markersize=11, label="teacher")
         axes.set(xlabel="speed, times that of the teacher", ylabel=labels[measure])
         axes.margins(x=0.4)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="upper center", ncols=3)
@@ -192,11 +211,13 @@ def plot(narrow: NarrowFeatureEncoders, results: Results, seed: int, path: Path)
 
 
 def main() -> None:
-    narrow = NarrowFeatureEncoders(common.parse(NarrowArguments, __doc__))
-    results = narrow.run_all()
-    common.report(narrow.output, table(results))
-    if FULL in results and any(variant.startswith("from") for variant in results):
-        plot(narrow, results, narrow.arguments.seeds[0], narrow.output / "quality-against-speed.png")
+    arguments = common.parse(NarrowArguments, __doc__)
+    runner = Runner(NarrowFeatureEncoders, arguments)
+    results = runner()
+    common.report(runner.file.with_suffix(".md"), table(results))
+    if all(results.get(name) for name in runner.kind.names(arguments)):
+        path = runner.file.with_suffix(".png")
+        plot(NarrowFeatureEncoders(arguments), results, arguments.seeds[0], path)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """What the search finds, and what it costs beside the forward passes.
 
-    python benchmarks/search.py
-    python benchmarks/search.py --train_file digits-train.parquet --test_file digits-test.parquet
+    python benchmarks/search.py --speech_dir speech
 
-A supernet is distilled from the teacher of the demonstration by the recipe `small_budget`. Then, by seed:
+A supernet is distilled from the teacher by the recipe. Then, by seed:
 
 - NSGA-II and random search measure as many subnets by their distillation loss on training speech, and the area that
   their fronts dominate is compared. Both look for little loss at few MACs;
@@ -23,7 +22,7 @@ from typing import Any
 
 import optuna
 import torch
-from common import ROOT, Learning, LearningArguments, parse, report, summary, to_distil
+from common import Bench, BenchArguments, parse, report, summary, to_distil
 from tqdm.auto import tqdm
 
 from lighthubert_training.data.collators import Batch
@@ -47,30 +46,33 @@ SIZE = 0.98
 """Least parameters of the subnet that is compared with the uniform one, of those of the latter."""
 
 
-@dataclass
-class SearchingArguments(LearningArguments):
+@dataclass(kw_only=True)
+class SearchingArguments(BenchArguments):
     """What is searched, and how long."""
 
-    output_dir: str = option(str(ROOT / "benchmarks/output/search"), "Folder for runs and results.")
+    measures: list[str] = option([], "Groups of measures: none.")
     seeds: list[int] = option([0, 1, 2, 3, 4], "Seeds, with a search for each.")
     num_evaluations: int = option(200, "Subnets that each search measures.")
     num_timed: int = option(1000, "Evaluations whose wall time is taken.")
-    num_batches: int = option(4, "Batches of 16 recordings that a search measures on.")
+    num_batches: int = option(4, "Batches of recordings that a search measures on.")
 
 
-class Searching(Learning):
+class Searching(Bench):
     """A supernet, and searches in it."""
+
+    name = "search"
+    arguments: SearchingArguments
 
     def __init__(self, arguments: SearchingArguments):
         super().__init__(arguments)
-        self.arguments: SearchingArguments = arguments
-        supernet = self.output / "supernet"
-        if not (supernet / "model.safetensors").exists():
-            self.distil({"max_steps": arguments.passes}, 0, supernet)
-        self.student = load_model(supernet, head=LightHubertForPreTraining)
+        self.output = self.output / "search"
+        self.student = load_model(self.distil(0), head=LightHubertForPreTraining)
         self.student.freeze_feature_encoder()
-        every = -(-len(self.bench.train_frames) // arguments.num_batches)
-        self.fitness, self.held_out = map(self.mean_loss, (self.bench.train_frames[::every], self.bench.test_frames))
+        speech, measures = self.measures.speech, self.measures
+        parts = [measures.train_frames, sum(measures.test_frames.values(), [])]
+        train, test = ([speech.audio(batch) for batch in speech.batches(numbers)] for numbers in parts)
+        every = -(-len(train) // arguments.num_batches)
+        self.fitness, self.held_out = map(self.mean_loss, (train[::every], test))
 
     def mean_loss(self, batches: list[Batch]) -> MeanLoss:
         """The distillation loss on these batches."""
@@ -188,7 +190,7 @@ def main() -> None:
     results: dict[str, Any] = {"fronts": compare_fronts(searching), "sized": compare_with_uniform(searching)}
     results |= {"timed": time_search(searching), "num_timed": searching.arguments.num_timed}
     write_json(searching.output / "results.json", results)
-    report(searching.output, table(results), findings(results))
+    report(searching.output / "results.md", table(results), findings(results))
 
 
 if __name__ == "__main__":

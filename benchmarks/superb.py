@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import CONTROL, ROOT, SUBNETS, TEACHER, SpeechArguments, parse, report, run_script
+from common import RANDOM as CONTROL
+from common import ROOT, SUBNETS, SpeechArguments, parse, report, run_script
 from tqdm.auto import tqdm
 from transformers import set_seed
 
@@ -33,7 +34,7 @@ class SuperbBenchmarkArguments(SpeechArguments):
     """What is scored, and on what: the stand-ins are made of single words."""
 
     supernets: list[str] = option(help="Supernets, one for each seed.")
-    teacher: str = option(str(TEACHER), "Teacher that they were distilled from.")
+    teacher: str = option(str(ROOT / "demo/teacher"), "Teacher that they were distilled from.")
     output_dir: str = option(str(ROOT / "benchmarks/output/superb"), "Folder for data, features and results.")
     features_dtype: str = option("float32", "Dtype of kept features.", choices=("float32", "float16"))
 
@@ -93,7 +94,7 @@ def main() -> None:
         in_all, in_mean = tasks_won(scores, model)
         won = f"{len(in_mean)} of 10 tasks in the mean, in {len(in_all)} in every seed ({', '.join(in_all)})"
         findings.append(f"{model}: better than {CONTROL} in {won}")
-    report(output, markdown_table(*superb.rows_of(scores, published=False)), findings)
+    report(output / "results.md", markdown_table(*superb.rows_of(scores, published=False)), findings)
     superb.plot_scores(scores, output / "superb.png")
 
 

@@ -1,0 +1,99 @@
+"""What a distilled subnet gains over what one has without distilling, and over other ways of distilling.
+
+    python benchmarks/gains.py --speech_dir speech --held_out_speaker theo --held_out_language it
+
+A supernet is distilled once for all. For its smallest and its middle subnet there are all controls: random weights;
+the slice of the teacher; the teacher's feature encoder below a random transformer; the same shape distilled alone in
+as many passes; and DistilHuBERT's and STaRHuBERT's way at the same cost. Each is measured by R2 of the target, linear
+probes of frozen features, a phone probe, and fine-tuning with few labels (`measures.py`).
+"""
+
+from typing import Any
+
+import common
+from common import SUBNETS, TRAINED_ALONE, UNTRAINED, Bench, BenchArguments, Results, Runner
+
+from lighthubert_training.runs.tables import markdown_table
+from modeling_lighthubert.errors import run
+from modeling_lighthubert.loading import load_model
+
+
+SUPERNET, TEACHER = "distilled once for all", "teacher"
+SHAPES = ("middle", "smallest")
+KINDS = (SUPERNET, *TRAINED_ALONE, *UNTRAINED)
+
+
+class Gains(Bench):
+    """A supernet and all its controls."""
+
+    name = "gains"
+    minutes = {SUPERNET: 45, TEACHER: 15, "any": 15}
+
+    @classmethod
+    def names(cls, arguments: BenchArguments) -> list[str]:
+        controls = [f"{shape}, {kind}" for kind in (*UNTRAINED, *TRAINED_ALONE) for shape in SHAPES]
+        return [SUPERNET, TEACHER, *controls]
+
+    def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
+        if name == SUPERNET:
+            supernet = load_model(self.distil(seed))
+            return {row: self.measures(supernet.extract_subnet(row), seed) for row in SUBNETS}
+        if name == TEACHER:
+            return {TEACHER: self.measures(self.untrained.extract_subnet("largest"), seed)}
+        shape, _, kind = name.partition(", ")
+        make = self.control if kind in UNTRAINED else self.distil_alone
+        return {shape: self.measures(make(kind, self.subnets[shape], seed), seed)}
+
+
+def rows_of(results: Results) -> dict[str, tuple[str, str]]:
+    """Run and row of each line of the table, by its title."""
+    lines = {TEACHER: (TEACHER, TEACHER), f"largest, {SUPERNET}": (SUPERNET, "largest")}
+    for shape in SHAPES:
+        for kind in KINDS:
+            title = f"{shape}, {kind}"
+            lines[title] = (SUPERNET if kind == SUPERNET else title, shape)
+    return {title: line for title, line in lines.items() if results.get(line[0])}
+
+
+def table(results: Results, measures: list[str]) -> str:
+    """Markdown: mean and every seed of each model."""
+    rows = []
+    for title, (made, row) in rows_of(results).items():
+        values = {measure: list(common.over_seeds(results, made, row, measure).values()) for measure in measures}
+        rows.append([title, *(common.mean_and_each(each, measure) for measure, each in values.items())])
+    return markdown_table(["", *measures], rows)
+
+
+def findings(results: Results, measures: list[str]) -> list[str]:
+    """For each shape and control: in how many measures the distilled subnet is better, and by how much."""
+    lines, rows = [], rows_of(results)
+    for shape in SHAPES:
+        ours = rows.get(f"{shape}, {SUPERNET}")
+        for kind in KINDS[1:]:
+            theirs = rows.get(f"{shape}, {kind}")
+            if ours is None or theirs is None:
+                continue
+            found = {}
+            for measure in measures:
+                pair = (common.over_seeds(results, *line, measure) for line in (ours, theirs))
+                if margin := common.margin(*pair, measure):
+                    found[measure] = margin
+            better = sum(margin.relative > 0 for margin in found.values())
+            always, never = ([name for name, margin in found.items() if margin.verdict == sign] for sign in (1, -1))
+            lines.append(
+                f"{shape}, {SUPERNET}, against {kind}: better in the mean in {better} of {len(found)} measures, and in"
+                f" every seed in {len(always)}; worse in every seed in {', '.join(never) or 'none'}"
+            )
+    return lines
+
+
+def main() -> None:
+    arguments = common.parse(BenchArguments, __doc__)
+    runner = Runner(Gains, arguments)
+    results = runner()
+    measures = common.measures_of(results)
+    common.report(runner.file.with_suffix(".md"), table(results, measures), findings(results, measures))
+
+
+if __name__ == "__main__":
+    run(main)
