@@ -51,6 +51,8 @@ class LightHubertConfig(HubertConfig):
             Predicted teacher targets of [`LightHubertForPreTraining`].
         teacher_hidden_size (`int`, *optional*, defaults to `hidden_size` when a model is built):
             Width of those targets.
+        norms_per_width (`bool`, *optional*, defaults to `False`):
+            The layer norms of a supernet have weights of their own for every width of the search space.
         tdnn_dim, tdnn_kernel, tdnn_dilation, xvector_output_dim:
             Of [`LightHubertForXVector`], as in [`Wav2Vec2Config`].
 
@@ -72,6 +74,7 @@ class LightHubertConfig(HubertConfig):
     layerdrop: float | int = 0.0
     num_prediction_heads: int = 1
     teacher_hidden_size: int | None = None
+    norms_per_width: bool = False
     tdnn_dim: list[int] | tuple[int, ...] = (512, 512, 512, 512, 1500)
     tdnn_kernel: list[int] | tuple[int, ...] = (5, 3, 3, 1, 1)
     tdnn_dilation: list[int] | tuple[int, ...] = (1, 2, 3, 1, 1)
@@ -145,6 +148,10 @@ class LightHubertConfig(HubertConfig):
             tuple(self.conv_dim) if has_elastic_convolutions else None,
         )
 
+    def own_widths(self) -> tuple[int, ...]:
+        """Widths that may have weights of their own in a supernet: all but the largest, which has the shared ones."""
+        return search_space_from(self.search_space).hidden_size[:-1]
+
     def cut_to(self, subnet: Subnet) -> "LightHubertConfig":
         """Configuration of the cut model of `subnet`."""
         config = self.resolved()
@@ -153,6 +160,7 @@ class LightHubertConfig(HubertConfig):
         )
         config.conv_dim = subnet.conv_dim or config.conv_dim
         config.search_space, config.subnet = None, subnet
+        config.norms_per_width = False
         return config
 
     def trimmed(self) -> "LightHubertConfig":

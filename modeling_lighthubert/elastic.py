@@ -50,6 +50,10 @@ class ElasticLayer(ABC):
         weight, bias = self.selected()
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
+    def own_weights(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Weights that some selections have for themselves, each with what it begins with."""
+        return iter(())
+
 
 class ElasticLinear(ElasticLayer, nn.Linear):
     """A linear layer whose leading rows and columns are smaller linear layers (`SLinear` in the released code)."""
@@ -145,11 +149,30 @@ class ElasticNorm(ElasticLayer, nn.Module):
 
 
 class ElasticLayerNorm(ElasticNorm, nn.LayerNorm):
-    """A layer norm over the leading features: their affine weights, statistics over what is left."""
+    """A layer norm over the leading features: their affine weights, statistics over what is left.
 
-    def __init__(self, normalized_shape: int, eps: float = 1e-5):
+    Args:
+        own_sizes: numbers of features that have affine weights of their own (switchable norms of slimmable networks,
+            arXiv 1812.08928, for layer norms). They begin as the leading ones of the others.
+    """
+
+    def __init__(self, normalized_shape: int, eps: float = 1e-5, own_sizes: Iterable[int] = ()):
         super().__init__(normalized_shape, eps=eps)
+        self.own_sizes = tuple(own_sizes)
+        for size in self.own_sizes:
+            self.register_parameter(f"weight_{size}", nn.Parameter(torch.ones(size)))
+            self.register_parameter(f"bias_{size}", nn.Parameter(torch.zeros(size)))
         self.select(normalized_shape)
+
+    def selected(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.num_selected not in self.own_sizes:
+            return super().selected()
+        return getattr(self, f"weight_{self.num_selected}"), getattr(self, f"bias_{self.num_selected}")
+
+    def own_weights(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        for size in self.own_sizes:
+            yield getattr(self, f"weight_{size}"), self.weight[:size]
+            yield getattr(self, f"bias_{size}"), self.bias[:size]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (..., selected) -> (..., selected)
         return F.layer_norm(hidden_states, (self.num_selected,), *self.selected(), self.eps)

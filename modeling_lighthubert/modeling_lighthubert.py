@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.hubert.modeling_hubert import (
     HubertAttention,
@@ -43,6 +44,7 @@ from transformers.utils import ModelOutput
 from .configuration_lighthubert import LightHubertConfig
 from .elastic import (
     ElasticBatchNorm1d,
+    ElasticLayer,
     ElasticLayerList,
     ElasticLayerNorm,
     ElasticLinear,
@@ -73,8 +75,10 @@ def linear(
 
 def layer_norm(config: LightHubertConfig) -> nn.LayerNorm:
     """A layer norm over the width: elastic in a supernet, plain in a cut model."""
-    kind = nn.LayerNorm if config.search_space is None else ElasticLayerNorm
-    return kind(config.hidden_size, eps=config.layer_norm_eps)
+    if config.search_space is None:
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+    own_sizes = config.own_widths() if config.norms_per_width else ()
+    return ElasticLayerNorm(config.hidden_size, config.layer_norm_eps, own_sizes)
 
 
 def frame_mask(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
@@ -317,6 +321,12 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
         model._weight_conversions = None  # transformers would undo the renaming when the model is saved
         return loaded
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ElasticLayer):
+            for weight, initial in module.own_weights():
+                init.copy_(weight, initial)  # unless a checkpoint has them
+
     @property
     def search_space(self) -> SearchSpace | None:
         """The subnets this model holds, or `None` of a cut model."""
@@ -454,7 +464,11 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
         with torch.device("meta"):
             trimmed = type(self)(config)
         # all layers, and whole FFN blocks, even where no subnet fills them: others find their part by block and index
-        trimmed.load_state_dict(self._selecting(config.full_subnet()).cut_state(), assign=True)
+        state, whole = self._selecting(config.full_subnet()).cut_state(), self.state_dict()
+        for name, like in trimmed.state_dict().items():
+            if name not in state:  # what some subnets have for themselves: the front of it, too
+                state[name] = whole[name][tuple(map(slice, like.shape))].clone()
+        trimmed.load_state_dict(state, assign=True)
         return trimmed.eval()
 
     @torch.no_grad()

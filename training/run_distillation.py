@@ -45,6 +45,10 @@ from modeling_lighthubert.files import whole_files, write_json
 from modeling_lighthubert.loading import load_config, load_model, parse_search_space
 
 
+WEIGHTS_OF_SUBNETS = ("norms_per_width",)
+"""Options that give some subnets weights of their own, which are merged into those of a cut model."""
+
+
 def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHubertForPreTraining:
     """The student with its initial weights, the search space asked for, and no more width than its largest subnet."""
     space, start = parse_search_space(arguments.search_space), arguments.student_name_or_path
@@ -58,6 +62,8 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
         # the subnet that is selected where the student starts from may not be in another space
         **({} if space is None else {"search_space": space, "subnet": None}),
         **({} if arguments.feat_extract_norm is None else {"feat_extract_norm": arguments.feat_extract_norm}),
+        # what the student starts from may have them already
+        **{name: value for name in WEIGHTS_OF_SUBNETS if (value := getattr(arguments, name))},
     }
     config = load_config(start, LightHubertConfig, **options)
     config.update(masking_options(config))
