@@ -53,6 +53,9 @@ class LightHubertConfig(HubertConfig):
             Width of those targets.
         norms_per_width (`bool`, *optional*, defaults to `False`):
             The layer norms of a supernet have weights of their own for every width of the search space.
+        correction_rank (`int`, *optional*, defaults to 0):
+            Every matrix of a supernet has, for every width of the search space but the largest, a correction of its
+            own of this rank, which is added to the part that subnets of that width use.
         tdnn_dim, tdnn_kernel, tdnn_dilation, xvector_output_dim:
             Of [`LightHubertForXVector`], as in [`Wav2Vec2Config`].
 
@@ -75,6 +78,7 @@ class LightHubertConfig(HubertConfig):
     num_prediction_heads: int = 1
     teacher_hidden_size: int | None = None
     norms_per_width: bool = False
+    correction_rank: int = 0
     tdnn_dim: list[int] | tuple[int, ...] = (512, 512, 512, 512, 1500)
     tdnn_kernel: list[int] | tuple[int, ...] = (5, 3, 3, 1, 1)
     tdnn_dilation: list[int] | tuple[int, ...] = (1, 2, 3, 1, 1)
@@ -160,7 +164,7 @@ class LightHubertConfig(HubertConfig):
         )
         config.conv_dim = subnet.conv_dim or config.conv_dim
         config.search_space, config.subnet = None, subnet
-        config.norms_per_width = False
+        config.norms_per_width, config.correction_rank = False, 0
         return config
 
     def trimmed(self) -> "LightHubertConfig":

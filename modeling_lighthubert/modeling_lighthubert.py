@@ -8,7 +8,7 @@ plain layers; no elastic code runs in it. The convolutions of both live in `feat
 import copy
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
@@ -67,10 +67,20 @@ def linear(
     out_features: int,
     bias: bool = True,
     elastic: type[ElasticLinear] = ElasticLinear,
+    sizes: Callable[[int], tuple[int, int]] | None = None,
 ) -> nn.Linear:
-    """A linear layer: elastic in a supernet, plain in a cut model."""
-    kind = nn.Linear if config.search_space is None else elastic
-    return kind(in_features, out_features, bias=bias)
+    """A linear layer: elastic in a supernet, plain in a cut model.
+
+    Args:
+        sizes: the most inputs and outputs of a subnet, from its width. If the configuration asks for corrections of
+            the weights, those that have it get them.
+    """
+    if config.search_space is None:
+        return nn.Linear(in_features, out_features, bias=bias)
+    layer = elastic(in_features, out_features, bias=bias)
+    if config.correction_rank and sizes is not None:
+        layer.add_corrections(config.correction_rank, {width: sizes(width) for width in config.own_widths()})
+    return layer
 
 
 def layer_norm(config: LightHubertConfig) -> nn.LayerNorm:
@@ -133,12 +143,13 @@ class LightHubertFeatureProjection(HubertFeatureProjection):
         super().__init__(config)
         if config.search_space is not None and self.feat_proj_layer_norm:
             self.layer_norm = ElasticLayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
-        self.projection = linear(config, config.conv_dim[-1], config.hidden_size)
+        channels = config.conv_dim[-1]
+        self.projection = linear(config, channels, config.hidden_size, sizes=lambda width: (channels, width))
 
     def select(self, num_channels: int, hidden_size: int) -> None:
         if self.feat_proj_layer_norm:
             self.layer_norm.select(num_channels)
-        self.projection.select(num_channels, hidden_size)
+        self.projection.select(num_channels, hidden_size, hidden_size)
 
 
 class LightHubertAttention(HubertAttention):
@@ -147,10 +158,11 @@ class LightHubertAttention(HubertAttention):
     def __init__(self, config: LightHubertConfig, num_attention_heads: int):
         attention_size = num_attention_heads * config.head_dim
         super().__init__(attention_size, num_attention_heads, dropout=config.attention_dropout, config=config)
-        self.q_proj = linear(config, config.hidden_size, attention_size)
-        self.k_proj = linear(config, config.hidden_size, attention_size)
-        self.v_proj = linear(config, config.hidden_size, attention_size)
-        self.out_proj = linear(config, attention_size, config.hidden_size)
+        self.q_proj, self.k_proj, self.v_proj = (
+            linear(config, config.hidden_size, attention_size, sizes=lambda width: (width, attention_size))
+            for _ in range(3)
+        )
+        self.out_proj = linear(config, attention_size, config.hidden_size, sizes=lambda width: (attention_size, width))
         self.window: int | None = None
 
     def forward(  # type: ignore[override]
@@ -177,20 +189,28 @@ class LightHubertAttention(HubertAttention):
         self.window = window
         attention_size = num_attention_heads * self.head_dim
         for projection in (self.q_proj, self.k_proj, self.v_proj):
-            projection.select(hidden_size, attention_size)
-        self.out_proj.select(attention_size, hidden_size)
+            projection.select(hidden_size, attention_size, hidden_size)
+        self.out_proj.select(attention_size, hidden_size, hidden_size)
 
 
 class LightHubertFeedForward(HubertFeedForward):
     def __init__(self, config: LightHubertConfig, intermediate_size: int):
         super().__init__(config)
-        width = config.hidden_size
-        self.intermediate_dense = linear(config, width, intermediate_size, elastic=ElasticLinearToBlocks)
-        self.output_dense = linear(config, intermediate_size, width, elastic=ElasticLinearFromBlocks)
+        full, num_blocks = config.hidden_size, intermediate_size // config.hidden_size
+        self.intermediate_dense = linear(
+            *(config, full, intermediate_size),
+            elastic=ElasticLinearToBlocks,
+            sizes=lambda width: (width, width * num_blocks),
+        )
+        self.output_dense = linear(
+            *(config, intermediate_size, full),
+            elastic=ElasticLinearFromBlocks,
+            sizes=lambda width: (width * num_blocks, width),
+        )
 
     def select(self, hidden_size: int, intermediate_size: int) -> None:
-        self.intermediate_dense.select(hidden_size, intermediate_size)
-        self.output_dense.select(intermediate_size, hidden_size)
+        self.intermediate_dense.select(hidden_size, intermediate_size, hidden_size)
+        self.output_dense.select(intermediate_size, hidden_size, hidden_size)
 
 
 class SizedEncoderLayer(nn.Module):

@@ -45,6 +45,9 @@ class DistillationArguments:
     num_random_subnets: int = option(1, "Number of random subnets in each step.")
     subnet_per_process: bool = option(False, "Each process draws subnets of its own. Default: all train the same.")
     norms_per_width: bool = option(False, "Layer norms with weights of their own for each width.")
+    correction_rank: int = option(
+        0, "Rank of what each width but the largest adds to its part of every matrix. 0: nothing."
+    )
     feat_extract_norm: str | None = option(
         None,
         "Norm of the student's convolutions: layer (as published: outputs do not depend on padding) or"
