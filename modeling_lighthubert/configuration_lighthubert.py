@@ -56,6 +56,8 @@ class LightHubertConfig(HubertConfig):
         correction_rank (`int`, *optional*, defaults to 0):
             Every matrix of a supernet has, for every width of the search space but the largest, a correction of its
             own of this rank, which is added to the part that subnets of that width use.
+        head_per_width (`bool`, *optional*, defaults to `False`):
+            A supernet has prediction heads of its own for every width of the search space.
         tdnn_dim, tdnn_kernel, tdnn_dilation, xvector_output_dim:
             Of [`LightHubertForXVector`], as in [`Wav2Vec2Config`].
 
@@ -79,6 +81,7 @@ class LightHubertConfig(HubertConfig):
     teacher_hidden_size: int | None = None
     norms_per_width: bool = False
     correction_rank: int = 0
+    head_per_width: bool = False
     tdnn_dim: list[int] | tuple[int, ...] = (512, 512, 512, 512, 1500)
     tdnn_kernel: list[int] | tuple[int, ...] = (5, 3, 3, 1, 1)
     tdnn_dilation: list[int] | tuple[int, ...] = (1, 2, 3, 1, 1)
@@ -156,6 +159,14 @@ class LightHubertConfig(HubertConfig):
         """Widths that may have weights of their own in a supernet: all but the largest, which has the shared ones."""
         return search_space_from(self.search_space).hidden_size[:-1]
 
+    def head_name(self, hidden_size: int) -> str:
+        """Of the prediction heads of subnets that wide."""
+        return f"w{hidden_size}" if self.head_per_width else ""
+
+    def own_heads(self) -> dict[str, int]:
+        """Names of the prediction heads that are not shared with the largest subnet, with the width they read."""
+        return {self.head_name(width): width for width in self.own_widths()} if self.head_per_width else {}
+
     def cut_to(self, subnet: Subnet) -> "LightHubertConfig":
         """Configuration of the cut model of `subnet`."""
         config = self.resolved()
@@ -164,7 +175,7 @@ class LightHubertConfig(HubertConfig):
         )
         config.conv_dim = subnet.conv_dim or config.conv_dim
         config.search_space, config.subnet = None, subnet
-        config.norms_per_width, config.correction_rank = False, 0
+        config.norms_per_width, config.correction_rank, config.head_per_width = False, 0, False
         return config
 
     def trimmed(self) -> "LightHubertConfig":

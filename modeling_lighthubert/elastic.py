@@ -169,6 +169,36 @@ class ElasticLinearFromBlocks(ElasticLinear):
         return outputs.unflatten(0, hidden_states.shape[:-1])
 
 
+class ElasticHead(ElasticLinear):
+    """An elastic linear layer of which some subnets, by name, have the weight for themselves."""
+
+    own_names: tuple[str, ...] = ()
+    name = ""
+
+    def add_own(self, sizes: Mapping[str, int]) -> None:
+        """Gives each name in `sizes` a weight for so many inputs. It begins as the shared one."""
+        self.own_names = tuple(sizes)
+        for name, inputs in sizes.items():
+            own = self.weight[:, :inputs].detach().clone()
+            self.register_parameter(f"weight_{name}", nn.Parameter(own))
+
+    def choose(self, name: str) -> None:
+        """Uses the weight of that name, or the shared one if there is none."""
+        self.name = name
+
+    def own_weights(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        yield from super().own_weights()
+        for name in self.own_names:
+            own = getattr(self, f"weight_{name}")
+            yield own, self.weight[:, : own.shape[1]]
+
+    def shared(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight, bias = super().shared()
+        if self.name in self.own_names:
+            weight = getattr(self, f"weight_{self.name}")[: self.num_outputs, : self.num_inputs]
+        return weight, bias
+
+
 class ElasticNorm(ElasticLayer, nn.Module):
     """What norms share: their affine weights for the leading features."""
 

@@ -44,6 +44,7 @@ from transformers.utils import ModelOutput
 from .configuration_lighthubert import LightHubertConfig
 from .elastic import (
     ElasticBatchNorm1d,
+    ElasticHead,
     ElasticLayer,
     ElasticLayerList,
     ElasticLayerNorm,
@@ -736,12 +737,20 @@ class LightHubertForPreTraining(LightHubertWithHead):
 
     def build_head(self, config: LightHubertConfig) -> None:
         self.prediction_heads = nn.ModuleList(
-            linear(config, config.hidden_size, config.teacher_hidden_size, bias=False)
+            linear(config, config.hidden_size, config.teacher_hidden_size, bias=False, elastic=ElasticHead)
             for _ in range(config.num_prediction_heads)
         )
+        if config.search_space is not None:
+            for head in self.prediction_heads:
+                head.add_own(config.own_heads())
 
     def elastic_heads(self) -> list[nn.Linear]:
         return list(self.prediction_heads)
+
+    def _select(self, subnet: Subnet) -> None:
+        super()._select(subnet)
+        for head in self.prediction_heads:
+            head.choose(self.config.head_name(subnet.hidden_size))
 
     def forward(
         self,

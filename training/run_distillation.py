@@ -45,7 +45,7 @@ from modeling_lighthubert.files import whole_files, write_json
 from modeling_lighthubert.loading import load_config, load_model, parse_search_space
 
 
-WEIGHTS_OF_SUBNETS = ("norms_per_width", "correction_rank")
+WEIGHTS_OF_SUBNETS = ("norms_per_width", "correction_rank", "head_per_width")
 """Options that give some subnets weights of their own, which are merged into those of a cut model."""
 
 

@@ -10,7 +10,7 @@ from modeling_lighthubert import LightHubertForCTC, LightHubertForPreTraining, L
 from modeling_lighthubert.export import to_hubert
 
 
-KINDS = {"norms": {"norms_per_width": True}, "corrections": {"correction_rank": 2}}
+KINDS = {"norms": {"norms_per_width": True}, "corrections": {"correction_rank": 2}, "heads": {"head_per_width": True}}
 WAVEFORM = noise(1, 4000)
 SUBNETS = ["smallest", "middle", "largest", TWO_DEEP.sample(3)]
 

@@ -48,6 +48,7 @@ class DistillationArguments:
     correction_rank: int = option(
         0, "Rank of what each width but the largest adds to its part of every matrix. 0: nothing."
     )
+    head_per_width: bool = option(False, "Prediction heads of its own for each width.")
     feat_extract_norm: str | None = option(
         None,
         "Norm of the student's convolutions: layer (as published: outputs do not depend on padding) or"
