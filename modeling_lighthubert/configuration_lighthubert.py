@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import product
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -58,6 +59,8 @@ class LightHubertConfig(HubertConfig):
             own of this rank, which is added to the part that subnets of that width use.
         head_per_width (`bool`, *optional*, defaults to `False`):
             A supernet has prediction heads of its own for every width of the search space.
+        head_per_depth (`bool`, *optional*, defaults to `False`):
+            The same for every depth. Together: for every width and depth.
         tdnn_dim, tdnn_kernel, tdnn_dilation, xvector_output_dim:
             Of [`LightHubertForXVector`], as in [`Wav2Vec2Config`].
 
@@ -82,6 +85,7 @@ class LightHubertConfig(HubertConfig):
     norms_per_width: bool = False
     correction_rank: int = 0
     head_per_width: bool = False
+    head_per_depth: bool = False
     tdnn_dim: list[int] | tuple[int, ...] = (512, 512, 512, 512, 1500)
     tdnn_kernel: list[int] | tuple[int, ...] = (5, 3, 3, 1, 1)
     tdnn_dilation: list[int] | tuple[int, ...] = (1, 2, 3, 1, 1)
@@ -159,13 +163,18 @@ class LightHubertConfig(HubertConfig):
         """Widths that may have weights of their own in a supernet: all but the largest, which has the shared ones."""
         return search_space_from(self.search_space).hidden_size[:-1]
 
-    def head_name(self, hidden_size: int) -> str:
-        """Of the prediction heads of subnets that wide."""
-        return f"w{hidden_size}" if self.head_per_width else ""
+    def head_name(self, hidden_size: int, depth: int) -> str:
+        """Of the prediction heads of subnets of that width and depth."""
+        width = f"w{hidden_size}" if self.head_per_width else ""
+        return f"{width}d{depth}" if self.head_per_depth else width
 
     def own_heads(self) -> dict[str, int]:
         """Names of the prediction heads that are not shared with the largest subnet, with the width they read."""
-        return {self.head_name(width): width for width in self.own_widths()} if self.head_per_width else {}
+        space, heads = search_space_from(self.search_space), {}
+        for width, depth in product(space.hidden_size, space.num_hidden_layers):
+            heads[self.head_name(width, depth)] = width if self.head_per_width else self.hidden_size
+        del heads[self.head_name(max(space.hidden_size), max(space.num_hidden_layers))]
+        return heads
 
     def cut_to(self, subnet: Subnet) -> "LightHubertConfig":
         """Configuration of the cut model of `subnet`."""
@@ -175,7 +184,8 @@ class LightHubertConfig(HubertConfig):
         )
         config.conv_dim = subnet.conv_dim or config.conv_dim
         config.search_space, config.subnet = None, subnet
-        config.norms_per_width, config.correction_rank, config.head_per_width = False, 0, False
+        config.norms_per_width, config.correction_rank = False, 0
+        config.head_per_width = config.head_per_depth = False
         return config
 
     def trimmed(self) -> "LightHubertConfig":

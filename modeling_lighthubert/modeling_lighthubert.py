@@ -750,7 +750,7 @@ class LightHubertForPreTraining(LightHubertWithHead):
     def _select(self, subnet: Subnet) -> None:
         super()._select(subnet)
         for head in self.prediction_heads:
-            head.choose(self.config.head_name(subnet.hidden_size))
+            head.choose(self.config.head_name(subnet.hidden_size, subnet.num_hidden_layers))
 
     def forward(
         self,

@@ -49,6 +49,7 @@ class DistillationArguments:
         0, "Rank of what each width but the largest adds to its part of every matrix. 0: nothing."
     )
     head_per_width: bool = option(False, "Prediction heads of its own for each width.")
+    head_per_depth: bool = option(False, "Prediction heads of its own for each depth.")
     feat_extract_norm: str | None = option(
         None,
         "Norm of the student's convolutions: layer (as published: outputs do not depend on padding) or"
