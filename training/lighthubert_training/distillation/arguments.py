@@ -123,6 +123,10 @@ class ObjectiveArguments:
     loss_frames: str = option("masked", "Frames that the loss is a mean over.", choices=("masked", "all"))
     cosine_weight: float = option(0.0, "Weight of the cosine loss beside L1.")
     temporal_relation_weight: float = option(0.0, "Weight of the loss between frames' similarities, layer by layer.")
+    in_place_weight: float = option(
+        0.0, "Weight of the L1 loss to the prediction of the largest subnet, in steps that train it and others."
+    )
+    in_place_states_weight: float = option(0.0, "The same for the states of all layers, over the subnet's width.")
 
     def __post_init__(self) -> None:
         first = 0 if self.target == "hidden_states" else 1
@@ -132,6 +136,11 @@ class ObjectiveArguments:
             raise ValueError(f"mask_time_prob={self.mask_time_prob} has to be between 0 and 1")
         if self.loss_frames == "masked" and self.mask_time_prob == 0.0:
             raise ValueError("no frame would count: loss_frames='masked' needs mask_time_prob above 0")
+
+    @property
+    def learns_in_place(self) -> bool:
+        """Whether the largest subnet of a step teaches the others."""
+        return self.in_place_weight > 0 or self.in_place_states_weight > 0
 
     @property
     def num_prediction_heads(self) -> int:
