@@ -61,6 +61,8 @@ class LightHubertConfig(HubertConfig):
             A supernet has prediction heads of its own for every width of the search space.
         head_per_depth (`bool`, *optional*, defaults to `False`):
             The same for every depth. Together: for every width and depth.
+        layer_heads (`bool`, *optional*, defaults to `False`):
+            [`LightHubertForPreTraining`] predicts a layer of the teacher from every layer, too. No cut model does.
         tdnn_dim, tdnn_kernel, tdnn_dilation, xvector_output_dim:
             Of [`LightHubertForXVector`], as in [`Wav2Vec2Config`].
 
@@ -86,6 +88,7 @@ class LightHubertConfig(HubertConfig):
     correction_rank: int = 0
     head_per_width: bool = False
     head_per_depth: bool = False
+    layer_heads: bool = False
     tdnn_dim: list[int] | tuple[int, ...] = (512, 512, 512, 512, 1500)
     tdnn_kernel: list[int] | tuple[int, ...] = (5, 3, 3, 1, 1)
     tdnn_dilation: list[int] | tuple[int, ...] = (1, 2, 3, 1, 1)
@@ -185,7 +188,7 @@ class LightHubertConfig(HubertConfig):
         config.conv_dim = subnet.conv_dim or config.conv_dim
         config.search_space, config.subnet = None, subnet
         config.norms_per_width, config.correction_rank = False, 0
-        config.head_per_width = config.head_per_depth = False
+        config.head_per_width = config.head_per_depth = config.layer_heads = False
         return config
 
     def trimmed(self) -> "LightHubertConfig":

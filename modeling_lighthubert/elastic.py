@@ -393,6 +393,10 @@ class ElasticLayerList(nn.ModuleList):
         return f"{super().__repr__()[:-1]}  kept={list(self.kept)} of {len(self)}\n)"
 
 
+class TrainingHeads(nn.ModuleList):
+    """Layers that only training needs: the cut form of a model has none of them."""
+
+
 def share_weights(module: nn.Module) -> nn.Module:
     """The same layers over the same parameters and buffers, whose elastic layers select for themselves."""
     twin: nn.Module = object.__new__(type(module))
@@ -406,7 +410,7 @@ def selected_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules right below `module`, as its cut form has them: layers that are not selected are left out."""
     if isinstance(module, ElasticLayerList):
         return ((str(index), layer) for index, layer in enumerate(module))
-    return iter(module.named_children())
+    return ((name, child) for name, child in module.named_children() if not isinstance(child, TrainingHeads))
 
 
 def cut_state(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:

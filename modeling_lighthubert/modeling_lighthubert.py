@@ -53,6 +53,7 @@ from .elastic import (
     ElasticLinearToBlocks,
     ElasticPositionalConv1d,
     PositionalConv1d,
+    TrainingHeads,
     cut_state,
     num_selected_parameters,
     share_weights,
@@ -549,7 +550,7 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
     """
 
     # a base model of what distillation left is meant to lack its heads
-    _keys_to_ignore_on_load_unexpected = [r"^prediction_heads\."]
+    _keys_to_ignore_on_load_unexpected = [r"^(prediction|layer)_heads\."]
 
     def __init__(self, config: LightHubertConfig):
         config = config.resolved()
@@ -743,12 +744,19 @@ class LightHubertForPreTraining(LightHubertWithHead):
         if config.search_space is not None:
             for head in self.prediction_heads:
                 head.add_own(config.own_heads())
+        num_layers = config.num_hidden_layers if config.layer_heads else 0
+        kind = nn.ModuleList if config.search_space is None else TrainingHeads
+        self.layer_heads = kind(
+            linear(config, config.hidden_size, config.teacher_hidden_size, bias=False) for _ in range(num_layers)
+        )
 
     def elastic_heads(self) -> list[nn.Linear]:
         return list(self.prediction_heads)
 
     def _select(self, subnet: Subnet) -> None:
         super()._select(subnet)
+        for head in self.layer_heads:
+            head.select(subnet.hidden_size, head.out_features)
         for head in self.prediction_heads:
             head.choose(self.config.head_name(subnet.hidden_size, subnet.num_hidden_layers))
 

@@ -62,6 +62,7 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
         # the subnet that is selected where the student starts from may not be in another space
         **({} if space is None else {"search_space": space, "subnet": None}),
         **({} if arguments.feat_extract_norm is None else {"feat_extract_norm": arguments.feat_extract_norm}),
+        "layer_heads": teacher.objective.layer_weight > 0,
         # what the student starts from may have them already
         **{name: value for name in WEIGHTS_OF_SUBNETS if (value := getattr(arguments, name))},
     }

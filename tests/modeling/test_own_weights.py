@@ -114,6 +114,20 @@ def test_a_stock_hubert_answers_alike(options, head):
     assert_close(answer(to_hubert(supernet), WAVEFORM), answer(supernet, WAVEFORM))
 
 
+def test_heads_of_layers_are_of_training_alone(tmp_path):
+    supernet = tiny_model(LightHubertForPreTraining, layer_heads=True)
+    plain = tiny_model(LightHubertForPreTraining).extract_subnet("smallest")
+    cut = supernet.extract_subnet("smallest")
+    assert cut.state_dict().keys() == plain.state_dict().keys()
+    assert cut.num_parameters() == supernet.num_subnet_parameters("smallest") == plain.num_parameters()
+    assert len(supernet.trim().layer_heads) == 2
+    supernet.save_pretrained(tmp_path)
+    saved = LightHubertForPreTraining.from_pretrained(tmp_path)
+    assert torch.equal(saved.layer_heads[1].weight, supernet.layer_heads[1].weight)
+    _, report = LightHubertModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["unexpected_keys"]
+
+
 def test_a_copy_has_its_own(supernet):
     twin = copy.deepcopy(supernet)
     expected = answers(supernet)

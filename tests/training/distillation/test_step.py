@@ -187,3 +187,26 @@ def test_a_step_without_others_or_without_the_largest_has_nothing_to_learn_in_pl
     subnets = {name: TWO_DEEP.resolve(name) for name in ("smallest", "largest")}
     evaluated = [evaluate(tiny_student(), each, [padded_batch()], subnets, accelerator) for each in (teacher, plain)]
     assert evaluated[0] == evaluated[1]
+
+
+@pytest.mark.parametrize("norm", ["instance", "none"])
+@pytest.mark.parametrize("subnet", ["smallest", "largest"])
+def test_every_layer_learns_the_one_of_the_teacher_at_its_height(accelerator, subnet, norm):
+    """The student's two layers are at the height of the teacher's second and third."""
+    student, batch = tiny_student(layer_heads=True), padded_batch()
+    student.set_subnet(subnet)
+    plain = prepare_batch(student, tiny_teacher(target_norm=norm), batch, 0, accelerator)
+    teacher = tiny_teacher(target_norm=norm, layer_weight=0.5)
+    found = prepare_batch(student, teacher, batch, 0, accelerator).loss(student, teacher)
+    with torch.no_grad():
+        states = student(batch["input_values"], batch["attention_mask"], plain.mask, output_hidden_states=True)
+    targets = [
+        tiny_teacher(target_norm=norm, target_layers=[layer])(batch["teacher_input_values"], batch["attention_mask"])
+        for layer in (2, 3)
+    ]
+    losses = [
+        (F.linear(state, head.weight[:, : state.shape[-1]]) - target.targets[0]).abs()[plain.mask].mean()
+        for state, head, target in zip(states.hidden_states[1:], student.layer_heads, targets)
+    ]
+    without = plain.loss(student, tiny_teacher())
+    assert (found - without).item() == pytest.approx(0.5 * torch.stack(losses).mean().item(), rel=1e-4)

@@ -123,6 +123,9 @@ class ObjectiveArguments:
     loss_frames: str = option("masked", "Frames that the loss is a mean over.", choices=("masked", "all"))
     cosine_weight: float = option(0.0, "Weight of the cosine loss beside L1.")
     temporal_relation_weight: float = option(0.0, "Weight of the loss between frames' similarities, layer by layer.")
+    layer_weight: float = option(
+        0.0, "Weight of the loss of each layer, whose own head predicts the teacher's layer at its height."
+    )
     in_place_weight: float = option(
         0.0, "Weight of the L1 loss to the prediction of the largest subnet, in steps that train it and others."
     )

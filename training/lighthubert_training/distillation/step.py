@@ -60,7 +60,7 @@ class PreparedBatch:
     def loss(
         self, student: LightHubertForPreTraining, teacher: Teacher, learns_in_place: bool = False
     ) -> torch.Tensor:
-        """Loss of the selected subnet: the mean over its prediction heads, and the temporal relation.
+        """Loss of the selected subnet: the mean over its prediction heads, the temporal relation, and its layers' own.
 
         Args:
             learns_in_place: what is selected first is the largest subnet of a step, which teaches the others.
@@ -68,6 +68,7 @@ class PreparedBatch:
         objective, batch, outputs = teacher.objective, self.batch, self.outputs
         wants_relation = objective.temporal_relation_weight > 0
         wants_states = wants_relation or (learns_in_place and objective.in_place_states_weight > 0)
+        wants_states = wants_states or objective.layer_weight > 0
         inputs = batch["input_values"], batch["attention_mask"], self.mask
         with computed_once(student.hubert.feature_extractor, self.conv_features):
             predicted = student(*inputs, output_hidden_states=wants_states)
@@ -86,6 +87,14 @@ class PreparedBatch:
                 for state, layer in zip(states.values(), layers, strict=True)
             ]
             loss = loss + objective.temporal_relation_weight * torch.stack(relations).mean()
+        if objective.layer_weight > 0:
+            depth = student.config.num_hidden_layers
+            layers = matching_layers(list(states), depth, len(outputs.layer_targets))
+            losses = [
+                prediction_loss(student.layer_heads[own](state), outputs.layer_targets[layer], frames)
+                for (own, state), layer in zip(states.items(), layers, strict=True)
+            ]
+            loss = loss + objective.layer_weight * torch.stack(losses).mean()
         if not learns_in_place:
             return loss
         if self.in_place is None:
