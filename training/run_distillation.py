@@ -24,6 +24,7 @@ from lighthubert_training.cards.supernet import write_supernet_card
 from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.sources import DataArguments, count_recordings, load_speech
 from lighthubert_training.distillation.arguments import DistillationArguments, ObjectiveArguments
+from lighthubert_training.distillation.average import AveragedWeights
 from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.loop import Distiller, compile_layers, prepare_output
 from lighthubert_training.distillation.teacher import (
@@ -146,6 +147,9 @@ def distil(
     student = accelerator.prepare_model(student, evaluation_mode=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
     accelerator.register_for_checkpointing(scheduler)  # not prepared: it would advance once for every process
+    average = AveragedWeights(student, arguments.ema_decay) if arguments.ema_decay else None
+    if average is not None:
+        accelerator.register_for_checkpointing(average)
     accelerator.init_trackers("tensorboard")
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
@@ -162,6 +166,7 @@ def distil(
         eval_loader=eval_loader,
         log=RunLog(accelerator, arguments.logging_steps, state["log"]),
         recipe=recipe,
+        average=average,
     )
     if state.get("loss_estimate"):
         distiller.estimate.load_state_dict(state["loss_estimate"])
@@ -171,6 +176,8 @@ def distil(
         if eval_loader:
             num_recordings = len(eval_data) - len(eval_loader.unreadable.names)
             counts = {NUM_RECORDINGS: num_recordings, NUM_AVAILABLE: count_recordings(data_arguments)}
+        if average is not None:
+            average.swap()
         with saving_results(Path(arguments.output_dir)):
             save_student(distiller, extractor, counts)
     accelerator.end_training()

@@ -74,6 +74,9 @@ class DistillationArguments:
     warmup_ratio: float = option(0.08, "Fraction of the steps in which the learning rate rises; then it falls.")
     lr_scheduler_type: str = option("linear", "Shape of the fall of the learning rate.", choices=("linear", "cosine"))
     max_grad_norm: float = option(10.0, "Norm to which gradients are clipped.")
+    ema_decay: float = option(
+        0.0, "Decay of a moving average of the weights, which is evaluated and saved in their place. 0: none."
+    )
     dataloader_num_workers: int = option(1, "Number of processes that decode audio.")
     mixed_precision: str = option("no", "Precision in which the student runs.", choices=("no", "bf16", "fp16"))
     torch_compile: bool = option(False, "Compile the layers of student and teacher. Pays in long runs on a GPU.")
@@ -103,6 +106,8 @@ class DistillationArguments:
             raise ValueError(
                 f"sampling={self.sampling}: losses are those of all processes, so leave out subnet_per_process"
             )
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay={self.ema_decay} has to be between 0 and 1")
         if not 0.0 <= self.ends_prob <= 0.5:
             raise ValueError(f"ends_prob={self.ends_prob} has to be between 0 and 0.5")
         if self.crop_seconds <= 0:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from lighthubert_training.data.batches import BatchSampler
 from lighthubert_training.distillation.arguments import DistillationArguments, check_same_recipe
+from lighthubert_training.distillation.average import AveragedWeights
 from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.step import evaluate, training_step
 from lighthubert_training.distillation.teacher import Teacher
@@ -84,6 +85,7 @@ class Distiller:
         eval_loader: batches of held-out speech, if there is any.
         recipe: all options of the run, kept in its checkpoints.
         estimate: of the losses of subnets, for the draws that depend on them.
+        average: of the weights, evaluated in their place, if there is one.
         failed_saves: what became of the checkpoints that were to be written.
     """
 
@@ -98,6 +100,7 @@ class Distiller:
     log: RunLog
     recipe: dict[str, Any]
     estimate: LossEstimate = field(default_factory=LossEstimate)
+    average: AveragedWeights | None = None
     failed_saves: FailedSaves = field(default_factory=FailedSaves)
 
     def train(self, start: int) -> bool:
@@ -162,6 +165,8 @@ class Distiller:
         else:
             grad_norm = accelerator.clip_grad_norm_(self.student.parameters(), arguments.max_grad_norm)
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update(step)
             values = {"loss": sum(losses) / len(losses), "grad_norm": float(grad_norm)}
             ends = {} if space is None else {space.largest: "largest", space.smallest: "smallest"}
             by_class = defaultdict(list)
@@ -186,7 +191,8 @@ class Distiller:
         assert self.eval_loader is not None
         batches, share = self.eval_loader.readable(self.eval_loader), self.arguments.share_feature_encoder
         subnets = evaluation_subnets(self.student.search_space, self.arguments.num_eval_subnets)
-        losses = evaluate(self.student, self.teacher, batches, subnets, self.accelerator, share)
+        with self.average.in_place() if self.average else nullcontext():
+            losses = evaluate(self.student, self.teacher, batches, subnets, self.accelerator, share)
         return self.log.add_evaluation(step, losses)
 
     def save(self, step: int, eval_loss: float | None) -> None:
