@@ -70,6 +70,9 @@ class DistillationArguments:
     crop_seconds: float = option(20.0, "Length to which longer recordings are cropped at random, in seconds.")
     learning_rate: float = option(5e-4, "Peak learning rate.")
     feature_encoder_learning_rate: float | None = option(None, "Peak rate of the convolutions. Default: as above.")
+    width_learning_rate_power: float = option(
+        0.0, "Power of largest width / width by which the rate is higher in steps of narrower subnets. 0: the same."
+    )
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
     warmup_ratio: float = option(0.08, "Fraction of the steps in which the learning rate rises; then it falls.")
     lr_scheduler_type: str = option("linear", "Shape of the fall of the learning rate.", choices=("linear", "cosine"))

@@ -27,7 +27,7 @@ from lighthubert_training.runs.distributed import any_process
 from lighthubert_training.runs.log import RunLog
 from lighthubert_training.runs.options import save_options
 from lighthubert_training.sampling import LossEstimate, draw_subnets, evaluation_subnets
-from modeling_lighthubert import LightHubertForPreTraining
+from modeling_lighthubert import LightHubertForPreTraining, SearchSpace, Subnet
 from modeling_lighthubert.errors import UserError
 
 
@@ -74,6 +74,29 @@ def compile_layers(student: LightHubertForPreTraining, teacher: Teacher) -> None
     """
     for layer in [*student.hubert.encoder.layers, *teacher.model.encoder.layers]:
         layer.compile(dynamic=True)
+
+
+def width_factor(space: SearchSpace | None, subnets: Sequence[Subnet | None], power: float) -> float:
+    """By how much the learning rate of a step is higher for its widths: the mean over its subnets of largest width /
+    width, to the `power`. Narrower matrices take larger steps (muP, arXiv 2203.03466); and Adam's do not depend on the
+    size of gradients."""
+    if space is None:
+        return 1.0
+    widths = [subnet.hidden_size for subnet in subnets if subnet is not None]
+    return sum((max(space.hidden_size) / width) ** power for width in widths) / len(widths)
+
+
+@contextmanager
+def scaled_learning_rate(optimizer: AcceleratedOptimizer, factor: float) -> Iterator[None]:
+    """Inside the block, learning rates are `factor` times what they are."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 @dataclass
@@ -164,7 +187,10 @@ class Distiller:
             self.optimizer.optimizer.step()
         else:
             grad_norm = accelerator.clip_grad_norm_(self.student.parameters(), arguments.max_grad_norm)
-            self.optimizer.step()
+            with scaled_learning_rate(
+                self.optimizer, width_factor(space, subnets, arguments.width_learning_rate_power)
+            ):
+                self.optimizer.step()
             if self.average is not None:
                 self.average.update(step)
             values = {"loss": sum(losses) / len(losses), "grad_norm": float(grad_norm)}
