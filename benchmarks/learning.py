@@ -23,6 +23,7 @@ from modeling_lighthubert.loading import load_model
 
 # what a step costs in passes of a subnet
 PASSES_OF_STEP = {"largest": 1, "uniform": 1, "uniform_size": 1, "sandwich": 3}
+PASSES_OF_STEP |= {"size_ends": 1, "worst_up": 1, "best_up": 1}
 PAPER = {"loss_frames": "masked", "mask_time_prob": 0.65}
 # at the recipe's learning rate a random start diverges
 RANDOM = {"student_name_or_path": "random", "share_feature_encoder": False, "learning_rate": 1e-3}
