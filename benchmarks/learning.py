@@ -15,12 +15,13 @@ from common import ALONE, RECIPE, SUBNETS, Bench, BenchArguments, Results, Runne
 
 from lighthubert_training.runs.options import option
 from lighthubert_training.runs.tables import markdown_table
+from lighthubert_training.sampling import SAMPLING_STRATEGIES
 from modeling_lighthubert.errors import run
 from modeling_lighthubert.loading import load_model
 
 
 # what a step costs in passes of a subnet
-PASSES_OF_STEP = {"largest": 1, "uniform": 1, "uniform_size": 1, "sandwich": 3}
+PASSES_OF_STEP = dict.fromkeys(SAMPLING_STRATEGIES, 1) | {"sandwich": 3}
 RANDOM = {"student_name_or_path": "random", "share_feature_encoder": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": {},
@@ -34,6 +35,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "twice the learning rate": {"learning_rate": RECIPE["learning_rate"] * 2},
     "feature encoder learns": {"share_feature_encoder": False},
     "stage 1 first": {"stage1": True},
+    "norms per width": {"norms_per_width": True},
+    "corrections of rank 4 per width": {"correction_rank": 4},
+    "corrections of rank 16 per width": {"correction_rank": 16},
+    "prediction heads per width": {"head_per_width": True},
+    "prediction heads per depth": {"head_per_depth": True},
+    "prediction heads per width and depth": {"head_per_width": True, "head_per_depth": True},
+    "sandwich, taught in place": {"sampling": "sandwich", "in_place_weight": 0.5},
+    "sandwich, layers taught in place": {"sampling": "sandwich", "in_place_states_weight": 0.5},
+    "layers taught by the teacher": {"layer_weight": 0.5},
+    "the ends in 30 % of the steps each": {"sampling": "size_ends", "ends_prob": 0.3},
+    "worst of three": {"sampling": "worst_up"},
+    "best of three": {"sampling": "best_up"},
+    "moving average": {"ema_decay": 0.99},
+    "rate by width": {"width_learning_rate_power": 0.5},
+    "two subnets a step": {"num_random_subnets": 2},
     "random start": RANDOM,
     "random start, stage 1 first": RANDOM | {"stage1": True},
 }
@@ -62,11 +78,10 @@ class Learning(Bench):
         if alone := changes.pop("alone", None):
             return {alone: self.measures(self.distil_alone(ALONE, self.subnets[alone], seed), seed)}
         if changes.pop("stage1", False):
-            changes |= {
-                "student_name_or_path": self.distil(seed, **changes, sampling="largest", max_steps=passes // 4)
-            }
-            passes -= passes // 4
-        steps = passes // PASSES_OF_STEP[changes.get("sampling", RECIPE["sampling"])]
+            stage1 = self.distil(seed, **changes, sampling="largest", max_steps=passes // 4)
+            changes["student_name_or_path"], passes = stage1, passes - passes // 4
+        of_step = PASSES_OF_STEP[changes.get("sampling", RECIPE["sampling"])] * changes.get("num_random_subnets", 1)
+        steps = passes // of_step
         supernet = load_model(self.distil(seed, **changes, max_steps=steps))
         return {row: self.measures(supernet.extract_subnet(row), seed) for row in SUBNETS}
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from lighthubert_training.data.batches import BatchSampler
 from lighthubert_training.distillation.arguments import DistillationArguments, check_same_recipe
+from lighthubert_training.distillation.average import AveragedWeights
 from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.step import evaluate, training_step
 from lighthubert_training.distillation.teacher import Teacher
@@ -25,8 +26,8 @@ from lighthubert_training.runs.checkpoints import FailedSaves, find_checkpoint, 
 from lighthubert_training.runs.distributed import any_process
 from lighthubert_training.runs.log import RunLog
 from lighthubert_training.runs.options import save_options
-from lighthubert_training.sampling import draw_subnets, evaluation_subnets
-from modeling_lighthubert import LightHubertForPreTraining
+from lighthubert_training.sampling import LossEstimate, draw_subnets, evaluation_subnets
+from modeling_lighthubert import LightHubertForPreTraining, SearchSpace, Subnet
 from modeling_lighthubert.errors import UserError
 
 
@@ -75,6 +76,29 @@ def compile_layers(student: LightHubertForPreTraining, teacher: Teacher) -> None
         layer.compile(dynamic=True)
 
 
+def width_factor(space: SearchSpace | None, subnets: Sequence[Subnet | None], power: float) -> float:
+    """By how much the learning rate of a step is higher for its widths: the mean over its subnets of largest width /
+    width, to the `power`. Narrower matrices take larger steps (muP, arXiv 2203.03466); and Adam's do not depend on the
+    size of gradients."""
+    if space is None:
+        return 1.0
+    widths = [subnet.hidden_size for subnet in subnets if subnet is not None]
+    return sum((max(space.hidden_size) / width) ** power for width in widths) / len(widths)
+
+
+@contextmanager
+def scaled_learning_rate(optimizer: AcceleratedOptimizer, factor: float) -> Iterator[None]:
+    """Inside the block, learning rates are `factor` times what they are."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
 @dataclass
 class Distiller:
     """A student, its teacher, and all that a step needs.
@@ -83,6 +107,8 @@ class Distiller:
         loader: batches of training, from the step on that it begins with.
         eval_loader: batches of held-out speech, if there is any.
         recipe: all options of the run, kept in its checkpoints.
+        estimate: of the losses of subnets, for the draws that depend on them.
+        average: of the weights, evaluated in their place, if there is one.
         failed_saves: what became of the checkpoints that were to be written.
     """
 
@@ -96,6 +122,8 @@ class Distiller:
     eval_loader: SpeechLoader | None
     log: RunLog
     recipe: dict[str, Any]
+    estimate: LossEstimate = field(default_factory=LossEstimate)
+    average: AveragedWeights | None = None
     failed_saves: FailedSaves = field(default_factory=FailedSaves)
 
     def train(self, start: int) -> bool:
@@ -140,7 +168,11 @@ class Distiller:
         """
         arguments, accelerator, space = self.arguments, self.accelerator, self.student.search_space
         process = accelerator.process_index if arguments.subnet_per_process else None
-        subnets = draw_subnets(space, arguments.sampling, arguments.seed, step, arguments.num_random_subnets, process)
+        subnets = draw_subnets(
+            *(space, arguments.sampling, arguments.seed, step, arguments.num_random_subnets, process),
+            ends_prob=arguments.ends_prob,
+            estimate=self.estimate,
+        )
         # dropout, too, follows from the step
         torch.manual_seed(random.Random(f"{arguments.seed}-{step}-{accelerator.process_index}").getrandbits(63))
         share = arguments.share_feature_encoder
@@ -157,13 +189,19 @@ class Distiller:
             self.optimizer.optimizer.step()
         else:
             grad_norm = accelerator.clip_grad_norm_(self.student.parameters(), arguments.max_grad_norm)
-            self.optimizer.step()
+            with scaled_learning_rate(
+                self.optimizer, width_factor(space, subnets, arguments.width_learning_rate_power)
+            ):
+                self.optimizer.step()
+            if self.average is not None:
+                self.average.update(step)
             values = {"loss": sum(losses) / len(losses), "grad_norm": float(grad_norm)}
             ends = {} if space is None else {space.largest: "largest", space.smallest: "smallest"}
             by_class = defaultdict(list)
             for subnet, loss in zip(subnets, losses, strict=True):
-                if subnet is not None:
+                if space is not None and subnet is not None:
                     by_class[f"loss_{ends.get(subnet, 'random')}"].append(loss)
+                    self.estimate.update(space, subnet, loss)
             values |= {name: sum(of_class) / len(of_class) for name, of_class in by_class.items()}
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -181,7 +219,8 @@ class Distiller:
         assert self.eval_loader is not None
         batches, share = self.eval_loader.readable(self.eval_loader), self.arguments.share_feature_encoder
         subnets = evaluation_subnets(self.student.search_space, self.arguments.num_eval_subnets)
-        losses = evaluate(self.student, self.teacher, batches, subnets, self.accelerator, share)
+        with self.average.in_place() if self.average else nullcontext():
+            losses = evaluate(self.student, self.teacher, batches, subnets, self.accelerator, share)
         return self.log.add_evaluation(step, losses)
 
     def save(self, step: int, eval_loss: float | None) -> None:
@@ -190,6 +229,7 @@ class Distiller:
         assert isinstance(sampler, BatchSampler)
         state = {"recipe": self.recipe, "eval_loss": eval_loss}
         state |= {"log": self.log.state_dict(), "sampler": sampler.state_dict(step)}
+        state |= {"loss_estimate": self.estimate.state_dict()}
         state |= {"unreadable": self.loader.unreadable.state_dict()}
         output_dir, limit = Path(self.arguments.output_dir), self.arguments.save_total_limit
         save_checkpoint(self.accelerator, output_dir, step, state, limit, self.failed_saves)
