@@ -20,7 +20,7 @@ import torch
 import yaml
 from datasets import disable_progress_bars
 from filelock import FileLock
-from measures import MeasureArguments, Measures, distillation_files
+from measures import MeasureArguments, Measures, distillation_files, write_superb_data
 from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.utils import logging
@@ -113,6 +113,34 @@ class Bench:
     def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
         """Makes a run, and measures what comes out of it, by name."""
         raise NotImplementedError
+
+    def measure(self, model: LightHubertModel, seed: int) -> dict[str, float]:
+        """All measures of a cut model that are asked for. Those of `superb` and `stand_ins` are keyword spotting and
+        slot filling by `run_superb.py`, on this speech and on generated speech."""
+        row, folders = self.measures(model, seed), {"superb": "people", "stand_ins": "stand-ins"}
+        for name in [folders[group] for group in self.arguments.measures if group in folders]:
+            data, folder = self.superb_data(name), self.save(model)
+            scores, tasks = folder / f"{name}-{seed}", [task for task in ("ks", "sf") if (data / task).exists()]
+            options = {"model_name_or_path": folder, "data_dir": data, "tasks": tasks, "seeds": seed, "device": "cpu"}
+            run_script("training/run_superb.py", output_dir=scores, variant="stand_in", **options)
+            for file in scores.glob("*/*/seed-*/result.json"):
+                result = json.loads(file.read_text(encoding="utf-8"))
+                for measure, value in result["test"].items():
+                    row[f"{result['task']} {measure.rpartition('_')[2]}, {name}"] = value
+        return row
+
+    def superb_data(self, name: str) -> Path:
+        """Data of SUPERB's tasks, of people or generated, which are made once."""
+        folder = self.output / "superb" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not (folder / "made").exists():
+                if name == "people":
+                    write_superb_data(self.measures.speech.recordings, folder)
+                else:
+                    run_script("demo/make_superb_stand_ins.py", output_dir=folder)
+                write_text(folder / "made", "")
+        return folder
 
     def control(self, kind: str, subnet: Subnet, seed: int) -> LightHubertModel:
         """An untrained model of the shape of `subnet`: one of `UNTRAINED`."""
@@ -340,7 +368,7 @@ def measures_of(results: Results) -> list[str]:
 
 def is_error(measure: str) -> bool:
     """Whether less of a measure is better."""
-    return measure.startswith(("wer", "cer", "per"))
+    return bool({"wer", "cer", "per"} & set(measure.replace(",", "").split()))
 
 
 def over_seeds(results: Results, run: str, row: str, measure: str) -> dict[str, float]:

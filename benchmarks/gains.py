@@ -5,7 +5,7 @@
 A supernet is distilled once for all. For its smallest and its middle subnet there are all controls: random weights;
 the slice of the teacher; the teacher's feature encoder below a random transformer; the same shape distilled alone in
 as many passes; and DistilHuBERT's and STaRHuBERT's way at the same cost. Each is measured by R2 of the target, linear
-probes of frozen features, a phone probe, and fine-tuning with few labels (`measures.py`).
+probes of frozen features, a phone probe, fine-tuning with few labels, and two tasks of SUPERB (`measures.py`).
 """
 
 from typing import Any
@@ -37,12 +37,12 @@ class Gains(Bench):
     def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
         if name == SUPERNET:
             supernet = load_model(self.distil(seed))
-            return {row: self.measures(supernet.extract_subnet(row), seed) for row in SUBNETS}
+            return {row: self.measure(supernet.extract_subnet(row), seed) for row in SUBNETS}
         if name == TEACHER:
-            return {TEACHER: self.measures(self.untrained.extract_subnet("largest"), seed)}
+            return {TEACHER: self.measure(self.untrained.extract_subnet("largest"), seed)}
         shape, _, kind = name.partition(", ")
         make = self.control if kind in UNTRAINED else self.distil_alone
-        return {shape: self.measures(make(kind, self.subnets[shape], seed), seed)}
+        return {shape: self.measure(make(kind, self.subnets[shape], seed), seed)}
 
 
 def rows_of(results: Results) -> dict[str, tuple[str, str]]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Audio, Dataset
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -29,7 +30,7 @@ from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor, get_schedule
 
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.data.collators import pad
-from lighthubert_training.data.strings import SAMPLING_RATE, read_parquet
+from lighthubert_training.data.strings import SAMPLING_RATE, encode_flac, read_parquet
 from lighthubert_training.distillation.teacher import Teacher
 from lighthubert_training.error_rates import character_error_rate, word_error_rate
 from lighthubert_training.models import computed_once, draw_time_mask, frame_mask, true_lengths
@@ -39,13 +40,16 @@ from lighthubert_training.recognition.trainer import begin_with_blanks
 from lighthubert_training.runs.options import option
 from modeling_lighthubert import LightHubertForCTC
 from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.files import whole_file
 
 
 LABELS = ("digit", "keyword", "speaker", "language", "slots", "text")
 KNOWN, HELD_SPEAKER, HELD_LANGUAGE = "", ", held-out speaker", ", held-out language"
 ESPEAK_VOICES = {"en": "en-us", "es": "es-419", "fr": "fr-fr", "it": "it"}
 TEXT = TextArguments(text_case="lower", chars_to_ignore=list(".,;:!?¿¡\"'’()«»-–—…/|"))
-GROUPS = ("r2", "probes", "phones", "recognition")
+GROUPS = ("r2", "probes", "phones", "recognition", "superb", "stand_ins")
+SPOKEN_ORDER = ("numberOfShots", "size", "roast", "coffeeDrink", "milkAmount", "sugarAmount")
+"""Of the slots of a command. Its words were not written down, so slot filling is given the values in this order."""
 
 
 @dataclass
@@ -539,6 +543,33 @@ def phonemize(texts: Sequence[str], languages: Sequence[str]) -> list[list[str]]
         for at, line in zip(chosen, lines, strict=True):
             phones[at] = line.replace("|", " ").split()
     return phones
+
+
+def write_superb_data(recordings: Sequence[Recording], folder: Path) -> None:
+    """Writes data of keyword spotting and slot filling for `run_superb.py`, of recordings with `keyword` and `slots`,
+    if there are any. A tenth of the training recordings is the dev part."""
+
+    def keyword(labels: Mapping[str, Any]) -> dict[str, str]:
+        return {"label": labels["keyword"]}
+
+    def slots(labels: Mapping[str, Any]) -> dict[str, str]:
+        values = json.loads(labels["slots"])
+        order = [*SPOKEN_ORDER, *sorted(values.keys() - set(SPOKEN_ORDER))]
+        return {"text": " ".join(f"B-{name} {values[name]} E-{name}" for name in order if name in values)}
+
+    for task, label, row_of in (("ks", "keyword", keyword), ("sf", "slots", slots)):
+        labelled = [each for each in recordings if label in each.labels]
+        parts = {part: [each for each in labelled if each.part == part] for part in ("train", "test")}
+        if not all(parts.values()):
+            continue
+        random.Random(0).shuffle(parts["train"])
+        at = len(parts["train"]) // 10 + 1
+        parts |= {"dev": parts["train"][:at], "train": parts["train"][at:]}
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        for part, chosen in parts.items():
+            rows = [{"audio": encode_flac(each.waveform.astype(np.float32)), **row_of(each.labels)} for each in chosen]
+            with whole_file(folder / task / f"{part}.parquet") as unfinished:
+                Dataset.from_list(rows).cast_column("audio", Audio(decode=False)).to_parquet(unfinished)
 
 
 def draw(numbers: Sequence[int], most: int, rng: random.Random) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import fails, finish_as_a_user, run
-from speech import RATE, encoded, undecoded
+from speech import RATE, TONE, encoded, undecoded
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from lighthubert_training.data.strings import read_parquet
@@ -265,7 +265,7 @@ def bench_arguments(tmp_path, speech):
         speech_dir=str(speech), teacher_name_or_path=str(tmp_path / "teacher"), held_out_speaker="theo",
         search_space=str(tmp_path / "space.json"), output_dir=str(tmp_path / "output"), held_out_language="it",
         results_file=str(tmp_path / "results/gains.json"), passes=2, seeds=[0], label_minutes=[0.05],
-        steps_of_minutes=[2], phone_steps=2,
+        steps_of_minutes=[2], phone_steps=2, measures=["r2", "probes", "phones", "recognition"],
     )  # fmt: skip
 
 
@@ -287,6 +287,33 @@ def test_the_measures_of_a_model_are_of_known_and_of_held_out_speech(bench_argum
     assert row["digit"] > 0.9, "tones of three pitches"
     again = bench.measures(bench.control("slice of the teacher", bench.subnets["middle"], 0), seed=0)
     assert row == again
+
+
+def test_data_of_keyword_spotting_and_slot_filling_are_made_of_the_labels(bench_arguments, tmp_path):
+    measures = load("measures")
+    labels = [{"slots": json.dumps({"size": "small", "roast": "dark", "milk": "some"})}, {"keyword": "alexa"}]
+    recordings = [
+        measures.Recording("", part, TONE, each, "")
+        for part in ("train", "test")
+        for each in labels
+        for _ in range(20)
+    ]
+    measures.write_superb_data(recordings, tmp_path)
+    for task, column, expected in (
+        ("sf", "text", "B-size small E-size B-roast dark E-roast B-milk some E-milk"),
+        ("ks", "label", "alexa"),
+    ):
+        parts = {
+            part: read_parquet(tmp_path / task / f"{part}.parquet", ["audio"]) for part in ("train", "dev", "test")
+        }
+        assert {part: len(rows) for part, rows in parts.items()} == {"train": 17, "dev": 3, "test": 20}
+        assert {text for rows in parts.values() for text in rows[column]} == {expected}
+
+
+def test_error_rates_are_known_by_their_names():
+    is_error = load("common").is_error
+    assert all(map(is_error, ("wer, 1 min", "per, held-out language", "sf cer, people")))
+    assert not any(map(is_error, ("r2", "ks accuracy, people", "sf f1, people", "digit")))
 
 
 def test_features_that_are_computed_once_are_those_of_the_model(bench_arguments):
