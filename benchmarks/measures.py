@@ -9,6 +9,7 @@ transcribed. One speaker and one language may be held out of distillation; measu
 import copy
 import json
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -197,25 +198,23 @@ class Speech:
         return nn.utils.rnn.pad_sequence(frames, batch_first=True).transpose(1, 2)
 
 
-class FrozenModel:
-    """A model in evaluation mode, whose feature encoder is not computed again if it is the teacher's."""
+class Features(ABC):
+    """Frozen features of recordings."""
 
-    def __init__(self, model: PreTrainedModel, speech: Speech):
-        self.model: Any = model.eval()
+    def __init__(self, speech: Speech):
         self.speech = speech
-        self.shares_encoder = has_encoder_of(self.model, speech.teacher)
 
+    @abstractmethod
     def __call__(self, batch: Sequence[int], mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last hidden states (batch_size, num_frames, hidden_size), or logits; and frames of each recording."""
-        audio, masks = self.speech.audio(batch), {} if mask is None else {"mask_time_indices": mask.clone()}
-        features = self.speech.encoded(batch) if self.shares_encoder else None
-        with computed_once(self.model.base_model.feature_extractor, features):
-            outputs = self.model(audio["input_values"], attention_mask=audio["attention_mask"], **masks)
-        return outputs[0], true_lengths(self.model.base_model, audio["attention_mask"])
+        """Features (batch_size, num_frames, hidden_size), and the number of frames of each recording.
+
+        Args:
+            mask: frames that are hidden, bool (batch_size, num_frames).
+        """
 
     @torch.no_grad()
     def frames(self, batch: Sequence[int], mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Last hidden states of all true, or all masked frames, (num_frames, hidden_size)."""
+        """Features of all true, or of all masked frames, (num_frames, hidden_size)."""
         states, lengths = self(batch, mask)
         return states[frame_mask(lengths, states.shape[1]) if mask is None else mask]
 
@@ -228,6 +227,23 @@ class FrozenModel:
             for number, state, length in zip(batch, states, lengths.tolist(), strict=True):
                 means[number] = state[:length].mean(dim=0)
         return torch.stack([means[number] for number in numbers]).numpy()
+
+
+class ModelFeatures(Features):
+    """What a model in evaluation mode puts out first: last hidden states, or logits. A feature encoder that is the
+    teacher's is not computed again."""
+
+    def __init__(self, model: PreTrainedModel, speech: Speech):
+        super().__init__(speech)
+        self.model: Any = model.eval()
+        self.shares_encoder = has_encoder_of(self.model, speech.teacher)
+
+    def __call__(self, batch: Sequence[int], mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        audio, masks = self.speech.audio(batch), {} if mask is None else {"mask_time_indices": mask.clone()}
+        features = self.speech.encoded(batch) if self.shares_encoder else None
+        with computed_once(self.model.base_model.feature_extractor, features):
+            outputs = self.model(audio["input_values"], attention_mask=audio["attention_mask"], **masks)
+        return outputs[0], true_lengths(self.model.base_model, audio["attention_mask"])
 
 
 def has_encoder_of(model: Any, teacher: Teacher) -> bool:
@@ -271,13 +287,20 @@ class Measures:
 
     Args:
         teacher: gives the targets of R2, and the feature encoder that is computed once.
+        recordings: default: those of `arguments`, which are read.
     """
 
     MASK = {"mask_time_prob": 0.3, "mask_time_length": 10}
 
-    def __init__(self, arguments: MeasureArguments, teacher: Teacher, extractor: Wav2Vec2FeatureExtractor):
+    def __init__(
+        self,
+        arguments: MeasureArguments,
+        teacher: Teacher,
+        extractor: Wav2Vec2FeatureExtractor,
+        recordings: Sequence[Recording] | None = None,
+    ):
         self.arguments = arguments
-        self.speech = Speech(read_speech(arguments), teacher, extractor)
+        self.speech = Speech(recordings or read_speech(arguments), teacher, extractor)
         rng, most = random.Random(0), arguments.max_recordings
         self.train_frames = draw(self.speech.select("train"), most, rng)
         self.test_frames = {
@@ -292,15 +315,18 @@ class Measures:
         Args:
             seed: of what is trained on top: output layers, order of recordings, which of them are labelled.
         """
-        frozen, groups, row = FrozenModel(model, self.speech), self.arguments.measures, {}
+        row = self.of_features(ModelFeatures(model, self.speech), seed)
+        return row | (self.recognition(model, seed) if "recognition" in self.arguments.measures else {})
+
+    def of_features(self, features: Features, seed: int) -> dict[str, float]:
+        """All measures of features that stay as they are."""
+        row, groups = {}, self.arguments.measures
         if "r2" in groups:
-            row |= self.explained_variance(frozen)
+            row |= self.explained_variance(features)
         if "probes" in groups:
-            row |= self.probes(frozen)
+            row |= self.probes(features)
         if "phones" in groups and self.phones:
-            row |= self.phone_probe(frozen, seed)
-        if "recognition" in groups:
-            row |= self.recognition(model, seed)
+            row |= self.phone_probe(features, seed)
         return row
 
     @cached_property
@@ -312,7 +338,7 @@ class Measures:
             targets[number] = self.speech.teacher(audio["input_values"], audio["attention_mask"]).targets[0][0].half()
         return targets
 
-    def _frames(self, model: FrozenModel, numbers: Sequence[int], masked: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _frames(self, model: Features, numbers: Sequence[int], masked: bool) -> tuple[np.ndarray, np.ndarray]:
         """Features and targets of true frames; of the masked ones only if `masked`. A mask follows from the number of
         its recording, so that models are compared on the same input."""
         features, targets = [], []
@@ -325,7 +351,7 @@ class Measures:
             targets += kept
         return torch.cat(features).numpy(), torch.cat(targets).numpy()
 
-    def explained_variance(self, model: FrozenModel) -> dict[str, float]:
+    def explained_variance(self, model: Features) -> dict[str, float]:
         """R2: the share of the target's variance that a ridge regression, fitted to frames of training recordings,
         explains on held-out ones; and on masked frames, with a regression of their own."""
         row = {}
@@ -338,7 +364,7 @@ class Measures:
                 row[f"r2{' of masked frames' if masked else ''}{name}"] = float(score)
         return row
 
-    def probes(self, model: FrozenModel) -> dict[str, float]:
+    def probes(self, model: Features) -> dict[str, float]:
         """Accuracies of linear probes on the mean of a recording's frames."""
         select, row, rng = self.speech.select, {}, random.Random(0)
         every = (KNOWN, HELD_SPEAKER, HELD_LANGUAGE)
@@ -355,7 +381,7 @@ class Measures:
             row["slots"] = self._slot_probe(model, select("train", "slots"), test)
         return row
 
-    def _probe(self, model: FrozenModel, train: Sequence[int], test: Sequence[int], column: str) -> float:
+    def _probe(self, model: Features, train: Sequence[int], test: Sequence[int], column: str) -> float:
         """Accuracy on test recordings; over five folds of them where training recordings have other classes."""
         train_labels, test_labels = self.speech.labels(train, column), self.speech.labels(test, column)
         if not set(test_labels) <= set(train_labels):
@@ -363,7 +389,7 @@ class Measures:
             return float(cross_val_score(linear_probe(), model.pooled(test), test_labels, cv=folds).mean())
         return probe_accuracy(model.pooled(train), train_labels, model.pooled(test), test_labels)
 
-    def _slot_probe(self, model: FrozenModel, train: Sequence[int], test: Sequence[int]) -> float:
+    def _slot_probe(self, model: Features, train: Sequence[int], test: Sequence[int]) -> float:
         """Accuracy of the value of a slot, or that there is none, in the mean over the slots."""
         values = [[json.loads(slots) for slots in self.speech.labels(numbers, "slots")] for numbers in (train, test)]
         features = [model.pooled(numbers) for numbers in (train, test)]
@@ -392,7 +418,7 @@ class Measures:
         return {number: list(TEXT.normalize(self.speech.labels([number], "text")[0])) for number in numbers}
 
     @torch.no_grad()
-    def phone_probe(self, model: FrozenModel, seed: int) -> dict[str, float]:
+    def phone_probe(self, model: Features, seed: int) -> dict[str, float]:
         """Phone error rates of a linear layer on frozen features, trained with CTC on all that is transcribed."""
         train, test = self.transcribed("train"), self.transcribed("test")
         states: dict[int, torch.Tensor] = {}
@@ -463,7 +489,7 @@ class Measures:
         recogniser = LightHubertForCTC(config)
         recogniser.hubert.load_state_dict(model.state_dict())
         begin_with_blanks(recogniser.lm_head, 0)
-        frozen = FrozenModel(recogniser, self.speech)
+        frozen = ModelFeatures(recogniser, self.speech)
         if frozen.shares_encoder:
             recogniser.freeze_feature_encoder()
         recogniser.train()

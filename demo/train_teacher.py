@@ -22,16 +22,15 @@ import numpy as np
 import soxr
 import torch
 from accelerate import Accelerator
-from scipy.fft import dct
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 from tqdm import tqdm
 from transformers import Wav2Vec2FeatureExtractor, get_scheduler, set_seed
-from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.data.batches import RandomAccessSampler
 from lighthubert_training.data.collators import pad
+from lighthubert_training.data.mfcc import HOP, WINDOW, mfcc
 from lighthubert_training.data.recordings import Item, item_seed
 from lighthubert_training.data.strings import SAMPLING_RATE, read_parquet
 from lighthubert_training.models import draw_time_mask, true_lengths
@@ -48,7 +47,6 @@ from modeling_lighthubert.loading import load_model
 
 
 ROOT = Path(__file__).resolve().parent.parent
-WINDOW, HOP = 400, 320  # of HuBERT's frames, in samples
 MOST_FRAMES = 300_000  # that clusters are fitted to, drawn at random
 
 
@@ -129,7 +127,7 @@ def build_model(arguments: TeacherArguments) -> LightHubertModel:
 
 def read(files: Sequence[str], join_seconds: float) -> list[np.ndarray]:
     """Waveforms, float16 to save memory, (num_samples) each. Short ones of a speaker are joined, in the order of the
-    file, until they have `join_seconds`."""
+    file, until they have `join_seconds`; what is left with less than two frames is left out."""
     waveforms = []
     for file in files:
         rows, open_pieces = read_parquet(file, ["audio"]), defaultdict(list)
@@ -140,19 +138,7 @@ def read(files: Sequence[str], join_seconds: float) -> list[np.ndarray]:
             if sum(map(len, pieces)) >= join_seconds * SAMPLING_RATE:
                 waveforms.append(np.concatenate(open_pieces.pop(speaker)))
         waveforms += [np.concatenate(pieces) for pieces in open_pieces.values()]
-    return waveforms
-
-
-def mfcc(waveform: np.ndarray) -> np.ndarray:
-    """13 MFCCs, normalised over the recording, with first and second differences, (num_frames, 39), on HuBERT's
-    frames. The differences keep their scale: as large as the coefficients, they would decide about the clusters."""
-    filters = mel_filter_bank(WINDOW // 2 + 1, 40, 0.0, SAMPLING_RATE / 2, SAMPLING_RATE, norm="slaney")
-    window, mel = window_function(WINDOW, "hann"), {"mel_filters": filters, "log_mel": "log"}
-    energies = spectrogram(waveform.astype(np.float64), window, WINDOW, HOP, power=2.0, center=False, **mel)
-    cepstra = dct(energies.T, norm="ortho")[:, :13]
-    cepstra = (cepstra - cepstra.mean(axis=0)) / (cepstra.std(axis=0) + 1e-5)
-    first = np.gradient(cepstra, axis=0)
-    return np.concatenate([cepstra, first, np.gradient(first, axis=0)], axis=1).astype(np.float32)
+    return [waveform for waveform in waveforms if len(waveform) >= WINDOW + HOP]
 
 
 @torch.no_grad()

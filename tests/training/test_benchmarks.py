@@ -316,17 +316,25 @@ def test_error_rates_are_known_by_their_names():
     assert not any(map(is_error, ("r2", "ks accuracy, people", "sf f1, people", "digit")))
 
 
+@pytest.mark.parametrize("name", ["teacher", "the demonstration's teacher", "MFCC", "random weights"])
+def test_a_teacher_is_compared_with_what_one_may_start_from(bench_arguments, name):
+    arguments = replace(bench_arguments, measures=["probes", "phones", "recognition"])
+    (row,) = load("teachers").Teachers(arguments).run(name, 0).values()
+    assert {"digit", "slots", "per", "wer, 0.05 min", "wer, en, 0.05 min"} <= set(row)
+    assert row["digit"] > 0.6, "tones of three pitches"
+
+
 def test_features_that_are_computed_once_are_those_of_the_model(bench_arguments):
     measures, bench = load("measures"), load("gains").Gains(bench_arguments)
     model = bench.control("slice of the teacher", bench.subnets["middle"], 0)
-    frozen, batch = measures.FrozenModel(model, bench.measures.speech), [0, 1, 40]
+    frozen, batch = measures.ModelFeatures(model, bench.measures.speech), [0, 1, 40]
     assert frozen.shares_encoder
     states, _ = frozen(batch)
     audio = bench.measures.speech.audio(batch)
     with torch.no_grad():
         own = model(audio["input_values"], audio["attention_mask"]).last_hidden_state
     torch.testing.assert_close(states, own, rtol=0, atol=2e-2)  # they are kept in half precision
-    assert not measures.FrozenModel(
+    assert not measures.ModelFeatures(
         bench.control("random weights", bench.subnets["middle"], 0), frozen.speech
     ).shares_encoder
 
