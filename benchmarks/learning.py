@@ -15,13 +15,13 @@ from common import ALONE, RECIPE, SUBNETS, Bench, BenchArguments, Results, Runne
 
 from lighthubert_training.runs.options import option
 from lighthubert_training.runs.tables import markdown_table
-from lighthubert_training.sampling import SAMPLING_STRATEGIES
+from lighthubert_training.sampling import DISTILLATION_STRATEGIES
 from modeling_lighthubert.errors import run
 from modeling_lighthubert.loading import load_model
 
 
 # what a step costs in passes of a subnet
-PASSES_OF_STEP = dict.fromkeys(SAMPLING_STRATEGIES, 1) | {"sandwich": 3}
+PASSES_OF_STEP = dict.fromkeys(DISTILLATION_STRATEGIES, 1) | {"sandwich": 3}
 RANDOM = {"student_name_or_path": "random", "share_feature_encoder": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": {},

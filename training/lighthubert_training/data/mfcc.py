@@ -19,8 +19,10 @@ def mfcc(waveform: np.ndarray, normalized: bool = True) -> np.ndarray:
             their scale: if they were as large as the coefficients, they would decide about the clusters.
     """
     filters = mel_filter_bank(WINDOW // 2 + 1, 40, 0.0, RATE / 2, RATE, norm="slaney")
-    window, mel = window_function(WINDOW, "hann"), {"mel_filters": filters, "log_mel": "log"}
-    energies = spectrogram(waveform.astype(np.float64), window, WINDOW, HOP, power=2.0, center=False, **mel)
+    window: np.ndarray = window_function(WINDOW, "hann")
+    energies = spectrogram(
+        waveform.astype(np.float64), window, WINDOW, HOP, power=2.0, center=False, mel_filters=filters, log_mel="log"
+    )
     cepstra = dct(energies.T, norm="ortho")[:, :13]
     if normalized:
         cepstra = (cepstra - cepstra.mean(axis=0)) / (cepstra.std(axis=0) + 1e-5)
