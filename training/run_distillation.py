@@ -30,6 +30,7 @@ from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.sources import DataArguments, count_recordings, load_speech
 from lighthubert_training.distillation.arguments import DistillationArguments, ObjectiveArguments
 from lighthubert_training.distillation.average import AveragedWeights
+from lighthubert_training.distillation.cache import CachedTeacher
 from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.loop import Distiller, compile_layers, prepare_output
 from lighthubert_training.distillation.teacher import (
@@ -158,6 +159,9 @@ def distil(
     optimizer = build_optimizer(arguments, student)
     warmup_steps = int(arguments.warmup_ratio * arguments.max_steps)
     scheduler = get_scheduler(arguments.lr_scheduler_type, optimizer, warmup_steps, arguments.max_steps)
+    if arguments.teacher_cache_dir is not None:
+        max_samples = int(arguments.crop_seconds * teacher_extractor.sampling_rate)
+        teacher = CachedTeacher(teacher, Path(arguments.teacher_cache_dir), max_samples)
     teacher.to(accelerator.device)
     if arguments.torch_compile:
         compile_layers(student, teacher)

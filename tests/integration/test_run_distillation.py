@@ -275,6 +275,16 @@ def test_what_several_processes_cannot_read_is_counted_together(workshop):
     assert "error: 2 of 8 recordings cannot be read, more than a share of 0.2" in finished.stderr
 
 
+def test_runs_that_share_the_outputs_of_their_teacher_end_alike(workshop):
+    options = ("--share_feature_encoder", "on", "--max_steps", 3, "--teacher_cache_dir", workshop / "outputs")
+    first, second = (weights(distil(workshop, f"kept-{number}", *options)) for number in range(2))
+    assert list((workshop / "outputs").rglob("*.safetensors"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = weights(distil(workshop, "not-kept", *options[:4]))
+    for name in first:
+        torch.testing.assert_close(first[name], other[name], rtol=0, atol=1e-2)
+
+
 def test_a_shared_feature_encoder_trains_what_a_frozen_one_does(workshop):
     frozen, shared = (
         weights(distil(workshop, name, "--max_steps", 3, "--sampling", "sandwich", f"--{name}_feature_encoder"))

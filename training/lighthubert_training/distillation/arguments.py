@@ -68,6 +68,11 @@ class DistillationArguments:
     share_feature_encoder: bool = option(
         False, "Freeze the convolutions, the teacher's, and compute them once for both, on audio for the teacher."
     )
+    teacher_cache_dir: str | None = option(
+        None,
+        "Folder that keeps the teacher's outputs, in half precision, for data that are heard again and again and runs"
+        " that share them. Default: the teacher runs in every step.",
+    )
     max_steps: int = option(1000, "Number of optimiser steps.")
     per_device_train_batch_size: int = option(8, "Number of recordings in a batch, on each process.")
     per_device_train_batch_seconds: float | None = option(None, "Most seconds of audio in a padded batch.")

@@ -1,0 +1,64 @@
+"""What a teacher has said of a recording is kept, and is what it would say again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_distillation import padded_batch, tiny_teacher
+
+from lighthubert_training.distillation.cache import CachedTeacher
+
+
+ALL_OUTPUTS = {"temporal_relation_weight": 1.0, "layer_weight": 1.0, "target_layers": [1, 3]}
+INPUTS = [padded_batch()[name] for name in ("teacher_input_values", "attention_mask")]
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("objective", [{}, ALL_OUTPUTS, {"target": "hidden_states"}], ids=["mean", "all", "states"])
+def test_outputs_are_those_of_the_teacher_to_half_precision(tmp_path, objective):
+    expected = tiny_teacher(**objective)(*INPUTS)
+    found = CachedTeacher(tiny_teacher(**objective), tmp_path, 10_000)(*INPUTS)
+    assert torch.equal(found.frames, expected.frames)
+    for kind in ("targets", "hidden_states", "layer_targets"):
+        assert len(getattr(found, kind)) == len(getattr(expected, kind))
+        for ours, theirs in zip(getattr(found, kind), getattr(expected, kind), strict=True):
+            true = expected.frames  # hidden states of padding are anything
+            torch.testing.assert_close(ours[true], theirs[true], rtol=1e-2, atol=1e-2)
+    features = found.conv_features.transpose(1, 2)[expected.frames]
+    torch.testing.assert_close(features, expected.conv_features.transpose(1, 2)[expected.frames], rtol=1e-2, atol=1e-2)
+
+
+def test_a_recording_is_encoded_once(tmp_path, monkeypatch):
+    teacher = CachedTeacher(tiny_teacher(), tmp_path, 10_000)
+    first = teacher(*INPUTS)
+    assert len(files(tmp_path)) == 2
+    later = CachedTeacher(tiny_teacher(), tmp_path, 10_000)
+    monkeypatch.setattr(later.model, "forward", None)
+    again = later(*(each[[1, 0]] for each in INPUTS))
+    assert torch.equal(again.targets[0], first.targets[0][[1, 0]])
+    assert torch.equal(again.conv_features, first.conv_features[[1, 0]])
+
+
+def test_a_damaged_file_is_written_anew(tmp_path):
+    expected = CachedTeacher(tiny_teacher(), tmp_path, 10_000)(*INPUTS)
+    whole = files(tmp_path)[0].read_bytes()
+    files(tmp_path)[0].write_bytes(whole[: len(whole) // 2])
+    assert torch.equal(CachedTeacher(tiny_teacher(), tmp_path, 10_000)(*INPUTS).targets[0], expected.targets[0])
+    assert files(tmp_path)[0].read_bytes() == whole
+
+
+def test_crops_are_not_kept(tmp_path):
+    CachedTeacher(tiny_teacher(), tmp_path, max_samples=6000)(*INPUTS)
+    assert len(files(tmp_path)) == 1
+
+
+def test_another_teacher_or_objective_has_outputs_of_its_own(tmp_path):
+    other = tiny_teacher()
+    with torch.no_grad():
+        other.model.encoder.layers[2].feed_forward.output_dense.bias += 1.0
+    for teacher in (tiny_teacher(), tiny_teacher(target_norm="layer"), other):
+        CachedTeacher(teacher, tmp_path, 10_000)(*INPUTS)
+    assert len(files(tmp_path)) == 6

@@ -1,0 +1,87 @@
+"""The outputs of a frozen teacher, computed once for each recording and kept on disk, in half precision.
+
+A recording is encoded alone, so that what is kept does not depend on a batch. Several runs, at once or one after the
+other, may use one folder: files are whole from the moment they are there.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
+
+from lighthubert_training.distillation.teacher import Teacher, TeacherOutputs
+from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.files import whole_file
+
+
+KINDS = ("targets", "hidden_states", "layer_targets")
+"""Outputs that are lists of tensors, (num_frames, hidden_size) of a recording."""
+
+
+class CachedTeacher(Teacher):
+    """A teacher that runs once for each recording.
+
+    Args:
+        teacher: whose outputs are kept; it is used up.
+        folder: of all teachers and objectives; each has a folder in it.
+        max_samples: recordings of so many samples are crops, which do not come again: they are not kept.
+    """
+
+    def __init__(self, teacher: Teacher, folder: Path, max_samples: int):
+        super().__init__(teacher.model, teacher.objective)
+        digest = hashlib.sha256(json.dumps(asdict(self.objective), sort_keys=True).encode())
+        digest.update(json.dumps(self.model.config.to_diff_dict(), sort_keys=True, default=str).encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        self.folder, self.max_samples = folder / digest.hexdigest()[:16], max_samples
+
+    @torch.no_grad()
+    def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> TeacherOutputs:
+        """As `Teacher.forward`, to the precision of float16."""
+        lengths = attention_mask.sum(-1).tolist()
+        kept = [self.of_recording(row[:length]) for row, length in zip(input_values, lengths, strict=True)]
+        names, device = list(kept[0]), input_values.device
+        padded = {
+            name: pad_sequence([each[name].to(device).float() for each in kept], batch_first=True) for name in names
+        }
+        counts = torch.tensor([len(each["conv_features"]) for each in kept], device=device)
+        frames = torch.arange(int(counts.max()), device=device) < counts[:, None]
+        of_kind = {kind: tuple(padded[name] for name in names if name.startswith(f"{kind}.")) for kind in KINDS}
+        conv_features = padded["conv_features"].transpose(1, 2).to(self.model.dtype)
+        return TeacherOutputs(
+            of_kind["targets"], of_kind["hidden_states"], conv_features, frames, of_kind["layer_targets"]
+        )
+
+    def of_recording(self, waveform: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Outputs for one recording by name, float16 (num_frames, size), kept or computed.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        content = hashlib.sha256(waveform.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        file = self.folder / content[:2] / f"{content}.safetensors"
+        try:
+            return load_file(file)
+        except (FileNotFoundError, SafetensorError):  # it is not there, or damaged
+            outputs = super().forward(waveform[None], torch.ones_like(waveform, dtype=torch.int64)[None])
+        parts: dict[str, torch.Tensor] = {"conv_features": outputs.conv_features[0].T}
+        lists: Sequence[Sequence[torch.Tensor]] = [getattr(outputs, kind) for kind in KINDS]
+        for kind, tensors in zip(KINDS, lists, strict=True):
+            parts |= {f"{kind}.{number:03}": tensor[0] for number, tensor in enumerate(tensors)}
+        parts = {name: tensor.half().cpu().contiguous() for name, tensor in parts.items()}
+        if len(waveform) < self.max_samples:
+            try:
+                with whole_file(file) as unfinished:
+                    save_file(parts, unfinished)
+            except (OSError, SafetensorError) as error:
+                advice = "make room, or choose another --teacher_cache_dir"
+                raise UserError(
+                    f"the teacher's outputs cannot be kept in {self.folder} ({error}): {advice}"
+                ) from error
+        return parts
