@@ -18,7 +18,7 @@ from typing import Any
 
 import common
 import numpy as np
-from common import Bench, BenchArguments, Results, Runner
+from common import BenchArguments, Results, Runner, Table
 from measures import TEXT
 
 from lighthubert_training.data.strings import read_parquet
@@ -39,13 +39,13 @@ ONCE_FOR_ALL = {"once for all": 0.0, "once for all, taught by the largest": 0.1}
 class RecognitionArguments(BenchArguments):
     """What is distilled and fine-tuned, for how long, and what becomes of it."""
 
-    measures: list[str] = option([], "Groups of measures besides error rates.")
+    measures: list[str] = option([], "None: error rates are what is measured.")
     steps: int = option(1000, "Steps of each fine-tuning.")
     num_random_subnets: int = option(20, "Random subnets to transcribe with, once for all.")
     num_random_alone: int = option(20, "How many of them are fine-tuned alone, too.")
 
 
-class Recognition(Bench):
+class Recognition(Table):
     """Fine-tuned supernets and subnets, and their error rates."""
 
     name = "asr"

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -80,15 +81,9 @@ def parse(kind: type, description: str | None) -> Any:
 class Bench:
     """One teacher, its untrained and trained controls, and what all of them are measured by.
 
-    Subclasses say which runs there are (`names`) and make them (`run`).
-
     Attributes:
-        name: of the benchmark.
-        minutes: of a run on one of two cores, by name or of any, as it was measured.
+        untrained: the teacher as a supernet, whose subnets are its slices.
     """
-
-    name: ClassVar[str]
-    minutes: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, arguments: BenchArguments):
         self.arguments, self.output = arguments, Path(arguments.output_dir).resolve()
@@ -99,20 +94,10 @@ class Bench:
         self.teacher, extractor = build_teacher(arguments.teacher_name_or_path, "float32", objective)
         self.space = parse_search_space(arguments.search_space)
         self.subnets = {name: self.space.named[name] for name in SUBNETS}
-        # the teacher as a supernet, whose subnets are its slices
         options = {"head": LightHubertModel, "dtype": torch.float32, "search_space": self.space}
         self.untrained = load_model(arguments.teacher_name_or_path, **options)
         self.measures = Measures(arguments, self.teacher, extractor)
         self.train_files = distillation_files(arguments, self.output / "data")
-
-    @classmethod
-    def names(cls, arguments: BenchArguments) -> list[str]:
-        """Names of the runs, in the order in which they are made."""
-        raise NotImplementedError
-
-    def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
-        """Makes a run, and measures what comes out of it, by name."""
-        raise NotImplementedError
 
     def measure(self, model: LightHubertModel, seed: int) -> dict[str, float]:
         """All measures of a cut model that are asked for. Those of `superb` and `stand_ins` are keyword spotting and
@@ -218,6 +203,27 @@ class Bench:
         return folder
 
 
+class Table(Bench, ABC):
+    """A bench whose runs make a table.
+
+    Attributes:
+        name: of the benchmark.
+        minutes: what a run is taken to last on one of two cores, by name or of any, before one was made.
+    """
+
+    name: ClassVar[str]
+    minutes: ClassVar[Mapping[str, float]] = {}
+
+    @classmethod
+    @abstractmethod
+    def names(cls, arguments: BenchArguments) -> list[str]:
+        """Names of the runs, in the order in which they are made."""
+
+    @abstractmethod
+    def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
+        """Makes a run, and measures what comes out of it, by name."""
+
+
 class Runner:
     """Makes the runs of a benchmark that have no result yet, two at a time in processes with one thread each, and
     keeps each result as soon as it is there.
@@ -229,7 +235,7 @@ class Runner:
     FREE = ("output_dir", "results_file", "seeds", "only")
     """Options that change no result."""
 
-    def __init__(self, kind: type[Bench], arguments: BenchArguments):
+    def __init__(self, kind: type[Table], arguments: BenchArguments):
         self.kind, self.arguments = kind, arguments
         self.file = Path(arguments.results_file or FOLDER / f"results/{kind.name}.json")
         self.options = {name: value for name, value in asdict(arguments).items() if name not in self.FREE}
@@ -269,11 +275,11 @@ class Runner:
         write_json(self.file, {"arguments": self.options, "results": self.results})
 
 
-_bench: Bench | None = None
+_bench: Table | None = None
 """Of a worker process."""
 
 
-def _start(kind: type[Bench], arguments: BenchArguments) -> None:
+def _start(kind: type[Table], arguments: BenchArguments) -> None:
     global _bench
     prepare_process()
     _bench = kind(arguments)
@@ -287,7 +293,7 @@ def _work(name: str, seed: int) -> dict[str, Any]:
 
 
 def run_all(
-    kind: type[Bench],
+    kind: type[Table],
     arguments: BenchArguments,
     jobs: Sequence[tuple[str, int]],
     keep: Callable[[str, int, dict[str, Any]], None],
@@ -383,7 +389,7 @@ class Margin:
 
     Attributes:
         gains: of each seed, positive where it is better.
-        relative: mean of the gains over the mean of the other.
+        relative: mean of the gains over the size of the mean of the other.
     """
 
     gains: Sequence[float]
@@ -402,7 +408,7 @@ def margin(ours: Mapping[str, float], theirs: Mapping[str, float], measure: str)
         return None
     sign = -1 if is_error(measure) else 1
     gains = [sign * (ours[seed] - theirs[seed]) for seed in seeds]
-    return Margin(gains, float(np.mean(gains) / np.mean([theirs[seed] for seed in seeds])))
+    return Margin(gains, float(np.mean(gains) / abs(np.mean([theirs[seed] for seed in seeds]))))
 
 
 def to_distil(batches: Sequence[Batch]) -> list[Batch]:

@@ -11,7 +11,7 @@ probes of frozen features, a phone probe, fine-tuning with few labels, and two t
 from typing import Any
 
 import common
-from common import SUBNETS, TRAINED_ALONE, UNTRAINED, Bench, BenchArguments, Results, Runner
+from common import SUBNETS, TRAINED_ALONE, UNTRAINED, BenchArguments, Results, Runner, Table
 
 from lighthubert_training.runs.tables import markdown_table
 from modeling_lighthubert.errors import run
@@ -23,7 +23,7 @@ SHAPES = ("middle", "smallest")
 KINDS = (SUPERNET, *TRAINED_ALONE, *UNTRAINED)
 
 
-class Gains(Bench):
+class Gains(Table):
     """A supernet and all its controls."""
 
     name = "gains"

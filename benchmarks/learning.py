@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import common
-from common import ALONE, RECIPE, SUBNETS, Bench, BenchArguments, Results, Runner
+from common import ALONE, RECIPE, SUBNETS, BenchArguments, Results, Runner, Table
 
 from lighthubert_training.runs.options import option
 from lighthubert_training.runs.tables import markdown_table
@@ -64,7 +64,7 @@ class LearningArguments(BenchArguments):
     measures: list[str] = option(["r2", "probes"], "Groups of measures.")
 
 
-class Learning(Bench):
+class Learning(Table):
     """Variants of the recipe."""
 
     name = "learning"
@@ -76,14 +76,14 @@ class Learning(Bench):
     def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
         changes, passes = dict(VARIANTS[name]), self.arguments.passes
         if alone := changes.pop("alone", None):
-            return {alone: self.measures(self.distil_alone(ALONE, self.subnets[alone], seed), seed)}
+            return {alone: self.measure(self.distil_alone(ALONE, self.subnets[alone], seed), seed)}
         if changes.pop("stage1", False):
             stage1 = self.distil(seed, **changes, sampling="largest", max_steps=passes // 4)
             changes["student_name_or_path"], passes = stage1, passes - passes // 4
         of_step = PASSES_OF_STEP[changes.get("sampling", RECIPE["sampling"])] * changes.get("num_random_subnets", 1)
         steps = passes // of_step
         supernet = load_model(self.distil(seed, **changes, max_steps=steps))
-        return {row: self.measures(supernet.extract_subnet(row), seed) for row in SUBNETS}
+        return {row: self.measure(supernet.extract_subnet(row), seed) for row in SUBNETS}
 
 
 def table(results: Results) -> str:

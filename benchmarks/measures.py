@@ -58,8 +58,8 @@ class MeasureArguments:
     """What models are measured on, and by what."""
 
     speech_dir: str = option(help="Folder of Parquet files NAME-train and NAME-test.")
-    held_out_speaker: str | None = option(None, "Speaker whom distillation does not hear.")
-    held_out_language: str | None = option(None, "Language that distillation does not hear.")
+    held_out_speaker: str | None = option(None, "Speaker whose recordings are left out of distillation.")
+    held_out_language: str | None = option(None, "Language whose recordings are left out of distillation.")
     measures: list[str] = option(list(GROUPS), f"Groups of measures: {', '.join(GROUPS)}.")
     label_minutes: list[float] = option([1.0, 10.0, 60.0], "Minutes of labels that recognition is fine-tuned with.")
     steps_of_minutes: list[int] = option([200, 600, 1200], "Steps of fine-tuning, for each.")
@@ -134,7 +134,8 @@ def read_speech(arguments: MeasureArguments) -> list[Recording]:
 
 
 def distillation_files(arguments: MeasureArguments, folder: Path) -> list[Path]:
-    """Parquet files to distil on, in `folder` where recordings are held out."""
+    """Parquet files to distil on. Those of which recordings are held out are written to a folder in `folder`."""
+    folder = folder / f"without-{arguments.held_out_speaker}-{arguments.held_out_language}"
     files = []
     for (_, part), file in arguments.files.items():
         rows = read_parquet(file, ["audio"])
@@ -144,9 +145,12 @@ def distillation_files(arguments: MeasureArguments, folder: Path) -> list[Path]:
         if part != "train" or not known:
             continue
         if len(known) < len(rows):
-            folder.mkdir(parents=True, exist_ok=True)
-            rows.select(known).to_parquet(folder / file.name)
-            file = folder / file.name
+            kept = folder / file.name
+            if not kept.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                with whole_file(kept) as unfinished:
+                    rows.select(known).to_parquet(unfinished)
+            file = kept
         files.append(file)
     return files
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import common
 import torch
-from common import RANDOM, RECIPE, SLICE, Bench, BenchArguments, Results, Runner
+from common import RANDOM, RECIPE, SLICE, BenchArguments, Results, Runner, Table
 from transformers import set_seed
 
 from lighthubert_training.distillation.step import evaluate
@@ -60,7 +60,7 @@ class NarrowArguments(BenchArguments):
 CONTROLS, ORDERED = "controls", "slice, ordered"
 
 
-class NarrowFeatureEncoders(Bench):
+class NarrowFeatureEncoders(Table):
     """Variants of the feature encoder."""
 
     name = "narrow_feature_encoder"

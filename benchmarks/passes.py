@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import common
-from common import ALONE, SUBNETS, Bench, BenchArguments, Results, Runner
+from common import ALONE, SUBNETS, BenchArguments, Results, Runner, Table
 
 from lighthubert_training.runs.options import option
 from lighthubert_training.runs.plots import new_figure, save_figure
@@ -34,7 +34,7 @@ class PassesArguments(BenchArguments):
     recovery_learning_rates: list[float] = option([1e-3], "Peak learning rates of recovery.")
 
 
-class Passes(Bench):
+class Passes(Table):
     """Distillations of several lengths, and recoveries."""
 
     name = "passes"
@@ -58,13 +58,13 @@ class Passes(Bench):
             steps, rate = int(rest[0].split()[0]), float(rest[1].split()[-1])
             start = {"student_name_or_path": self.distil(seed), "subnet": shape, "search_space": None}
             changes = {"max_steps": steps, "learning_rate": rate, "sampling": "largest"}
-            return {shape: self.measures(load_model(self.distil(seed, **start, **changes)), seed)}
+            return {shape: self.measure(load_model(self.distil(seed, **start, **changes)), seed)}
         passes = int(name.split()[-2])
         if shape == SUPERNET:
             supernet = load_model(self.distil(seed, max_steps=passes))
-            return {row: self.measures(supernet.extract_subnet(row), seed) for row in SUBNETS}
+            return {row: self.measure(supernet.extract_subnet(row), seed) for row in SUBNETS}
         model = self.distil_alone(ALONE, self.subnets[shape], seed, max_steps=passes)
-        return {shape: self.measures(model, seed)}
+        return {shape: self.measure(model, seed)}
 
 
 def recovery(shape: str, steps: int, rate: float) -> str:

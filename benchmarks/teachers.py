@@ -2,8 +2,8 @@
 
     python benchmarks/teachers.py --speech_dir speech
 
-The teacher is compared with that of the demonstration, which has heard a synthesiser, with random weights, and with
-MFCCs: as frozen features, and below a transformer of the teacher's shape that is fine-tuned.
+The teacher is compared with that of the demonstration, which was trained on a synthesiser, with random weights, and
+with MFCCs: as frozen features, and below a transformer of the teacher's shape that is fine-tuned.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from common import ENCODER, RANDOM, ROOT, Bench, BenchArguments, Runner
+from common import ENCODER, RANDOM, ROOT, BenchArguments, Runner, Table
 from measures import Features, Measures, Speech
 from torch.nn.utils.rnn import pad_sequence
 
@@ -53,7 +53,7 @@ class MfccFeatures(Features):
         return pad_sequence(frames, batch_first=True), torch.tensor(list(map(len, frames)))
 
 
-class Teachers(Bench):
+class Teachers(Table):
     """The teacher, and what it is compared with."""
 
     name = "teachers"

@@ -166,7 +166,7 @@ def cluster_frames(features: Iterator[np.ndarray], num_units: int, seed: int) ->
 def perturb(
     waveform: np.ndarray, units: np.ndarray, arguments: TeacherArguments, seed: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A crop of a recording as it is heard in training, and the units of the frames of the clean one.
+    """A crop of a recording as it is used in training, and the units of the frames of the clean one.
 
     Speed is changed by resampling, the level along a straight line in dB (a constant gain would be taken back by the
     normalisation), and noise is added whose spectrum falls by 0 to 6 dB an octave.
@@ -316,8 +316,8 @@ class Iteration:
             scheduler.step()
             optimizer.zero_grad()
             values = {"loss": loss.item(), "accuracy": accuracy.item(), "grad_norm": float(norm)}
-            heard = int(batch["attention_mask"].sum()) / SAMPLING_RATE
-            averages = log.step(step + 1, values, heard, float(scheduler.get_last_lr()[0]))
+            seconds_of_audio = int(batch["attention_mask"].sum()) / SAMPLING_RATE
+            averages = log.step(step + 1, values, seconds_of_audio, float(scheduler.get_last_lr()[0]))
             bar.set_postfix({name: f"{value:.3g}" for name, value in averages.items()}, refresh=False)
             if (step + 1) % arguments.save_steps == 0 or step + 1 == self.num_steps:
                 save_checkpoint(accelerator, self.output_dir, step + 1, {"log": log.state_dict()}, 1, failed)

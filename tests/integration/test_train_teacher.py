@@ -214,7 +214,7 @@ def test_short_recordings_of_a_speaker_are_joined_and_long_ones_are_not(tmp_path
 
 
 def perturbed(seconds: float = 2.0, seed: str = "a", **options: object) -> tuple[np.ndarray, np.ndarray]:
-    """A recording whose units are the numbers of its frames, as it is heard in training."""
+    """A recording whose units are the numbers of its frames, as it is used in training."""
     waveform = speech(seconds)
     units = np.arange((len(waveform) - 400) // 320 + 1)
     return train_teacher.perturb(waveform, units, train_teacher.TeacherArguments("output", **options), seed)

@@ -132,6 +132,7 @@ def test_a_margin_says_whether_all_seeds_agree():
     assert margin({"0": 0.3, "1": 0.2}, {"0": 0.2, "1": 0.3}, "wer, 1 min").verdict == 0
     assert margin({"0": 0.3}, {"0": 0.2}, "wer, 1 min").verdict == -1, "more errors are worse"
     assert margin({"0": 0.3}, {"1": 0.2}, "r2") is None
+    assert margin({"0": 0.1}, {"0": -0.1}, "r2").relative == pytest.approx(2), "R2 below 0 is worse"
 
 
 def test_the_table_of_gains_has_every_seed_and_the_findings_say_in_how_many_measures_it_is_better():

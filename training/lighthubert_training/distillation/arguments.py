@@ -70,8 +70,8 @@ class DistillationArguments:
     )
     teacher_cache_dir: str | None = option(
         None,
-        "Folder that keeps the teacher's outputs, in half precision, for data that are heard again and again and runs"
-        " that share them. Default: the teacher runs in every step.",
+        "Folder that keeps the teacher's outputs, in half precision, for runs of several epochs, or several runs on"
+        " the same data. Default: the teacher runs in every step.",
     )
     max_steps: int = option(1000, "Number of optimiser steps.")
     per_device_train_batch_size: int = option(8, "Number of recordings in a batch, on each process.")
