@@ -59,7 +59,7 @@ class BenchArguments(MeasureArguments):
     search_space: str = option(str(FOLDER / "teacher/search_space.json"), "JSON file: the subnets to train.")
     output_dir: str = option(str(FOLDER / "output"), "Folder for runs.")
     results_file: str | None = option(None, "JSON file of results. Default: that of the benchmark in results/.")
-    passes: int = option(600, "Passes of a subnet that each distillation has.")
+    passes: int = option(300, "Passes of a subnet that each distillation has.")
     seeds: list[int] = option([0, 1, 2], "One run of each kind for each.")
     only: list[str] | None = option(None, "Runs to make, by name. Default: all.")
 
@@ -170,7 +170,7 @@ class Bench:
         options |= {"search_space": self.arguments.search_space, "max_steps": self.arguments.passes}
         options |= {"train_file": self.train_files, "seed": seed} | changes
         digest = hashlib.sha256(repr(sorted(options.items(), key=str)).encode()).hexdigest()[:12]
-        folder = self.output / "distilled" / digest
+        folder, options["teacher_cache_dir"] = self.output / "distilled" / digest, self.output / "teacher"
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not (folder / "model.safetensors").exists():
@@ -226,13 +226,15 @@ class Table(Bench, ABC):
 
 class Runner:
     """Makes the runs of a benchmark that have no result yet, two at a time in processes with one thread each, and
-    keeps each result as soon as it is there.
+    keeps each result as soon as it is there. A group of measures may be asked for later: what was distilled is kept.
 
-    Args:
+    Attributes:
         file: of the results, JSON, with the arguments that they were made with.
+        results: rows of measures by run and seed.
+        seconds: by run and seed: what each part of it took, by the groups of measures that were taken in it.
     """
 
-    FREE = ("output_dir", "results_file", "seeds", "only")
+    FREE = ("output_dir", "results_file", "seeds", "only", "measures")
     """Options that change no result."""
 
     def __init__(self, kind: type[Table], arguments: BenchArguments):
@@ -242,6 +244,7 @@ class Runner:
         for name in ("teacher_name_or_path", "search_space", "speech_dir"):
             self.options[name] = Path(self.options[name]).name
         self.results: dict[str, dict[str, Any]] = {}
+        self.seconds: dict[str, dict[str, dict[str, int]]] = {}
         if self.file.exists():
             kept = json.loads(self.file.read_text(encoding="utf-8"))
             if changed := [name for name in self.options if kept["arguments"].get(name) != self.options[name]]:
@@ -249,30 +252,53 @@ class Runner:
                     f"{self.file} has results with another {', '.join(changed)}: give the same, or another"
                     " --results_file"
                 )
-            self.results = kept["results"]
+            self.results, self.seconds = kept["results"], kept["seconds"]
 
     def __call__(self) -> dict[str, dict[str, Any]]:
         """Results of all runs in the file, by name and seed."""
         known, only = self.kind.names(self.arguments), self.arguments.only
         if unknown := set(only or ()) - set(known):
             raise UserError(f"--only {' '.join(sorted(unknown))}: choose from {', '.join(map(repr, known))}")
-        jobs = [(name, seed) for name in only or known for seed in self.arguments.seeds]
-        jobs = [(name, seed) for name, seed in jobs if str(seed) not in self.results.get(name, {})]
+        jobs = [job for seed in self.arguments.seeds for name in only or known if (job := self.job(name, seed))]
         if jobs:
             print(f"{len(jobs)} runs, about {self.hours(jobs):.1f} hours on two cores", flush=True)
             run_all(self.kind, self.arguments, jobs, self.keep)
         return self.results
 
-    def hours(self, jobs: Sequence[tuple[str, int]]) -> float:
-        """What the runs take, by what those took that were made before, or else by `minutes`."""
-        known = {name: np.mean([run["seconds"] for run in runs.values()]) for name, runs in self.results.items()}
-        other = self.kind.minutes.get("any", 10.0)
-        return sum(known.get(name, 60 * self.kind.minutes.get(name, other)) for name, _ in jobs) / 7200
+    def job(self, name: str, seed: int) -> "Job | None":
+        """What is left of a run: all of it, or groups of measures."""
+        if (made := self.seconds.get(name, {}).get(str(seed))) is None:
+            return Job(name, seed, tuple(self.arguments.measures))
+        known = " ".join(made).split()
+        missing = tuple(group for group in self.arguments.measures if group not in known)
+        return Job(name, seed, missing) if missing else None
 
-    def keep(self, name: str, seed: int, result: dict[str, Any]) -> None:
-        self.results.setdefault(name, {})[str(seed)] = result
+    def hours(self, jobs: Sequence["Job"]) -> float:
+        """What the jobs take, by what those took that were made before, or else by `minutes`."""
+
+        def seconds(job: Job) -> float:
+            known = [made.get(" ".join(job.groups)) for made in self.seconds.get(job.name, {}).values()]
+            guess = 60 * self.kind.minutes.get(job.name, self.kind.minutes.get("any", 10.0))
+            return float(np.mean([each for each in known if each is not None] or [guess]))
+
+        return sum(map(seconds, jobs)) / 7200
+
+    def keep(self, job: "Job", seconds: float, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        self.seconds.setdefault(job.name, {}).setdefault(str(job.seed), {})[" ".join(job.groups)] = round(seconds)
+        made = self.results.setdefault(job.name, {}).setdefault(str(job.seed), {})
+        for row, measured in rows.items():
+            made.setdefault(row, {}).update(measured)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.file, {"arguments": self.options, "results": self.results})
+        write_json(self.file, {"arguments": self.options, "seconds": self.seconds, "results": self.results})
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, and the groups of measures that are taken of what comes out of it."""
+
+    name: str
+    seed: int
+    groups: tuple[str, ...]
 
 
 _bench: Table | None = None
@@ -285,18 +311,18 @@ def _start(kind: type[Table], arguments: BenchArguments) -> None:
     _bench = kind(arguments)
 
 
-def _work(name: str, seed: int) -> dict[str, Any]:
+def _work(job: Job) -> tuple[float, dict[str, dict[str, Any]]]:
     assert _bench is not None
-    begin = time.perf_counter()
-    measured = _bench.run(name, seed)
-    return {"seconds": round(time.perf_counter() - begin), **measured}
+    begin, _bench.arguments.measures = time.perf_counter(), list(job.groups)
+    rows = _bench.run(job.name, job.seed)
+    return time.perf_counter() - begin, rows
 
 
 def run_all(
     kind: type[Table],
     arguments: BenchArguments,
-    jobs: Sequence[tuple[str, int]],
-    keep: Callable[[str, int, dict[str, Any]], None],
+    jobs: Sequence[Job],
+    keep: Callable[[Job, float, dict[str, dict[str, Any]]], None],
 ) -> None:
     """Makes runs, two at a time, and hands each result to `keep` as soon as it is there. The first that fails ends the
     others that have not begun."""
@@ -305,11 +331,12 @@ def run_all(
         tqdm(total=len(jobs), desc="runs") as bar,
         ProcessPoolExecutor(count, context, initializer=_start, initargs=(kind, arguments)) as workers,
     ):
-        running = {workers.submit(_work, *job): job for job in jobs}
+        running = {workers.submit(_work, job): job for job in jobs}
         try:
             for finished in as_completed(running):
-                keep(*running[finished], finished.result())
-                bar.set_postfix_str("{}, seed {}".format(*running[finished]))
+                job = running[finished]
+                keep(job, *finished.result())
+                bar.set_postfix_str(f"{job.name}, seed {job.seed}")
                 bar.update()
         finally:
             workers.shutdown(cancel_futures=True)
@@ -368,7 +395,7 @@ def mean_and_each(values: Sequence[float], measure: str) -> str:
 
 def measures_of(results: Results) -> list[str]:
     """Names of all measures."""
-    made = (row for runs in results.values() for run in runs.values() for row in run.values() if isinstance(row, dict))
+    made = (row for runs in results.values() for run in runs.values() for row in run.values())
     return list(dict.fromkeys(name for row in made for name, value in row.items() if isinstance(value, float)))
 
 

@@ -353,7 +353,7 @@ class Measures:
                 kept = [each[row[: len(each)]] for each, row in zip(kept, mask, strict=True)]
             features.append(model.frames(batch, mask))
             targets += kept
-        return torch.cat(features).numpy(), torch.cat(targets).numpy()
+        return torch.cat(features).double().numpy(), torch.cat(targets).double().numpy()
 
     def explained_variance(self, model: Features) -> dict[str, float]:
         """R2: the share of the target's variance that a ridge regression, fitted to frames of training recordings,
@@ -430,19 +430,18 @@ class Measures:
             hidden_states, lengths = model(batch)
             for number, state, length in zip(batch, hidden_states, lengths.tolist(), strict=True):
                 states[number] = state[:length].half()
-        sample = torch.cat([states[number] for number in train[::4]]).float()
-        mean, deviation = sample.mean(dim=0), sample.std(dim=0) + 1e-5
+        mean, whitening = whiten(torch.cat([states[number] for number in train[::4]]).float())
         set_seed(seed)
         alphabet = Alphabet(self.phones.values())
-        layer = nn.Linear(len(mean), len(alphabet))
+        layer = nn.Linear(whitening.shape[1], len(alphabet))
         begin_with_blanks(layer, 0)
 
         def logits(batch: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-            kept = [(states[number].float() - mean) / deviation for number in batch]
+            kept = [(states[number].float() - mean) @ whitening for number in batch]
             return layer(nn.utils.rnn.pad_sequence(kept, batch_first=True)), torch.tensor(list(map(len, kept)))
 
         batches = self.speech.batches(train, 60.0)
-        train_ctc(logits, layer, batches, self.phones, alphabet, self.arguments.phone_steps, 1e-2, seed)
+        train_ctc(logits, layer, batches, self.phones, alphabet, self.arguments.phone_steps, 0.1, seed)
         found, row = transcribe(logits, self.speech.batches(test), alphabet), {}
         for name in self.test_frames:
             tested = [number for number in test if self.speech.recordings[number].held_out == name]
@@ -501,6 +500,16 @@ class Measures:
         train_ctc(frozen, recogniser, self.speech.batches(train, 30.0), self.characters, alphabet, steps, rate, seed)
         recogniser.eval()
         return transcribe(frozen, self.speech.batches(test), alphabet)
+
+
+def whiten(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of features (num_frames, hidden_size), and a matrix (hidden_size, hidden_size) that makes them, without
+    their mean, uncorrelated and of variance one. A linear layer on top can say the same as before, but gradient descent
+    finds it in hundreds of steps, where on the correlated features of a transformer it is far from it after thousands:
+    MFCCs seemed to know more of phones than any transformer. Directions of next to no variance stay small."""
+    mean = features.mean(dim=0)
+    variances, directions = torch.linalg.eigh((features - mean).T.cov())
+    return mean, directions / variances.clamp(min=1e-4 * variances.max()).sqrt()
 
 
 Logits = Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]]

@@ -76,7 +76,7 @@ def table(results: Results, measures: list[str]) -> str:
     """Markdown: mean and every seed of each run and subnet."""
     rows = []
     for name, runs in results.items():
-        for row in (row for row, made in next(iter(runs.values())).items() if isinstance(made, dict)):
+        for row in next(iter(runs.values())):
             values = [list(common.over_seeds(results, name, row, measure).values()) for measure in measures]
             cells = (common.mean_and_each(each, measure) for each, measure in zip(values, measures, strict=True))
             rows.append([name, row, *cells])

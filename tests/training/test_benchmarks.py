@@ -139,7 +139,7 @@ def test_the_table_of_gains_has_every_seed_and_the_findings_say_in_how_many_meas
     gains = load("gains")
 
     def made(row: str, **measures: float) -> dict:
-        return {"seconds": 60, row: measures}
+        return {row: measures}
 
     results = {
         "teacher": {"0": made("teacher", r2=0.5)},
@@ -163,7 +163,7 @@ def test_the_table_of_gains_has_every_seed_and_the_findings_say_in_how_many_meas
 
 def test_the_table_of_recipes_has_what_was_run():
     def made(r2: float) -> dict:
-        return {"seconds": 60} | {name: {"r2": r2} for name in ("largest", "middle", "smallest")}
+        return {name: {"r2": r2} for name in ("largest", "middle", "smallest")}
 
     results = {"recipe": {"0": made(0.2), "1": made(0.4)}, "no masks": {"0": made(0.5)}}
     assert load("learning").table(results).splitlines()[2:] == [
@@ -176,7 +176,7 @@ def test_the_table_of_narrow_feature_encoders_has_cost_and_quality_of_each_subne
     row = {"r2": 0.27, "digit": 0.86, "macs": 5e6, "steps": 3}
     better = row | {"r2": 0.29}
     results = {
-        "controls": {"0": {"seconds": 60, "smallest, slice": {"r2": 0.2, "digit": 0.9, "macs": 9e6}}},
+        "controls": {"0": {"smallest, slice": {"r2": 0.2, "digit": 0.9, "macs": 9e6}}},
         "from a half, ordered": {"0": {"within 40 %": row}, "1": {"within 40 %": better}},
     }
     header, _, control, subnet = load("narrow_feature_encoder").table(results).splitlines()
@@ -190,7 +190,7 @@ def test_once_for_all_is_compared_with_each_subnet_alone():
 
     def made(seconds: float, **wer: float) -> dict:
         row = {"training_seconds": seconds}
-        return {"seconds": 60} | {name: row | {"wer": rate, "cer": rate / 2} for name, rate in wer.items()}
+        return {name: row | {"wer": rate, "cer": rate / 2} for name, rate in wer.items()}
 
     results = {
         "once for all": {"0": made(40, smallest=0.3, middle=0.2, random_0=0.22)},
@@ -371,12 +371,17 @@ def test_runs_are_made_once_and_kept_with_their_options(bench_arguments):
     words = [f"--{name}={value[0] if isinstance(value, list) else value}" for name, value in options.items()]
     assert "1 runs" in run(FOLDER / "gains.py", *words, finish=finish_as_a_user)
     kept = Path(bench_arguments.results_file).read_text()
-    (made,) = json.loads(kept)["results"]["smallest, DistilHuBERT's way"].values()
-    assert {"r2", "r2 of masked frames"} <= set(made["smallest"])
+    name = "smallest, DistilHuBERT's way"
+    made = json.loads(kept)["results"][name]["0"]["smallest"]
+    assert {"r2", "r2 of masked frames"} <= set(made)
     runner = load("common").Runner(load("gains").Gains, replace(bench_arguments, only=None, measures=["r2"]))
-    assert runner.hours([("smallest, DistilHuBERT's way", 1)]) == made["seconds"] / 7200
+    assert runner.hours([runner.job(name, 1)]) == runner.seconds[name]["0"]["r2"] / 7200
     assert "runs, about" not in run(FOLDER / "gains.py", *words)
     assert Path(bench_arguments.results_file).read_text() == kept
+    run(FOLDER / "gains.py", *words, "--measures", "r2", "probes", finish=finish_as_a_user)
+    with_probes = json.loads(Path(bench_arguments.results_file).read_text())["results"][name]["0"]["smallest"]
+    assert made.items() < with_probes.items(), "what was measured before is kept"
+    assert "digit" in with_probes
     assert "has results with another passes" in fails(FOLDER / "gains.py", *words, "--passes=3")
 
 
@@ -391,6 +396,16 @@ def test_phones_are_those_of_the_language():
     assert phones[0][:3] == ["p", "ɹ", "ɛ"]
     assert phones[0][-1] == "n", "a figure is read out"
     assert phones[1] == ["d", "u", "e"]
+
+
+def test_whitened_features_are_uncorrelated_and_of_variance_one():
+    mixed = torch.randn(4000, 8, generator=torch.manual_seed(0)) @ torch.diag(torch.logspace(0, 1.5, 8))
+    mixed = mixed @ torch.linalg.qr(torch.randn(8, 8)).Q + 3
+    mean, whitening = load("measures").whiten(mixed)
+    torch.testing.assert_close(((mixed - mean) @ whitening).T.cov(), torch.eye(8), rtol=0, atol=1e-3)
+    constant = torch.cat([mixed, torch.ones(4000, 1)], dim=1)
+    mean, whitening = load("measures").whiten(constant)
+    assert ((constant - mean) @ whitening).abs().max() < 10, "what never changes is no feature"
 
 
 def test_ctc_learns_units_from_features():

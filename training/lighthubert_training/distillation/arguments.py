@@ -29,7 +29,9 @@ class DistillationArguments:
     output_dir: str = option(help="Folder for the trained student.")
     teacher_name_or_path: str = option(help="HuBERT-like model to distil.")
     teacher_dtype: str = option(
-        "auto", "Precision of the teacher; auto: its weights'.", choices=("auto", "float32", "bfloat16", "float16")
+        "auto",
+        "Precision of the teacher; auto: its weights', which is slow on a CPU if it is half.",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
     student_name_or_path: str | None = option(
         None, "Initial weights of the student: a checkpoint, or 'random'. Default: the teacher's weights."
