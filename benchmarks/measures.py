@@ -504,9 +504,9 @@ class Measures:
 
 def whiten(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of features (num_frames, hidden_size), and a matrix (hidden_size, hidden_size) that makes them, without
-    their mean, uncorrelated and of variance one. A linear layer on top can say the same as before, but gradient descent
-    finds it in hundreds of steps, where on the correlated features of a transformer it is far from it after thousands:
-    MFCCs seemed to know more of phones than any transformer. Directions of next to no variance stay small."""
+    that mean, uncorrelated, of variance one. A linear layer on top can say the same as before, but gradient descent
+    finds it in hundreds of steps. On the correlated features of a transformer it is far from it after thousands, and
+    MFCCs seem to know more of phones. Directions of next to no variance stay small."""
     mean = features.mean(dim=0)
     variances, directions = torch.linalg.eigh((features - mean).T.cov())
     return mean, directions / variances.clamp(min=1e-4 * variances.max()).sqrt()
