@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +22,8 @@ import torch
 import yaml
 from datasets import disable_progress_bars
 from filelock import FileLock
-from measures import MeasureArguments, Measures, distillation_files, write_superb_data
+from measures import MeasureArguments, Measures
+from speech import distillation_files, write_superb_data
 from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.utils import logging
@@ -107,7 +109,9 @@ class Bench:
             data, folder = self.superb_data(name), self.save(model)
             scores, tasks = folder / f"{name}-{seed}", [task for task in ("ks", "sf") if (data / task).exists()]
             options = {"model_name_or_path": folder, "data_dir": data, "tasks": tasks, "seeds": seed, "device": "cpu"}
-            run_script("training/run_superb.py", output_dir=scores, variant="stand_in", **options)
+            with TemporaryDirectory(dir=self.output) as features:
+                options |= {"cache_dir": features, "features_dtype": "float16", "variant": "stand_in"}
+                run_script("training/run_superb.py", output_dir=scores, **options)
             for file in scores.glob("*/*/seed-*/result.json"):
                 result = json.loads(file.read_text(encoding="utf-8"))
                 for measure, value in result["test"].items():

@@ -1,37 +1,31 @@
 """What models of one teacher are measured by: how well the target can be predicted from their features, what linear
 probes read from frozen features, and speech recognition that is fine-tuned with few labels.
 
-Speech is a folder of Parquet files, in pairs NAME-train and NAME-test, and their columns say what they are good for:
-`digit`, `keyword`, `speaker`, `language` and `slots` (JSON) are probed for, and what has `text` and `language` is
-transcribed. One speaker and one language may be held out of distillation; measures of them are apart.
+Measures of a speaker and of a language that are held out of distillation are apart.
 """
 
 import copy
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from datasets import Audio, Dataset
+from ctc import Alphabet, phonemize, train_ctc, transcribe, whiten
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from speech import HELD_LANGUAGE, HELD_SPEAKER, KNOWN, FolderArguments, Recording, Speech, draw, read_speech
 from torch import nn
-from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor, get_scheduler, set_seed
+from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor, set_seed
 
-from lighthubert_training.data.audio import load_waveform
-from lighthubert_training.data.collators import pad
-from lighthubert_training.data.strings import SAMPLING_RATE, encode_flac, read_parquet
 from lighthubert_training.distillation.teacher import Teacher
 from lighthubert_training.error_rates import character_error_rate, word_error_rate
 from lighthubert_training.models import computed_once, draw_time_mask, frame_mask, true_lengths
@@ -40,32 +34,22 @@ from lighthubert_training.recognition.text import TextArguments
 from lighthubert_training.recognition.trainer import begin_with_blanks
 from lighthubert_training.runs.options import option
 from modeling_lighthubert import LightHubertForCTC
-from modeling_lighthubert.errors import UserError
-from modeling_lighthubert.files import whole_file
 
 
-LABELS = ("digit", "keyword", "speaker", "language", "slots", "text")
-KNOWN, HELD_SPEAKER, HELD_LANGUAGE = "", ", held-out speaker", ", held-out language"
-ESPEAK_VOICES = {"en": "en-us", "es": "es-419", "fr": "fr-fr", "it": "it"}
 TEXT = TextArguments(text_case="lower", chars_to_ignore=list(".,;:!?¿¡\"'’()«»-–—…/|"))
 GROUPS = ("r2", "probes", "phones", "recognition", "superb", "stand_ins")
-SPOKEN_ORDER = ("numberOfShots", "size", "roast", "coffeeDrink", "milkAmount", "sugarAmount")
-"""Of the slots of a command. Its words were not written down, so slot filling is given the values in this order."""
 
 
 @dataclass
-class MeasureArguments:
+class MeasureArguments(FolderArguments):
     """What models are measured on, and by what."""
 
-    speech_dir: str = option(help="Folder of Parquet files NAME-train and NAME-test.")
-    held_out_speaker: str | None = option(None, "Speaker whose recordings are left out of distillation.")
-    held_out_language: str | None = option(None, "Language whose recordings are left out of distillation.")
     measures: list[str] = option(list(GROUPS), f"Groups of measures: {', '.join(GROUPS)}.")
     label_minutes: list[float] = option([1.0, 10.0, 60.0], "Minutes of labels that recognition is fine-tuned with.")
     steps_of_minutes: list[int] = option([200, 600, 1200], "Steps of fine-tuning, for each.")
     ctc_learning_rate: float = option(1e-3, "Peak learning rate of fine-tuning.")
-    max_recordings: int = option(300, "Recordings of training, and of each held-out part, that R2 is measured on.")
-    max_probe_recordings: int = option(1000, "Training recordings of a probe.")
+    max_recordings: int = option(200, "Recordings of training, and of each held-out part, that R2 is measured on.")
+    max_probe_recordings: int = option(400, "Training recordings of a probe.")
     phone_steps: int = option(600, "Steps of the phone probe.")
 
     def __post_init__(self) -> None:
@@ -74,139 +58,13 @@ class MeasureArguments:
         if len(self.label_minutes) != len(self.steps_of_minutes):
             raise ValueError("label_minutes and steps_of_minutes: give as many of one as of the other")
 
-    def held_out(self, labels: Mapping[str, Any]) -> str:
-        """Why a recording is held out of distillation: `KNOWN` if it is not."""
-        if self.held_out_speaker is not None and labels.get("speaker") == self.held_out_speaker:
-            return HELD_SPEAKER
-        if self.held_out_language is not None and labels.get("language") == self.held_out_language:
-            return HELD_LANGUAGE
-        return KNOWN
-
-    @property
-    def files(self) -> dict[tuple[str, str], Path]:
-        """Parquet files by corpus and part; one without a part in its name is to train on, without labels.
-
-        Raises:
-            UserError: there are none.
-        """
-        files = {}
-        for file in sorted(Path(self.speech_dir).glob("*.parquet")):
-            corpus, _, part = file.stem.rpartition("-")
-            files[(corpus, part) if part in ("train", "test") else (file.stem, "train")] = file
-        if not files:
-            raise UserError(f"--speech_dir {self.speech_dir} has no Parquet files such as digits-train.parquet")
-        return files
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A recording of the speech.
-
-    Attributes:
-        corpus, part: of the file that it is in.
-        waveform: float16 (num_samples), to save memory.
-        labels: those of `LABELS` that it has.
-        held_out: `KNOWN`, `HELD_SPEAKER` or `HELD_LANGUAGE`.
-    """
-
-    corpus: str
-    part: str
-    waveform: np.ndarray
-    labels: Mapping[str, Any]
-    held_out: str
-
-    @property
-    def seconds(self) -> float:
-        return len(self.waveform) / SAMPLING_RATE
-
-
-def read_speech(arguments: MeasureArguments) -> list[Recording]:
-    """All recordings."""
-    recordings = []
-    for (corpus, part), file in arguments.files.items():
-        rows = read_parquet(file, ["audio"])
-        columns = [name for name in LABELS if name in rows.column_names]
-        for row in rows:
-            labels = {name: row[name] for name in columns if row[name] not in (None, "", -1)}
-            waveform = load_waveform(row["audio"], SAMPLING_RATE).astype(np.float16)
-            recordings.append(Recording(corpus, part, waveform, labels, arguments.held_out(labels)))
-    return recordings
-
-
-def distillation_files(arguments: MeasureArguments, folder: Path) -> list[Path]:
-    """Parquet files to distil on. Those of which recordings are held out are written to a folder in `folder`."""
-    folder = folder / f"without-{arguments.held_out_speaker}-{arguments.held_out_language}"
-    files = []
-    for (_, part), file in arguments.files.items():
-        rows = read_parquet(file, ["audio"])
-        columns = [name for name in ("speaker", "language") if name in rows.column_names]
-        labels = rows.select_columns(columns).to_list() if columns else [{}] * len(rows)
-        known = [at for at, row in enumerate(labels) if arguments.held_out(row) == KNOWN]
-        if part != "train" or not known:
-            continue
-        if len(known) < len(rows):
-            kept = folder / file.name
-            if not kept.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                with whole_file(kept) as unfinished:
-                    rows.select(known).to_parquet(unfinished)
-            file = kept
-        files.append(file)
-    return files
-
-
-class Speech:
-    """Recordings as padded batches, and the output of the teacher's feature encoder for each, computed once."""
-
-    BATCH_SECONDS = 40.0
-
-    def __init__(self, recordings: Sequence[Recording], teacher: Teacher, extractor: Wav2Vec2FeatureExtractor):
-        self.recordings, self.teacher, self.extractor = recordings, teacher, extractor
-        self.conv_features: dict[int, torch.Tensor] = {}
-
-    def select(
-        self, part: str, *labels: str, without: str | None = None, held_out: Sequence[str] = (KNOWN,)
-    ) -> list[int]:
-        """Numbers of the recordings of a part that have `labels`, and have no label `without`."""
-        return [
-            number
-            for number, each in enumerate(self.recordings)
-            if each.part == part and each.held_out in held_out
-            if each.labels.keys() >= set(labels) and (without is None or without not in each.labels)
-        ]
-
-    def labels(self, numbers: Sequence[int], name: str) -> list[Any]:
-        return [self.recordings[number].labels[name] for number in numbers]
-
-    def batches(self, numbers: Iterable[int], batch_seconds: float = BATCH_SECONDS) -> list[list[int]]:
-        """Batches of recordings, the shortest first, of at most so many seconds with their padding."""
-        batches: list[list[int]] = []
-        for number in sorted(numbers, key=lambda number: len(self.recordings[number].waveform)):
-            if not batches or (len(batches[-1]) + 1) * self.recordings[number].seconds > batch_seconds:
-                batches.append([])
-            batches[-1].append(number)
-        return batches
-
-    def audio(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        """`input_values` and `attention_mask`, (batch_size, num_samples)."""
-        return dict(pad(self.extractor, [self.recordings[number].waveform.astype(np.float32) for number in batch]))
-
-    @torch.no_grad()
-    def encoded(self, batch: Sequence[int]) -> torch.Tensor:
-        """Output of the teacher's feature encoder, (batch_size, conv_dim, num_frames), zeros on padding."""
-        for number in batch:
-            if number not in self.conv_features:
-                features = self.teacher.model.feature_extractor(self.audio([number])["input_values"])
-                self.conv_features[number] = features[0].T.half()
-        frames = [self.conv_features[number].float() for number in batch]
-        return nn.utils.rnn.pad_sequence(frames, batch_first=True).transpose(1, 2)
-
 
 class Features(ABC):
     """Frozen features of recordings."""
 
     def __init__(self, speech: Speech):
         self.speech = speech
+        self.means: dict[int, torch.Tensor] = {}
 
     @abstractmethod
     def __call__(self, batch: Sequence[int], mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,14 +81,20 @@ class Features(ABC):
         return states[frame_mask(lengths, states.shape[1]) if mask is None else mask]
 
     @torch.no_grad()
+    def states(self, numbers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Features of each recording, float16 (num_frames, hidden_size)."""
+        states: dict[int, torch.Tensor] = {}
+        for batch in self.speech.batches(numbers):
+            padded, lengths = self(batch)
+            for number, state, length in zip(batch, padded, lengths.tolist(), strict=True):
+                states[number] = state[:length].half()
+                self.means[number] = state[:length].mean(dim=0)
+        return states
+
     def pooled(self, numbers: Sequence[int]) -> np.ndarray:
         """Mean over the frames of each recording, (num_recordings, hidden_size)."""
-        means = {}
-        for batch in self.speech.batches(numbers):
-            states, lengths = self(batch)
-            for number, state, length in zip(batch, states, lengths.tolist(), strict=True):
-                means[number] = state[:length].mean(dim=0)
-        return torch.stack([means[number] for number in numbers]).numpy()
+        self.states([number for number in numbers if number not in self.means])
+        return torch.stack([self.means[number] for number in numbers]).numpy()
 
 
 class ModelFeatures(Features):
@@ -257,33 +121,6 @@ def has_encoder_of(model: Any, teacher: Teacher) -> bool:
         ours[name].shape == theirs[name].shape and torch.equal(ours[name].float(), theirs[name].float())
         for name in ours
     )
-
-
-class Alphabet:
-    """Units that CTC writes. The blank is unit 0."""
-
-    def __init__(self, texts: Iterable[Sequence[str]]):
-        self.units = ["", *sorted({unit for text in texts for unit in text})]
-        self.numbers = {unit: number for number, unit in enumerate(self.units)}
-
-    def __len__(self) -> int:
-        return len(self.units)
-
-    def loss(self, logits: torch.Tensor, lengths: torch.Tensor, texts: Sequence[Sequence[str]]) -> torch.Tensor:
-        """CTC's, the mean over units.
-
-        Args:
-            logits: (batch_size, num_frames, num_units).
-            lengths: frames of each recording.
-        """
-        targets = [[self.numbers[unit] for unit in text] for text in texts]
-        flat, sizes = torch.tensor(sum(targets, [])), torch.tensor(list(map(len, targets)))
-        log_probs = logits.log_softmax(dim=-1).transpose(0, 1)
-        return F.ctc_loss(log_probs, flat, lengths, sizes, reduction="sum", zero_infinity=True) / len(flat)
-
-    def decode(self, logits: torch.Tensor) -> list[str]:
-        """Units of the likeliest path, of logits (num_frames, num_units)."""
-        return [self.units[unit] for unit in logits.argmax(-1).unique_consecutive().tolist() if unit]
 
 
 class Measures:
@@ -327,10 +164,10 @@ class Measures:
         row, groups = {}, self.arguments.measures
         if "r2" in groups:
             row |= self.explained_variance(features)
-        if "probes" in groups:
-            row |= self.probes(features)
         if "phones" in groups and self.phones:
             row |= self.phone_probe(features, seed)
+        if "probes" in groups:
+            row |= self.probes(features)
         return row
 
     @cached_property
@@ -382,7 +219,8 @@ class Measures:
             if test:
                 row[column] = self._probe(model, draw(train, self.arguments.max_probe_recordings, rng), test, column)
         if test := select("test", "slots"):
-            row["slots"] = self._slot_probe(model, select("train", "slots"), test)
+            train = draw(select("train", "slots"), self.arguments.max_probe_recordings, rng)
+            row["slots"] = self._slot_probe(model, train, test)
         return row
 
     def _probe(self, model: Features, train: Sequence[int], test: Sequence[int], column: str) -> float:
@@ -425,11 +263,7 @@ class Measures:
     def phone_probe(self, model: Features, seed: int) -> dict[str, float]:
         """Phone error rates of a linear layer on frozen features, trained with CTC on all that is transcribed."""
         train, test = self.transcribed("train"), self.transcribed("test")
-        states: dict[int, torch.Tensor] = {}
-        for batch in self.speech.batches(train + test):
-            hidden_states, lengths = model(batch)
-            for number, state, length in zip(batch, hidden_states, lengths.tolist(), strict=True):
-                states[number] = state[:length].half()
+        states = model.states(train + test)
         mean, whitening = whiten(torch.cat([states[number] for number in train[::4]]).float())
         set_seed(seed)
         alphabet = Alphabet(self.phones.values())
@@ -500,117 +334,3 @@ class Measures:
         train_ctc(frozen, recogniser, self.speech.batches(train, 30.0), self.characters, alphabet, steps, rate, seed)
         recogniser.eval()
         return transcribe(frozen, self.speech.batches(test), alphabet)
-
-
-def whiten(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of features (num_frames, hidden_size), and a matrix (hidden_size, hidden_size) that makes them, without
-    that mean, uncorrelated, of variance one. A linear layer on top can say the same as before, but gradient descent
-    finds it in hundreds of steps. On the correlated features of a transformer it is far from it after thousands, and
-    MFCCs seem to know more of phones. Directions of next to no variance stay small."""
-    mean = features.mean(dim=0)
-    variances, directions = torch.linalg.eigh((features - mean).T.cov())
-    return mean, directions / variances.clamp(min=1e-4 * variances.max()).sqrt()
-
-
-Logits = Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]]
-"""Of a batch of recordings: logits (batch_size, num_frames, num_units), and frames of each recording."""
-
-
-@torch.enable_grad()
-def train_ctc(
-    logits: Logits,
-    module: nn.Module,
-    batches: Sequence[Sequence[int]],
-    texts: Mapping[int, Sequence[str]],
-    alphabet: Alphabet,
-    num_steps: int,
-    learning_rate: float,
-    seed: int,
-) -> None:
-    """Trains what `logits` computes, the weights of `module`, on batches in random order."""
-    parameters = [weight for weight in module.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-    scheduler = get_scheduler("linear", optimizer, num_steps // 10, num_steps)
-    rng = random.Random(seed)
-    order: list[Sequence[int]] = []
-    for _ in range(num_steps):
-        order = order or rng.sample(list(batches), len(batches))
-        batch = order.pop()
-        loss = alphabet.loss(*logits(batch), [texts[number] for number in batch])
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-
-
-@torch.no_grad()
-def transcribe(logits: Logits, batches: Sequence[Sequence[int]], alphabet: Alphabet) -> dict[int, list[str]]:
-    """Units of every recording."""
-    found = {}
-    for batch in batches:
-        outputs, lengths = logits(batch)
-        for number, of_frames, length in zip(batch, outputs, lengths.tolist(), strict=True):
-            found[number] = alphabet.decode(of_frames[:length])
-    return found
-
-
-def phonemize(texts: Sequence[str], languages: Sequence[str]) -> list[list[str]]:
-    """Phones of each text, by espeak-ng, which comes with the package espeakng-loader.
-
-    Raises:
-        UserError: a language without a voice.
-    """
-    import espeakng_loader
-    from phonemizer.backend import EspeakBackend
-    from phonemizer.backend.espeak.wrapper import EspeakWrapper
-    from phonemizer.separator import Separator
-
-    if unknown := set(languages) - ESPEAK_VOICES.keys():
-        raise UserError(
-            f"no phones for the language {', '.join(sorted(unknown))}: there are {', '.join(ESPEAK_VOICES)}"
-        )
-    EspeakWrapper.set_library(espeakng_loader.get_library_path())
-    EspeakWrapper.set_data_path(espeakng_loader.get_data_path())
-    phones: list[list[str]] = [[] for _ in texts]
-    for language in sorted(set(languages)):
-        chosen = [at for at, each in enumerate(languages) if each == language]
-        backend = EspeakBackend(ESPEAK_VOICES[language], language_switch="remove-flags", words_mismatch="ignore")
-        lines = backend.phonemize(
-            [texts[at] for at in chosen], Separator(phone=" ", word="|", syllable=""), strip=True
-        )
-        for at, line in zip(chosen, lines, strict=True):
-            phones[at] = line.replace("|", " ").split()
-    return phones
-
-
-def write_superb_data(recordings: Sequence[Recording], folder: Path) -> None:
-    """Writes data of keyword spotting and slot filling for `run_superb.py`, of recordings with `keyword` and `slots`,
-    if there are any. A tenth of the training recordings is the dev part."""
-
-    def keyword(labels: Mapping[str, Any]) -> dict[str, str]:
-        return {"label": labels["keyword"]}
-
-    def slots(labels: Mapping[str, Any]) -> dict[str, str]:
-        values = json.loads(labels["slots"])
-        order = [*SPOKEN_ORDER, *sorted(values.keys() - set(SPOKEN_ORDER))]
-        return {"text": " ".join(f"B-{name} {values[name]} E-{name}" for name in order if name in values)}
-
-    for task, label, row_of in (("ks", "keyword", keyword), ("sf", "slots", slots)):
-        labelled = [each for each in recordings if label in each.labels]
-        parts = {part: [each for each in labelled if each.part == part] for part in ("train", "test")}
-        if not all(parts.values()):
-            continue
-        random.Random(0).shuffle(parts["train"])
-        at = len(parts["train"]) // 10 + 1
-        parts |= {"dev": parts["train"][:at], "train": parts["train"][at:]}
-        (folder / task).mkdir(parents=True, exist_ok=True)
-        for part, chosen in parts.items():
-            rows = [{"audio": encode_flac(each.waveform.astype(np.float32)), **row_of(each.labels)} for each in chosen]
-            with whole_file(folder / task / f"{part}.parquet") as unfinished:
-                Dataset.from_list(rows).cast_column("audio", Audio(decode=False)).to_parquet(unfinished)
-
-
-def draw(numbers: Sequence[int], most: int, rng: random.Random) -> list[int]:
-    """At most so many of `numbers`, at random."""
-    return rng.sample(list(numbers), min(most, len(numbers)))

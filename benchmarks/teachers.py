@@ -14,7 +14,8 @@ import common
 import numpy as np
 import torch
 from common import ENCODER, RANDOM, ROOT, BenchArguments, Runner, Table
-from measures import Features, Measures, Speech
+from measures import Features, Measures
+from speech import Speech
 from torch.nn.utils.rnn import pad_sequence
 
 from lighthubert_training.data.mfcc import mfcc

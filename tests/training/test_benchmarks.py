@@ -271,7 +271,7 @@ def bench_arguments(tmp_path, speech):
 
 
 def test_what_is_held_out_is_not_distilled_on(bench_arguments, tmp_path):
-    files = load("measures").distillation_files(bench_arguments, tmp_path / "kept")
+    files = load("speech").distillation_files(bench_arguments, tmp_path / "kept")
     rows = {file.stem: read_parquet(file, ["audio"]) for file in files}
     assert set(rows) == {"digits-train", "prompts-train", "commands-train", "prompts-unlabelled"}
     assert set(rows["digits-train"]["speaker"]) == {"ann", "zoe"}
@@ -291,15 +291,12 @@ def test_the_measures_of_a_model_are_of_known_and_of_held_out_speech(bench_argum
 
 
 def test_data_of_keyword_spotting_and_slot_filling_are_made_of_the_labels(bench_arguments, tmp_path):
-    measures = load("measures")
+    speech = load("speech")
     labels = [{"slots": json.dumps({"size": "small", "roast": "dark", "milk": "some"})}, {"keyword": "alexa"}]
     recordings = [
-        measures.Recording("", part, TONE, each, "")
-        for part in ("train", "test")
-        for each in labels
-        for _ in range(20)
+        speech.Recording("", part, TONE, each, "") for part in ("train", "test") for each in labels for _ in range(20)
     ]
-    measures.write_superb_data(recordings, tmp_path)
+    speech.write_superb_data(recordings, tmp_path)
     for task, column, expected in (
         ("sf", "text", "B-size small E-size B-roast dark E-roast B-milk some E-milk"),
         ("ks", "label", "alexa"),
@@ -392,7 +389,7 @@ def test_an_unknown_run_is_named(bench_arguments):
 
 
 def test_phones_are_those_of_the_language():
-    phones = load("measures").phonemize(["press 1", "due"], ["en", "it"])
+    phones = load("ctc").phonemize(["press 1", "due"], ["en", "it"])
     assert phones[0][:3] == ["p", "ɹ", "ɛ"]
     assert phones[0][-1] == "n", "a figure is read out"
     assert phones[1] == ["d", "u", "e"]
@@ -401,17 +398,17 @@ def test_phones_are_those_of_the_language():
 def test_whitened_features_are_uncorrelated_and_of_variance_one():
     mixed = torch.randn(4000, 8, generator=torch.manual_seed(0)) @ torch.diag(torch.logspace(0, 1.5, 8))
     mixed = mixed @ torch.linalg.qr(torch.randn(8, 8)).Q + 3
-    mean, whitening = load("measures").whiten(mixed)
+    mean, whitening = load("ctc").whiten(mixed)
     torch.testing.assert_close(((mixed - mean) @ whitening).T.cov(), torch.eye(8), rtol=0, atol=1e-3)
     constant = torch.cat([mixed, torch.ones(4000, 1)], dim=1)
-    mean, whitening = load("measures").whiten(constant)
+    mean, whitening = load("ctc").whiten(constant)
     assert ((constant - mean) @ whitening).abs().max() < 10, "what never changes is no feature"
 
 
 def test_ctc_learns_units_from_features():
-    measures = load("measures")
+    ctc = load("ctc")
     texts = {number: ["ab", "ba", "aab"][number % 3] for number in range(6)}
-    alphabet = measures.Alphabet(texts.values())
+    alphabet = ctc.Alphabet(texts.values())
     codes = torch.nn.functional.one_hot(torch.arange(3), 3).float()
 
     def frames(number: int) -> torch.Tensor:
@@ -424,7 +421,5 @@ def test_ctc_learns_units_from_features():
         return layer(torch.nn.utils.rnn.pad_sequence(states, batch_first=True)), torch.tensor(list(map(len, states)))
 
     batches = [[0, 1, 2], [3, 4, 5]]
-    measures.train_ctc(logits, layer, batches, texts, alphabet, 200, 0.1, seed=0)
-    assert {
-        number: "".join(units) for number, units in measures.transcribe(logits, batches, alphabet).items()
-    } == texts
+    ctc.train_ctc(logits, layer, batches, texts, alphabet, 200, 0.1, seed=0)
+    assert {number: "".join(units) for number, units in ctc.transcribe(logits, batches, alphabet).items()} == texts
