@@ -23,7 +23,7 @@ import yaml
 from datasets import disable_progress_bars
 from filelock import FileLock
 from measures import MeasureArguments, Measures
-from speech import distillation_files, write_superb_data
+from recordings import distillation_files, write_superb_data
 from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.utils import logging
@@ -390,11 +390,17 @@ def summary(values: Sequence[float], percent: bool) -> str:
     return mean_and_deviation(values, 1, 100) if percent else mean_and_deviation(values, 3)
 
 
-def mean_and_each(values: Sequence[float], measure: str) -> str:
-    """The mean, and every seed."""
+def mean_alone(values: Sequence[float], measure: str) -> str:
+    """The mean: of R2 as it is, of other measures in percent."""
     digits, scale = (3, 1) if measure.startswith("r2") else (1, 100)
-    each = " ".join(f"{scale * value:.{digits}f}" for value in values)
-    return f"{scale * np.mean(values):.{digits}f} ({each})" if values else ""
+    return f"{scale * np.mean(values):.{digits}f}" if values else ""
+
+
+def mean_and_each(values: Sequence[float], measure: str) -> str:
+    """The mean, and every seed; the value alone where it is the same for all."""
+    each = [mean_alone([value], measure) for value in values]
+    mean = mean_alone(values, measure)
+    return mean if len(set(each)) == 1 and len(each) > 1 else f"{mean} ({' '.join(each)})" if values else ""
 
 
 def measures_of(results: Results) -> list[str]:

@@ -8,6 +8,7 @@ as many passes; and DistilHuBERT's and STaRHuBERT's way at the same cost. Each i
 probes of frozen features, a phone probe, fine-tuning with few labels, and two tasks of SUPERB (`measures.py`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import common
@@ -21,6 +22,12 @@ from modeling_lighthubert.loading import load_model
 SUPERNET, TEACHER = "distilled once for all", "teacher"
 SHAPES = ("middle", "smallest")
 KINDS = (SUPERNET, *TRAINED_ALONE, *UNTRAINED)
+OVERVIEW = (
+    *("r2", "r2, held-out speaker", "r2, held-out language", "r2 of masked frames"),
+    *("digit", "keyword", "speaker", "language", "slots", "per", "wer, 1 min", "wer, 10 min", "wer, 60 min"),
+    *("ks accuracy, people", "sf f1, people"),
+)
+"""Measures of the first table."""
 
 
 class Gains(Table):
@@ -52,16 +59,30 @@ def rows_of(results: Results) -> dict[str, tuple[str, str]]:
         for kind in KINDS:
             title = f"{shape}, {kind}"
             lines[title] = (SUPERNET if kind == SUPERNET else title, shape)
-    return {title: line for title, line in lines.items() if results.get(line[0])}
+    return {
+        title: (made, row)
+        for title, (made, row) in lines.items()
+        if any(row in rows for rows in results.get(made, {}).values())
+    }
 
 
-def table(results: Results, measures: list[str]) -> str:
-    """Markdown: mean and every seed of each model."""
+def overview(results: Results, measures: Sequence[str]) -> str:
+    """Markdown: the mean of each model."""
     rows = []
     for title, (made, row) in rows_of(results).items():
         values = {measure: list(common.over_seeds(results, made, row, measure).values()) for measure in measures}
-        rows.append([title, *(common.mean_and_each(each, measure) for measure, each in values.items())])
+        rows.append([title, *(common.mean_alone(each, measure) for measure, each in values.items())])
     return markdown_table(["", *measures], rows)
+
+
+def table(results: Results, shape: str, measures: Sequence[str]) -> str:
+    """Markdown: mean and every seed of each measure, of the models of a shape and of the teacher."""
+    lines = {title: line for title, line in rows_of(results).items() if title.split(", ")[0] in (shape, TEACHER)}
+    rows = []
+    for measure in measures:
+        values = (list(common.over_seeds(results, *line, measure).values()) for line in lines.values())
+        rows.append([measure, *(common.mean_and_each(each, measure) for each in values)])
+    return markdown_table(["", *(title.removeprefix(f"{shape}, ") for title in lines)], rows)
 
 
 def findings(results: Results, measures: list[str]) -> list[str]:
@@ -92,7 +113,9 @@ def main() -> None:
     runner = Runner(Gains, arguments)
     results = runner()
     measures = common.measures_of(results)
-    common.report(runner.file.with_suffix(".md"), table(results, measures), findings(results, measures))
+    tables = [overview(results, [measure for measure in OVERVIEW if measure in measures])]
+    tables += [table(results, shape, measures) for shape in ("largest", *SHAPES)]
+    common.report(runner.file.with_suffix(".md"), "\n\n".join(tables), findings(results, measures))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from ctc import Alphabet, phonemize, train_ctc, transcribe, whiten
+from recordings import HELD_LANGUAGE, HELD_SPEAKER, KNOWN, FolderArguments, Recording, Speech, draw, read_speech
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from speech import HELD_LANGUAGE, HELD_SPEAKER, KNOWN, FolderArguments, Recording, Speech, draw, read_speech
 from torch import nn
 from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor, set_seed
 

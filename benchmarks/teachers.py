@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from common import ENCODER, RANDOM, ROOT, BenchArguments, Runner, Table
 from measures import Features, Measures
-from speech import Speech
+from recordings import Speech
 from torch.nn.utils.rnn import pad_sequence
 
 from lighthubert_training.data.mfcc import mfcc
