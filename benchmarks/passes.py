@@ -30,8 +30,8 @@ class PassesArguments(BenchArguments):
 
     measures: list[str] = option(["r2", "probes"], "Groups of measures.")
     all_passes: list[int] = option([150, 300, 600, 1200, 3000], "Passes of a subnet that distillations have.")
-    recovery_steps: list[int] = option([20, 60, 150, 300], "Steps of recovery.")
-    recovery_learning_rates: list[float] = option([1e-3], "Peak learning rates of recovery.")
+    recovery_steps: list[int] = option([30, 60, 150, 300], "Steps of recovery.")
+    recovery_learning_rates: list[float] = option([1e-3, 2e-3], "Peak learning rates of recovery.")
 
 
 class Passes(Table):
