@@ -46,7 +46,7 @@ class MeasureArguments(FolderArguments):
 
     measures: list[str] = option(list(GROUPS), f"Groups of measures: {', '.join(GROUPS)}.")
     label_minutes: list[float] = option([1.0, 10.0, 60.0], "Minutes of labels that recognition is fine-tuned with.")
-    steps_of_minutes: list[int] = option([200, 600, 1200], "Steps of fine-tuning, for each.")
+    steps_of_minutes: list[int] = option([100, 300, 600], "Steps of fine-tuning, for each.")
     ctc_learning_rate: float = option(1e-3, "Peak learning rate of fine-tuning.")
     max_recordings: int = option(200, "Recordings of training, and of each held-out part, that R2 is measured on.")
     max_probe_recordings: int = option(400, "Training recordings of a probe.")

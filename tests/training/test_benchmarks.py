@@ -402,8 +402,9 @@ def test_phones_are_those_of_the_language():
 
 
 def test_whitened_features_are_uncorrelated_and_of_variance_one():
-    mixed = torch.randn(4000, 8, generator=torch.manual_seed(0)) @ torch.diag(torch.logspace(0, 1.5, 8))
-    mixed = mixed @ torch.linalg.qr(torch.randn(8, 8)).Q + 3
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q
+    mixed = torch.randn(4000, 8, generator=generator) @ torch.diag(torch.logspace(0, 1.5, 8)) @ rotation + 3
     mean, whitening = load("ctc").whiten(mixed)
     torch.testing.assert_close(((mixed - mean) @ whitening).T.cov(), torch.eye(8), rtol=0, atol=1e-3)
     constant = torch.cat([mixed, torch.ones(4000, 1)], dim=1)
