@@ -126,16 +126,19 @@ def build_model(arguments: TeacherArguments) -> LightHubertModel:
 
 
 def read(files: Sequence[str], join_seconds: float) -> list[np.ndarray]:
-    """Waveforms, float16 to save memory, (num_samples) each. Short ones of a speaker are joined, in the order of the
-    file, until they have `join_seconds`; what is left with less than two frames is left out."""
-    waveforms = []
+    """Waveforms, float16 to save memory, (num_samples) each. Those of a speaker that are shorter than `join_seconds` are
+    joined, in the order of the file, until they have them; what is left with less than two frames is left out."""
+    waveforms, least = [], join_seconds * SAMPLING_RATE
     for file in files:
         rows, open_pieces = read_parquet(file, ["audio"]), defaultdict(list)
         speakers = rows["speaker"] if "speaker" in rows.column_names else range(len(rows))
         for audio, speaker in zip(tqdm(rows["audio"], desc=Path(file).stem), speakers, strict=True):
-            pieces = open_pieces[speaker]
-            pieces.append(load_waveform(audio, SAMPLING_RATE).astype(np.float16))
-            if sum(map(len, pieces)) >= join_seconds * SAMPLING_RATE:
+            waveform = load_waveform(audio, SAMPLING_RATE).astype(np.float16)
+            if len(waveform) >= least:
+                waveforms.append(waveform)
+                continue
+            open_pieces[speaker].append(waveform)
+            if sum(map(len, open_pieces[speaker])) >= least:
                 waveforms.append(np.concatenate(open_pieces.pop(speaker)))
         waveforms += [np.concatenate(pieces) for pieces in open_pieces.values()]
     return [waveform for waveform in waveforms if len(waveform) >= WINDOW + HOP]
@@ -186,7 +189,8 @@ def perturb(
     if speed != 1.0:
         waveform = soxr.resample(waveform, SAMPLING_RATE * speed, SAMPLING_RATE, quality="MQ")
         num_frames = (len(waveform) - WINDOW) // HOP + 1
-        units = units[np.minimum((np.arange(num_frames) * speed).astype(int), len(units) - 1)]
+        centres = (np.arange(num_frames) * HOP + WINDOW / 2) * speed  # in the clean recording
+        units = units[np.rint((centres - WINDOW / 2) / HOP).astype(int).clip(0, len(units) - 1)]
     if arguments.gain_db:
         ends = [rng.uniform(-arguments.gain_db, arguments.gain_db) for _ in range(2)]
         waveform = waveform * 10 ** (np.linspace(*ends, len(waveform), dtype=np.float32) / 20)
