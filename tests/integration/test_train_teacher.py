@@ -201,13 +201,13 @@ def test_impossible_options_are_refused(file, tmp_path, options, message):
 
 
 def test_short_recordings_of_a_speaker_are_joined_and_long_ones_are_not(tmp_path):
-    recordings = [("one", 0.4), ("other", 1.5), ("one", 0.4), ("one", 0.4), ("other", 0.3), ("one", 0.2)]
+    recordings = [("one", 0.4), ("other", 0.3), ("other", 1.5), ("one", 0.4), ("one", 0.4), ("one", 0.2)]
     file = write_speech(tmp_path / "speech.parquet", *recordings)
     pieces = train_teacher.read([file], 1.0)
-    assert [len(piece) / SAMPLING_RATE for piece in pieces] == pytest.approx([1.5, 1.2, 0.2, 0.3], abs=0.1)
+    assert [len(piece) / SAMPLING_RATE for piece in pieces] == pytest.approx([1.5, 1.2, 0.3, 0.2])
     alone = train_teacher.read([file], 0.0)
     assert [len(piece) / SAMPLING_RATE for piece in alone] == pytest.approx([seconds for _, seconds in recordings])
-    assert np.array_equal(pieces[1], np.concatenate([alone[0], alone[2], alone[3]]))
+    assert np.array_equal(pieces[1], np.concatenate([alone[0], alone[3], alone[4]]))
 
 
 # What a recording is changed to
@@ -236,7 +236,7 @@ def test_there_is_a_unit_for_every_frame_that_the_model_makes(speed, crop_second
     assert len(waveform) == pytest.approx(min(2.0 / speed, crop_seconds) * SAMPLING_RATE, abs=320)
     model = LightHubertModel(train_teacher.TeacherArguments("output").config())
     assert len(units) == int(model._get_feat_extract_output_lengths(len(waveform)))
-    assert units - units[0] == pytest.approx(speed * np.arange(len(units)), abs=1)
+    assert units - units[0] == pytest.approx(speed * np.arange(len(units)), abs=0.6)  # half a frame, by rounding
 
 
 def test_a_crop_has_the_units_of_its_own_frames():
