@@ -126,8 +126,8 @@ def build_model(arguments: TeacherArguments) -> LightHubertModel:
 
 
 def read(files: Sequence[str], join_seconds: float) -> list[np.ndarray]:
-    """Waveforms, float16 to save memory, (num_samples) each. Those of a speaker that are shorter than `join_seconds` are
-    joined, in the order of the file, until they have them; what is left with less than two frames is left out."""
+    """Waveforms, float16 to save memory, (num_samples) each. Those that are shorter than `join_seconds` are joined by
+    speaker, in the order of the file, until they have them; what is left with less than two frames is left out."""
     waveforms, least = [], join_seconds * SAMPLING_RATE
     for file in files:
         rows, open_pieces = read_parquet(file, ["audio"]), defaultdict(list)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from itertools import product
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -52,17 +51,6 @@ class LightHubertConfig(HubertConfig):
             Predicted teacher targets of [`LightHubertForPreTraining`].
         teacher_hidden_size (`int`, *optional*, defaults to `hidden_size` when a model is built):
             Width of those targets.
-        norms_per_width (`bool`, *optional*, defaults to `False`):
-            The layer norms of a supernet have weights of their own for every width of the search space.
-        correction_rank (`int`, *optional*, defaults to 0):
-            Every matrix of a supernet has, for every width of the search space but the largest, a correction of its
-            own of this rank, which is added to the part that subnets of that width use.
-        head_per_width (`bool`, *optional*, defaults to `False`):
-            A supernet has prediction heads of its own for every width of the search space.
-        head_per_depth (`bool`, *optional*, defaults to `False`):
-            The same for every depth. Together: for every width and depth.
-        layer_heads (`bool`, *optional*, defaults to `False`):
-            [`LightHubertForPreTraining`] predicts a layer of the teacher from every layer, too. No cut model does.
         tdnn_dim, tdnn_kernel, tdnn_dilation, xvector_output_dim:
             Of [`LightHubertForXVector`], as in [`Wav2Vec2Config`].
 
@@ -84,11 +72,6 @@ class LightHubertConfig(HubertConfig):
     layerdrop: float | int = 0.0
     num_prediction_heads: int = 1
     teacher_hidden_size: int | None = None
-    norms_per_width: bool = False
-    correction_rank: int = 0
-    head_per_width: bool = False
-    head_per_depth: bool = False
-    layer_heads: bool = False
     tdnn_dim: list[int] | tuple[int, ...] = (512, 512, 512, 512, 1500)
     tdnn_kernel: list[int] | tuple[int, ...] = (5, 3, 3, 1, 1)
     tdnn_dilation: list[int] | tuple[int, ...] = (1, 2, 3, 1, 1)
@@ -162,23 +145,6 @@ class LightHubertConfig(HubertConfig):
             tuple(self.conv_dim) if has_elastic_convolutions else None,
         )
 
-    def own_widths(self) -> tuple[int, ...]:
-        """Widths that may have weights of their own in a supernet: all but the largest, which has the shared ones."""
-        return search_space_from(self.search_space).hidden_size[:-1]
-
-    def head_name(self, hidden_size: int, depth: int) -> str:
-        """Of the prediction heads of subnets of that width and depth."""
-        width = f"w{hidden_size}" if self.head_per_width else ""
-        return f"{width}d{depth}" if self.head_per_depth else width
-
-    def own_heads(self) -> dict[str, int]:
-        """Names of the prediction heads that are not shared with the largest subnet, with the width they read."""
-        space, heads = search_space_from(self.search_space), {}
-        for width, depth in product(space.hidden_size, space.num_hidden_layers):
-            heads[self.head_name(width, depth)] = width if self.head_per_width else self.hidden_size
-        del heads[self.head_name(max(space.hidden_size), max(space.num_hidden_layers))]
-        return heads
-
     def cut_to(self, subnet: Subnet) -> "LightHubertConfig":
         """Configuration of the cut model of `subnet`."""
         config = self.resolved()
@@ -187,8 +153,6 @@ class LightHubertConfig(HubertConfig):
         )
         config.conv_dim = subnet.conv_dim or config.conv_dim
         config.search_space, config.subnet = None, subnet
-        config.norms_per_width, config.correction_rank = False, 0
-        config.head_per_width = config.head_per_depth = config.layer_heads = False
         return config
 
     def trimmed(self) -> "LightHubertConfig":

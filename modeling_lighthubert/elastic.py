@@ -9,7 +9,7 @@ checkpoints: rows and columns from the front, except in the FFN (see `leading`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -50,70 +50,25 @@ class ElasticLayer(ABC):
         weight, bias = self.selected()
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
-    def own_weights(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        """Weights that some selections have for themselves, each with what it begins with."""
-        return iter(())
-
 
 class ElasticLinear(ElasticLayer, nn.Linear):
     """A linear layer whose leading rows and columns are smaller linear layers (`SLinear` in the released code)."""
-
-    corrected_widths: tuple[int, ...] = ()
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias=bias)
         self.select(in_features, out_features)
 
-    def add_corrections(self, rank: int, sizes: Mapping[int, tuple[int, int]]) -> None:
-        """Gives each width of the model in `sizes` a matrix of `rank` of its own, which is added to the selected part
-        of the weight: `up @ down`, of which `up` begins with zeros.
-
-        Args:
-            sizes: by width, the most inputs and outputs that are selected with it.
-        """
-        self.corrected_widths = tuple(sizes)
-        for width, (inputs, outputs) in sizes.items():
-            self.register_parameter(f"down_{width}", nn.Parameter(torch.randn(rank, inputs) / inputs**0.5))
-            self.register_parameter(f"up_{width}", nn.Parameter(torch.zeros(outputs, rank)))
-
-    def select(self, in_features: int, out_features: int, width: int | None = None) -> None:
-        """Uses the first `in_features` inputs and `out_features` outputs, with the correction of `width`, if any."""
-        self.num_inputs, self.num_outputs, self.width = in_features, out_features, width
-
-    def correction(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What is added to the weight, as two factors (selected out, rank) and (rank, selected in)."""
-        if self.width not in self.corrected_widths:
-            return None
-        up, down = getattr(self, f"up_{self.width}"), getattr(self, f"down_{self.width}")
-        return up[: self.num_outputs], down[:, : self.num_inputs]
-
-    def own_weights(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        for width in self.corrected_widths:
-            down, up = getattr(self, f"down_{width}"), getattr(self, f"up_{width}")
-            yield down, torch.randn_like(down) / down.shape[1] ** 0.5
-            yield up, torch.zeros_like(up)
-
-    def shared(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight (selected out, selected in) and bias (selected out), without a correction."""
-        bias = None if self.bias is None else self.bias[: self.num_outputs]
-        return self.weight[: self.num_outputs, : self.num_inputs], bias
+    def select(self, in_features: int, out_features: int) -> None:
+        """Uses the first `in_features` inputs and `out_features` outputs."""
+        self.num_inputs, self.num_outputs = in_features, out_features
 
     def selected(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight (selected out, selected in) and bias (selected out)."""
-        weight, bias = self.shared()
-        correction = self.correction()
-        return weight if correction is None else weight + correction[0] @ correction[1], bias
+        bias = None if self.bias is None else self.bias[: self.num_outputs]
+        return self.weight[: self.num_outputs, : self.num_inputs], bias
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (..., selected in) -> (..., selected out)
-        outputs, correction = self.product(hidden_states), self.correction()
-        if correction is None:
-            return outputs
-        up, down = correction
-        return outputs + F.linear(F.linear(hidden_states, down), up)
-
-    def product(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Outputs without a correction."""
-        return F.linear(hidden_states, *self.shared())
+        return F.linear(hidden_states, *self.selected())
 
     def num_selected_parameters(self) -> int:
         return self.num_outputs * (self.num_inputs + (self.bias is not None))
@@ -128,14 +83,14 @@ class ElasticLinearToBlocks(ElasticLinear):
     Of each block, as many outputs are used as there are inputs.
     """
 
-    def shared(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def selected(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         part = (0, self.num_outputs, self.in_features, self.num_inputs)
         weight = torch.cat(leading(self.weight, *part))[:, : self.num_inputs]
         return weight, torch.cat(leading(self.bias, *part))
 
-    def product(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.num_outputs <= self.num_inputs or self.num_inputs == self.in_features:
-            return F.linear(hidden_states, *ElasticLinear.shared(self))  # no blocks, or whole ones
+            return F.linear(hidden_states, *ElasticLinear.selected(self))  # no blocks, or whole ones
         # one batched product for all whole blocks: a product for each, and a copy to join them, costs a tenth more
         width, inputs = self.num_inputs, hidden_states.flatten(0, -2)
         num_blocks, rest = divmod(self.num_outputs, width)
@@ -155,11 +110,11 @@ class ElasticLinearFromBlocks(ElasticLinear):
     Of each block, as many inputs are used as there are outputs.
     """
 
-    def shared(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def selected(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows, bias = self.weight[: self.num_outputs], self.bias[: self.num_outputs]
         return torch.cat(leading(rows, 1, self.num_inputs, self.out_features, self.num_outputs), dim=1), bias
 
-    def product(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         blocks = leading(self.weight[: self.num_outputs], 1, self.num_inputs, self.out_features, self.num_outputs)
         inputs = hidden_states.flatten(0, -2).split([block.shape[1] for block in blocks], dim=-1)
         outputs = F.linear(inputs[0], blocks[0], self.bias[: self.num_outputs])
@@ -167,36 +122,6 @@ class ElasticLinearFromBlocks(ElasticLinear):
             # in place, which autocast leaves to us: a sum of four results would cost a tenth more
             outputs.addmm_(part.to(outputs.dtype), block.t().to(outputs.dtype))
         return outputs.unflatten(0, hidden_states.shape[:-1])
-
-
-class ElasticHead(ElasticLinear):
-    """An elastic linear layer of which some subnets, by name, have the weight for themselves."""
-
-    own_names: tuple[str, ...] = ()
-    name = ""
-
-    def add_own(self, sizes: Mapping[str, int]) -> None:
-        """Gives each name in `sizes` a weight for so many inputs. It begins as the shared one."""
-        self.own_names = tuple(sizes)
-        for name, inputs in sizes.items():
-            own = self.weight[:, :inputs].detach().clone()
-            self.register_parameter(f"weight_{name}", nn.Parameter(own))
-
-    def choose(self, name: str) -> None:
-        """Uses the weight of that name, or the shared one if there is none."""
-        self.name = name
-
-    def own_weights(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        yield from super().own_weights()
-        for name in self.own_names:
-            own = getattr(self, f"weight_{name}")
-            yield own, self.weight[:, : own.shape[1]]
-
-    def shared(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight, bias = super().shared()
-        if self.name in self.own_names:
-            weight = getattr(self, f"weight_{self.name}")[: self.num_outputs, : self.num_inputs]
-        return weight, bias
 
 
 class ElasticNorm(ElasticLayer, nn.Module):
@@ -220,30 +145,11 @@ class ElasticNorm(ElasticLayer, nn.Module):
 
 
 class ElasticLayerNorm(ElasticNorm, nn.LayerNorm):
-    """A layer norm over the leading features: their affine weights, statistics over what is left.
+    """A layer norm over the leading features: their affine weights, statistics over what is left."""
 
-    Args:
-        own_sizes: numbers of features that have affine weights of their own (switchable norms of slimmable networks,
-            arXiv 1812.08928, for layer norms). They begin as the leading ones of the others.
-    """
-
-    def __init__(self, normalized_shape: int, eps: float = 1e-5, own_sizes: Iterable[int] = ()):
+    def __init__(self, normalized_shape: int, eps: float = 1e-5):
         super().__init__(normalized_shape, eps=eps)
-        self.own_sizes = tuple(own_sizes)
-        for size in self.own_sizes:
-            self.register_parameter(f"weight_{size}", nn.Parameter(torch.ones(size)))
-            self.register_parameter(f"bias_{size}", nn.Parameter(torch.zeros(size)))
         self.select(normalized_shape)
-
-    def selected(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.num_selected not in self.own_sizes:
-            return super().selected()
-        return getattr(self, f"weight_{self.num_selected}"), getattr(self, f"bias_{self.num_selected}")
-
-    def own_weights(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        for size in self.own_sizes:
-            yield getattr(self, f"weight_{size}"), self.weight[:size]
-            yield getattr(self, f"bias_{size}"), self.bias[:size]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # (..., selected) -> (..., selected)
         return F.layer_norm(hidden_states, (self.num_selected,), *self.selected(), self.eps)
@@ -393,10 +299,6 @@ class ElasticLayerList(nn.ModuleList):
         return f"{super().__repr__()[:-1]}  kept={list(self.kept)} of {len(self)}\n)"
 
 
-class TrainingHeads(nn.ModuleList):
-    """Layers that only training needs: the cut form of a model has none of them."""
-
-
 def share_weights(module: nn.Module) -> nn.Module:
     """The same layers over the same parameters and buffers, whose elastic layers select for themselves."""
     twin: nn.Module = object.__new__(type(module))
@@ -410,7 +312,7 @@ def selected_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules right below `module`, as its cut form has them: layers that are not selected are left out."""
     if isinstance(module, ElasticLayerList):
         return ((str(index), layer) for index, layer in enumerate(module))
-    return ((name, child) for name, child in module.named_children() if not isinstance(child, TrainingHeads))
+    return iter(module.named_children())
 
 
 def cut_state(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:

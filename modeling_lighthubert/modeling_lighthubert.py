@@ -8,7 +8,7 @@ plain layers; no elastic code runs in it. The convolutions of both live in `feat
 import copy
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,7 +16,6 @@ from typing import Any, Self
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.hubert.modeling_hubert import (
     HubertAttention,
@@ -44,8 +43,6 @@ from transformers.utils import ModelOutput
 from .configuration_lighthubert import LightHubertConfig
 from .elastic import (
     ElasticBatchNorm1d,
-    ElasticHead,
-    ElasticLayer,
     ElasticLayerList,
     ElasticLayerNorm,
     ElasticLinear,
@@ -53,7 +50,6 @@ from .elastic import (
     ElasticLinearToBlocks,
     ElasticPositionalConv1d,
     PositionalConv1d,
-    TrainingHeads,
     cut_state,
     num_selected_parameters,
     share_weights,
@@ -69,28 +65,16 @@ def linear(
     out_features: int,
     bias: bool = True,
     elastic: type[ElasticLinear] = ElasticLinear,
-    sizes: Callable[[int], tuple[int, int]] | None = None,
 ) -> nn.Linear:
-    """A linear layer: elastic in a supernet, plain in a cut model.
-
-    Args:
-        sizes: the most inputs and outputs of a subnet, from its width. If the configuration asks for corrections of
-            the weights, those that have it get them.
-    """
-    if config.search_space is None:
-        return nn.Linear(in_features, out_features, bias=bias)
-    layer = elastic(in_features, out_features, bias=bias)
-    if config.correction_rank and sizes is not None:
-        layer.add_corrections(config.correction_rank, {width: sizes(width) for width in config.own_widths()})
-    return layer
+    """A linear layer: elastic in a supernet, plain in a cut model."""
+    kind = nn.Linear if config.search_space is None else elastic
+    return kind(in_features, out_features, bias=bias)
 
 
 def layer_norm(config: LightHubertConfig) -> nn.LayerNorm:
     """A layer norm over the width: elastic in a supernet, plain in a cut model."""
-    if config.search_space is None:
-        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-    own_sizes = config.own_widths() if config.norms_per_width else ()
-    return ElasticLayerNorm(config.hidden_size, config.layer_norm_eps, own_sizes)
+    kind = nn.LayerNorm if config.search_space is None else ElasticLayerNorm
+    return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
 def frame_mask(lengths: torch.Tensor, num_frames: int) -> torch.Tensor:
@@ -145,13 +129,12 @@ class LightHubertFeatureProjection(HubertFeatureProjection):
         super().__init__(config)
         if config.search_space is not None and self.feat_proj_layer_norm:
             self.layer_norm = ElasticLayerNorm(config.conv_dim[-1], eps=config.layer_norm_eps)
-        channels = config.conv_dim[-1]
-        self.projection = linear(config, channels, config.hidden_size, sizes=lambda width: (channels, width))
+        self.projection = linear(config, config.conv_dim[-1], config.hidden_size)
 
     def select(self, num_channels: int, hidden_size: int) -> None:
         if self.feat_proj_layer_norm:
             self.layer_norm.select(num_channels)
-        self.projection.select(num_channels, hidden_size, hidden_size)
+        self.projection.select(num_channels, hidden_size)
 
 
 class LightHubertAttention(HubertAttention):
@@ -160,11 +143,10 @@ class LightHubertAttention(HubertAttention):
     def __init__(self, config: LightHubertConfig, num_attention_heads: int):
         attention_size = num_attention_heads * config.head_dim
         super().__init__(attention_size, num_attention_heads, dropout=config.attention_dropout, config=config)
-        self.q_proj, self.k_proj, self.v_proj = (
-            linear(config, config.hidden_size, attention_size, sizes=lambda width: (width, attention_size))
-            for _ in range(3)
-        )
-        self.out_proj = linear(config, attention_size, config.hidden_size, sizes=lambda width: (attention_size, width))
+        self.q_proj = linear(config, config.hidden_size, attention_size)
+        self.k_proj = linear(config, config.hidden_size, attention_size)
+        self.v_proj = linear(config, config.hidden_size, attention_size)
+        self.out_proj = linear(config, attention_size, config.hidden_size)
         self.window: int | None = None
 
     def forward(  # type: ignore[override]
@@ -191,28 +173,20 @@ class LightHubertAttention(HubertAttention):
         self.window = window
         attention_size = num_attention_heads * self.head_dim
         for projection in (self.q_proj, self.k_proj, self.v_proj):
-            projection.select(hidden_size, attention_size, hidden_size)
-        self.out_proj.select(attention_size, hidden_size, hidden_size)
+            projection.select(hidden_size, attention_size)
+        self.out_proj.select(attention_size, hidden_size)
 
 
 class LightHubertFeedForward(HubertFeedForward):
     def __init__(self, config: LightHubertConfig, intermediate_size: int):
         super().__init__(config)
-        full, num_blocks = config.hidden_size, intermediate_size // config.hidden_size
-        self.intermediate_dense = linear(
-            *(config, full, intermediate_size),
-            elastic=ElasticLinearToBlocks,
-            sizes=lambda width: (width, width * num_blocks),
-        )
-        self.output_dense = linear(
-            *(config, intermediate_size, full),
-            elastic=ElasticLinearFromBlocks,
-            sizes=lambda width: (width * num_blocks, width),
-        )
+        width = config.hidden_size
+        self.intermediate_dense = linear(config, width, intermediate_size, elastic=ElasticLinearToBlocks)
+        self.output_dense = linear(config, intermediate_size, width, elastic=ElasticLinearFromBlocks)
 
     def select(self, hidden_size: int, intermediate_size: int) -> None:
-        self.intermediate_dense.select(hidden_size, intermediate_size, hidden_size)
-        self.output_dense.select(intermediate_size, hidden_size, hidden_size)
+        self.intermediate_dense.select(hidden_size, intermediate_size)
+        self.output_dense.select(intermediate_size, hidden_size)
 
 
 class SizedEncoderLayer(nn.Module):
@@ -342,12 +316,6 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
             )
         model._weight_conversions = None  # transformers would undo the renaming when the model is saved
         return loaded
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ElasticLayer):
-            for weight, initial in module.own_weights():
-                init.copy_(weight, initial)  # unless a checkpoint has them
 
     @property
     def search_space(self) -> SearchSpace | None:
@@ -486,11 +454,7 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
         with torch.device("meta"):
             trimmed = type(self)(config)
         # all layers, and whole FFN blocks, even where no subnet fills them: others find their part by block and index
-        state, whole = self._selecting(config.full_subnet()).cut_state(), self.state_dict()
-        for name, like in trimmed.state_dict().items():
-            if name not in state:  # what some subnets have for themselves: the front of it, too
-                state[name] = whole[name][tuple(map(slice, like.shape))].clone()
-        trimmed.load_state_dict(state, assign=True)
+        trimmed.load_state_dict(self._selecting(config.full_subnet()).cut_state(), assign=True)
         return trimmed.eval()
 
     @torch.no_grad()
@@ -550,7 +514,7 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
     """
 
     # a base model of what distillation left is meant to lack its heads
-    _keys_to_ignore_on_load_unexpected = [r"^(prediction|layer)_heads\."]
+    _keys_to_ignore_on_load_unexpected = [r"^prediction_heads\."]
 
     def __init__(self, config: LightHubertConfig):
         config = config.resolved()
@@ -738,27 +702,12 @@ class LightHubertForPreTraining(LightHubertWithHead):
 
     def build_head(self, config: LightHubertConfig) -> None:
         self.prediction_heads = nn.ModuleList(
-            linear(config, config.hidden_size, config.teacher_hidden_size, bias=False, elastic=ElasticHead)
+            linear(config, config.hidden_size, config.teacher_hidden_size, bias=False)
             for _ in range(config.num_prediction_heads)
-        )
-        if config.search_space is not None:
-            for head in self.prediction_heads:
-                head.add_own(config.own_heads())
-        num_layers = config.num_hidden_layers if config.layer_heads else 0
-        kind = nn.ModuleList if config.search_space is None else TrainingHeads
-        self.layer_heads = kind(
-            linear(config, config.hidden_size, config.teacher_hidden_size, bias=False) for _ in range(num_layers)
         )
 
     def elastic_heads(self) -> list[nn.Linear]:
         return list(self.prediction_heads)
-
-    def _select(self, subnet: Subnet) -> None:
-        super()._select(subnet)
-        for head in self.layer_heads:
-            head.select(subnet.hidden_size, head.out_features)
-        for head in self.prediction_heads:
-            head.choose(self.config.head_name(subnet.hidden_size, subnet.num_hidden_layers))
 
     def forward(
         self,

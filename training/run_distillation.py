@@ -29,7 +29,6 @@ from lighthubert_training.cards.supernet import write_supernet_card
 from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.sources import DataArguments, count_recordings, load_speech
 from lighthubert_training.distillation.arguments import DistillationArguments, ObjectiveArguments
-from lighthubert_training.distillation.average import AveragedWeights
 from lighthubert_training.distillation.cache import CachedTeacher
 from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.loop import Distiller, compile_layers, prepare_output
@@ -52,10 +51,6 @@ from modeling_lighthubert.files import whole_files, write_json
 from modeling_lighthubert.loading import is_supernet, load_config, load_cut_model, load_model, parse_search_space
 
 
-WEIGHTS_OF_SUBNETS = ("norms_per_width", "correction_rank", "head_per_width")
-"""Options that give some subnets weights of their own, which are merged into those of a cut model."""
-
-
 def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHubertForPreTraining:
     """The student with its initial weights: a supernet with the search space asked for and no more width than its
     largest subnet, one model, or the subnet asked for, cut out with its part of the prediction heads.
@@ -74,9 +69,6 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
         # the subnet that is selected where the student starts from may not be in another space
         **({} if space is None else {"search_space": space, "subnet": None}),
         **({} if arguments.feat_extract_norm is None else {"feat_extract_norm": arguments.feat_extract_norm}),
-        "layer_heads": teacher.objective.layer_weight > 0,
-        # what the student starts from may have them already
-        **{name: value for name in WEIGHTS_OF_SUBNETS if (value := getattr(arguments, name))},
     }
     config = load_config(start, LightHubertConfig, **options)
     config.update(masking_options(config))
@@ -169,9 +161,6 @@ def distil(
     student = accelerator.prepare_model(student, evaluation_mode=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
     accelerator.register_for_checkpointing(scheduler)  # not prepared: it would advance once for every process
-    average = AveragedWeights(student, arguments.ema_decay) if arguments.ema_decay else None
-    if average is not None:
-        accelerator.register_for_checkpointing(average)
     accelerator.init_trackers("tensorboard")
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
@@ -188,7 +177,6 @@ def distil(
         eval_loader=eval_loader,
         log=RunLog(accelerator, arguments.logging_steps, state["log"]),
         recipe=recipe,
-        average=average,
     )
     if state.get("loss_estimate"):
         distiller.estimate.load_state_dict(state["loss_estimate"])
@@ -198,8 +186,6 @@ def distil(
         if eval_loader:
             num_recordings = len(eval_data) - len(eval_loader.unreadable.names)
             counts = {NUM_RECORDINGS: num_recordings, NUM_AVAILABLE: count_recordings(data_arguments)}
-        if average is not None:
-            average.swap()
         with saving_results(Path(arguments.output_dir)):
             save_student(distiller, extractor, counts)
     accelerator.end_training()

@@ -54,12 +54,6 @@ def strided(kind: type, in_channels: int = 12, out_channels: int = 10):
     return kind(in_channels, out_channels, kernel_size=3, stride=2, bias=True)
 
 
-def corrected(layer: ElasticLinear, inputs: int, outputs: int):
-    """Of width 6, so many inputs and outputs."""
-    layer.add_corrections(2, {6: (inputs, outputs)})
-    return layer
-
-
 # Each: an elastic layer, what to select, the plain layer of that size, an input for it
 LAYERS = {
     "linear": (elastic_linear, (5, 7), lambda: nn.Linear(5, 7), (2, 3, 5)),
@@ -72,15 +66,6 @@ LAYERS = {
     "out of an FFN, part of a block": (out_of_ffn, (20, 6), lambda: nn.Linear(20, 6), (2, 3, 20)),
     "out of an FFN, less than a block": (out_of_ffn, (4, 6), lambda: nn.Linear(4, 6), (2, 3, 4)),
     "out of an FFN, full width": (out_of_ffn, (20, 8), lambda: nn.Linear(20, 8), (2, 3, 20)),
-    "corrected linear": (lambda: corrected(elastic_linear(), 6, 10), (6, 7, 6), lambda: nn.Linear(6, 7), (2, 3, 6)),
-    "corrected, into an FFN": (lambda: corrected(into_ffn(), 6, 24), (6, 20, 6), lambda: nn.Linear(6, 20), (2, 3, 6)),
-    "corrected, out of an FFN": (
-        lambda: corrected(out_of_ffn(), 24, 6),
-        (20, 6, 6),
-        lambda: nn.Linear(20, 6),
-        (2, 3, 20),
-    ),
-    "layer norm of its own": (lambda: ElasticLayerNorm(12, own_sizes=[5]), (5,), lambda: nn.LayerNorm(5), (2, 3, 5)),
     "layer norm": (lambda: ElasticLayerNorm(12), (5,), lambda: nn.LayerNorm(5), (2, 3, 5)),
     "batch norm": (lambda: ElasticBatchNorm1d(12), (5,), lambda: nn.BatchNorm1d(5), (2, 5, 3)),
     "group norm": (lambda: ElasticGroupNorm(12), (5,), lambda: nn.GroupNorm(5, 5), (2, 5, 9)),
@@ -128,8 +113,7 @@ def test_the_parameters_of_the_cut_form_are_counted_without_it(layer):
 @pytest.mark.parametrize("build", [build for build, *_ in LAYERS.values()], ids=LAYERS.keys())
 def test_a_new_layer_uses_all_its_weights(build):
     full = build()
-    own = sum(weight.numel() for weight, _ in full.own_weights())
-    assert num_selected_parameters(full) == sum(parameter.numel() for parameter in full.parameters()) - own
+    assert num_selected_parameters(full) == sum(parameter.numel() for parameter in full.parameters())
 
 
 def test_a_selection_is_printed(layer):

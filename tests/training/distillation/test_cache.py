@@ -9,7 +9,7 @@ from tiny_distillation import padded_batch, tiny_teacher
 from lighthubert_training.distillation.cache import CachedTeacher
 
 
-ALL_OUTPUTS = {"temporal_relation_weight": 1.0, "layer_weight": 1.0, "target_layers": [1, 3]}
+ALL_OUTPUTS = {"temporal_relation_weight": 1.0, "target_layers": [1, 3]}
 INPUTS = [padded_batch()[name] for name in ("teacher_input_values", "attention_mask")]
 
 
@@ -22,7 +22,7 @@ def test_outputs_are_those_of_the_teacher_to_half_precision(tmp_path, objective)
     expected = tiny_teacher(**objective)(*INPUTS)
     found = CachedTeacher(tiny_teacher(**objective), tmp_path, 10_000)(*INPUTS)
     assert torch.equal(found.frames, expected.frames)
-    for kind in ("targets", "hidden_states", "layer_targets"):
+    for kind in ("targets", "hidden_states"):
         assert len(getattr(found, kind)) == len(getattr(expected, kind))
         for ours, theirs in zip(getattr(found, kind), getattr(expected, kind), strict=True):
             true = expected.frames  # hidden states of padding are anything

@@ -19,10 +19,9 @@ from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.distillation.arguments import DistillationArguments
 from lighthubert_training.distillation.loaders import SpeechLoader
-from lighthubert_training.distillation.loop import Distiller, prepare_output, stop_on_sigterm, width_factor
+from lighthubert_training.distillation.loop import Distiller, prepare_output, stop_on_sigterm
 from lighthubert_training.runs.checkpoints import checkpoint_damage
 from lighthubert_training.runs.log import RunLog
-from lighthubert_training.sampling import draw_subnets
 from modeling_lighthubert.errors import UserError
 
 
@@ -218,18 +217,3 @@ def test_a_used_folder_is_refused_unless_the_run_goes_on(distiller, accelerator,
     assert (folder, saved["step"]) == (tmp_path / "checkpoint-2", 2)
     with pytest.raises(UserError, match="seed was 0 and is 1"):
         prepare_output(going_on, {"seed": 1}, accelerator)
-
-
-def test_the_learning_rate_of_a_step_is_higher_for_narrow_subnets(distiller):
-    assert width_factor(None, [None], 1.0) == 1.0
-    assert width_factor(TWO_DEEP, draw_subnets(TWO_DEEP, "uniform", 0, 0), 0.0) == 1.0
-    subnets = [TWO_DEEP.smallest, TWO_DEEP.middle, TWO_DEEP.largest]
-    assert width_factor(TWO_DEEP, subnets, 1.0) == pytest.approx((3 + 2 + 1) / 3)
-    assert width_factor(TWO_DEEP, [TWO_DEEP.smallest], 0.5) == pytest.approx(3**0.5)
-    rates = []
-    distiller.optimizer.optimizer.register_step_pre_hook(lambda each, *_: rates.append(each.param_groups[0]["lr"]))
-    distiller.arguments = replace(distiller.arguments, width_learning_rate_power=1.0)
-    drawn = draw_subnets(TWO_DEEP, "sandwich", 0, 0)
-    shown = distiller.step(0, next_batches(distiller))
-    assert rates == [pytest.approx(1e-3 * width_factor(TWO_DEEP, drawn, 1.0))]
-    assert 5e-4 < shown["learning_rate"] < 1e-3

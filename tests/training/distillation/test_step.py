@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import NARROW, TWO_DEEP, assert_close
 from tiny_distillation import padded_batch, tiny_student, tiny_teacher
@@ -144,69 +143,3 @@ def test_an_evaluation_that_fails_leaves_everything_as_it_was(accelerator):
     with pytest.raises(OSError, match="the disk is gone"):
         evaluate(student, tiny_teacher(), batches(), {"largest": TWO_DEEP.largest}, accelerator)
     assert student.training and student.subnet == before
-
-
-@pytest.mark.parametrize("weight", ["in_place_weight", "in_place_states_weight"])
-def test_the_largest_subnet_of_a_step_teaches_the_others(accelerator, weight):
-    """An independent computation of the losses; and the gradient is that of the others alone."""
-    student, teacher, batch = tiny_student(), tiny_teacher(**{weight: 0.5}), padded_batch()
-    subnets = draw_subnets(TWO_DEEP, "sandwich", 0, 0)
-    plain = training_step(student, tiny_teacher(), [batch], subnets, accelerator, seed=0)
-    student.zero_grad()
-    losses = training_step(student, teacher, [batch], subnets, accelerator, seed=0)
-    mask = prepare_batch(student, teacher, batch, 0, accelerator).mask
-    inputs, frames, outputs = (batch["input_values"], batch["attention_mask"], mask), torch.ones(2, 18).bool(), {}
-    frames[1, 9:] = False
-    with torch.no_grad():
-        for subnet in subnets:
-            student.set_subnet(subnet)
-            outputs[subnet] = student(*inputs, output_hidden_states=True)
-    largest = outputs[TWO_DEEP.largest]
-    for subnet, loss, without in zip(subnets, losses, plain, strict=True):
-        layers = {1: (0,), 2: (0, 1)}[subnet.num_hidden_layers]
-        states = [
-            [F.layer_norm(each[layer + 1][..., : subnet.hidden_size][frames], (subnet.hidden_size,)) for layer in of]
-            for each, of in ((outputs[subnet].hidden_states, range(len(layers))), (largest.hidden_states, layers))
-        ]
-        expected = {
-            "in_place_weight": (outputs[subnet].predictions[0] - largest.predictions[0]).abs()[mask].mean(),
-            "in_place_states_weight": (torch.stack(states[0]) - torch.stack(states[1])).square().mean(),
-        }
-        assert loss - without == pytest.approx(0.5 * float(expected[weight]), abs=1e-5)
-        assert loss == without if subnet == TWO_DEEP.largest else loss > without
-
-
-def test_a_step_without_others_or_without_the_largest_has_nothing_to_learn_in_place(accelerator):
-    teacher, plain = tiny_teacher(in_place_weight=1.0, in_place_states_weight=1.0), tiny_teacher()
-    for subnets in ([TWO_DEEP.largest], [TWO_DEEP.smallest], [TWO_DEEP.smallest, TWO_DEEP.middle]):
-        found, expected = (
-            training_step(tiny_student(), each, [padded_batch()], subnets, accelerator, seed=0)
-            for each in (teacher, plain)
-        )
-        assert found == expected
-    subnets = {name: TWO_DEEP.resolve(name) for name in ("smallest", "largest")}
-    evaluated = [evaluate(tiny_student(), each, [padded_batch()], subnets, accelerator) for each in (teacher, plain)]
-    assert evaluated[0] == evaluated[1]
-
-
-@pytest.mark.parametrize("norm", ["instance", "none"])
-@pytest.mark.parametrize("subnet", ["smallest", "largest"])
-def test_every_layer_learns_the_one_of_the_teacher_at_its_height(accelerator, subnet, norm):
-    """The student's two layers are at the height of the teacher's second and third."""
-    student, batch = tiny_student(layer_heads=True), padded_batch()
-    student.set_subnet(subnet)
-    plain = prepare_batch(student, tiny_teacher(target_norm=norm), batch, 0, accelerator)
-    teacher = tiny_teacher(target_norm=norm, layer_weight=0.5)
-    found = prepare_batch(student, teacher, batch, 0, accelerator).loss(student, teacher)
-    with torch.no_grad():
-        states = student(batch["input_values"], batch["attention_mask"], plain.mask, output_hidden_states=True)
-    targets = [
-        tiny_teacher(target_norm=norm, target_layers=[layer])(batch["teacher_input_values"], batch["attention_mask"])
-        for layer in (2, 3)
-    ]
-    losses = [
-        (F.linear(state, head.weight[:, : state.shape[-1]]) - target.targets[0]).abs()[plain.mask].mean()
-        for state, head, target in zip(states.hidden_states[1:], student.layer_heads, targets)
-    ]
-    without = plain.loss(student, tiny_teacher())
-    assert (found - without).item() == pytest.approx(0.5 * torch.stack(losses).mean().item(), rel=1e-4)

@@ -54,12 +54,6 @@ class DistillationArguments:
     num_random_subnets: int = option(1, "Number of random subnets in each step.")
     ends_prob: float = option(0.3, "Of size_ends: the probability of the smallest subnet, and that of the largest.")
     subnet_per_process: bool = option(False, "Each process draws subnets of its own. Default: all train the same.")
-    norms_per_width: bool = option(False, "Layer norms with weights of their own for each width.")
-    correction_rank: int = option(
-        0, "Rank of what each width but the largest adds to its part of every matrix. 0: nothing."
-    )
-    head_per_width: bool = option(False, "Prediction heads of its own for each width.")
-    head_per_depth: bool = option(False, "Prediction heads of its own for each depth.")
     feat_extract_norm: str | None = option(
         None,
         "Norm of the student's convolutions: layer (as published: outputs do not depend on padding) or"
@@ -82,16 +76,10 @@ class DistillationArguments:
     crop_seconds: float = option(20.0, "Length to which longer recordings are cropped at random, in seconds.")
     learning_rate: float = option(5e-4, "Peak learning rate.")
     feature_encoder_learning_rate: float | None = option(None, "Peak rate of the convolutions. Default: as above.")
-    width_learning_rate_power: float = option(
-        0.0, "Power of largest width / width by which the rate is higher in steps of narrower subnets. 0: the same."
-    )
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
     warmup_ratio: float = option(0.08, "Fraction of the steps in which the learning rate rises; then it falls.")
     lr_scheduler_type: str = option("linear", "Shape of the fall of the learning rate.", choices=("linear", "cosine"))
     max_grad_norm: float = option(10.0, "Norm to which gradients are clipped.")
-    ema_decay: float = option(
-        0.0, "Decay of a moving average of the weights, which is evaluated and saved in their place. 0: none."
-    )
     dataloader_num_workers: int = option(1, "Number of processes that decode audio.")
     mixed_precision: str = option("no", "Precision in which the student runs.", choices=("no", "bf16", "fp16"))
     torch_compile: bool = option(False, "Compile the layers of student and teacher. Pays in long runs on a GPU.")
@@ -121,8 +109,6 @@ class DistillationArguments:
             raise ValueError(
                 f"sampling={self.sampling}: losses are those of all processes, so leave out subnet_per_process"
             )
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay={self.ema_decay} has to be between 0 and 1")
         if not 0.0 <= self.ends_prob <= 0.5:
             raise ValueError(f"ends_prob={self.ends_prob} has to be between 0 and 0.5")
         if self.crop_seconds <= 0:
@@ -163,13 +149,6 @@ class ObjectiveArguments:
     prediction_weight: float = option(1.0, "Weight of the loss of the prediction heads. STaRHuBERT has none.")
     cosine_weight: float = option(0.0, "Weight of the cosine loss beside L1.")
     temporal_relation_weight: float = option(0.0, "Weight of the loss between frames' similarities, layer by layer.")
-    layer_weight: float = option(
-        0.0, "Weight of the loss of each layer, whose own head predicts the teacher's layer at its height."
-    )
-    in_place_weight: float = option(
-        0.0, "Weight of the L1 loss to the prediction of the largest subnet, in steps that train it and others."
-    )
-    in_place_states_weight: float = option(0.0, "The same for the states of all layers, over the subnet's width.")
 
     def __post_init__(self) -> None:
         first = 0 if self.target == "hidden_states" else 1
@@ -181,11 +160,6 @@ class ObjectiveArguments:
             raise ValueError("no frame would count: loss_frames='masked' needs mask_time_prob above 0")
         if self.prediction_weight == 0.0 and self.temporal_relation_weight == 0.0:
             raise ValueError("nothing would be learnt: prediction_weight and temporal_relation_weight are both 0")
-
-    @property
-    def learns_in_place(self) -> bool:
-        """Whether the largest subnet of a step teaches the others."""
-        return self.in_place_weight > 0 or self.in_place_states_weight > 0
 
     @property
     def num_prediction_heads(self) -> int:

@@ -20,7 +20,7 @@ from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.files import whole_file
 
 
-KINDS = ("targets", "hidden_states", "layer_targets")
+KINDS = ("targets", "hidden_states")
 """Outputs that are lists of tensors, (num_frames, hidden_size) of a recording."""
 
 
@@ -54,9 +54,7 @@ class CachedTeacher(Teacher):
         frames = torch.arange(int(counts.max()), device=device) < counts[:, None]
         of_kind = {kind: tuple(padded[name] for name in names if name.startswith(f"{kind}.")) for kind in KINDS}
         conv_features = padded["conv_features"].transpose(1, 2).to(self.model.dtype)
-        return TeacherOutputs(
-            of_kind["targets"], of_kind["hidden_states"], conv_features, frames, of_kind["layer_targets"]
-        )
+        return TeacherOutputs(of_kind["targets"], of_kind["hidden_states"], conv_features, frames)
 
     def of_recording(self, waveform: torch.Tensor) -> dict[str, torch.Tensor]:
         """Outputs for one recording by name, float16 (num_frames, size), kept or computed.

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 
 from lighthubert_training.data.batches import BatchSampler
 from lighthubert_training.distillation.arguments import DistillationArguments, check_same_recipe
-from lighthubert_training.distillation.average import AveragedWeights
 from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.step import evaluate, training_step
 from lighthubert_training.distillation.teacher import Teacher
@@ -27,7 +26,7 @@ from lighthubert_training.runs.distributed import any_process
 from lighthubert_training.runs.log import RunLog
 from lighthubert_training.runs.options import save_options
 from lighthubert_training.sampling import LossEstimate, draw_subnets, evaluation_subnets
-from modeling_lighthubert import LightHubertForPreTraining, SearchSpace, Subnet
+from modeling_lighthubert import LightHubertForPreTraining
 from modeling_lighthubert.errors import UserError
 
 
@@ -76,29 +75,6 @@ def compile_layers(student: LightHubertForPreTraining, teacher: Teacher) -> None
         layer.compile(dynamic=True)
 
 
-def width_factor(space: SearchSpace | None, subnets: Sequence[Subnet | None], power: float) -> float:
-    """By how much the learning rate of a step is higher for its widths: the mean over its subnets of largest width /
-    width, to the `power`. Narrower matrices take larger steps (muP, arXiv 2203.03466); and Adam's do not depend on the
-    size of gradients."""
-    if space is None:
-        return 1.0
-    widths = [subnet.hidden_size for subnet in subnets if subnet is not None]
-    return sum((max(space.hidden_size) / width) ** power for width in widths) / len(widths)
-
-
-@contextmanager
-def scaled_learning_rate(optimizer: AcceleratedOptimizer, factor: float) -> Iterator[None]:
-    """Inside the block, learning rates are `factor` times what they are."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    try:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        yield
-    finally:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-
 @dataclass
 class Distiller:
     """A student, its teacher, and all that a step needs.
@@ -108,7 +84,6 @@ class Distiller:
         eval_loader: batches of held-out speech, if there is any.
         recipe: all options of the run, kept in its checkpoints.
         estimate: of the losses of subnets, for the draws that depend on them.
-        average: of the weights, evaluated in their place, if there is one.
         failed_saves: what became of the checkpoints that were to be written.
     """
 
@@ -123,7 +98,6 @@ class Distiller:
     log: RunLog
     recipe: dict[str, Any]
     estimate: LossEstimate = field(default_factory=LossEstimate)
-    average: AveragedWeights | None = None
     failed_saves: FailedSaves = field(default_factory=FailedSaves)
 
     def train(self, start: int) -> bool:
@@ -189,12 +163,7 @@ class Distiller:
             self.optimizer.optimizer.step()
         else:
             grad_norm = accelerator.clip_grad_norm_(self.student.parameters(), arguments.max_grad_norm)
-            with scaled_learning_rate(
-                self.optimizer, width_factor(space, subnets, arguments.width_learning_rate_power)
-            ):
-                self.optimizer.step()
-            if self.average is not None:
-                self.average.update(step)
+            self.optimizer.step()
             values = {"loss": sum(losses) / len(losses), "grad_norm": float(grad_norm)}
             ends = {} if space is None else {space.largest: "largest", space.smallest: "smallest"}
             by_class = defaultdict(list)
@@ -219,8 +188,7 @@ class Distiller:
         assert self.eval_loader is not None
         batches, share = self.eval_loader.readable(self.eval_loader), self.arguments.share_feature_encoder
         subnets = evaluation_subnets(self.student.search_space, self.arguments.num_eval_subnets)
-        with self.average.in_place() if self.average else nullcontext():
-            losses = evaluate(self.student, self.teacher, batches, subnets, self.accelerator, share)
+        losses = evaluate(self.student, self.teacher, batches, subnets, self.accelerator, share)
         return self.log.add_evaluation(step, losses)
 
     def save(self, step: int, eval_loss: float | None) -> None:

@@ -36,20 +36,6 @@ def temporal_relation_loss(student: torch.Tensor, teacher: torch.Tensor, frames:
     return F.mse_loss((ours @ ours.transpose(1, 2))[pairs], (theirs @ theirs.transpose(1, 2))[pairs])
 
 
-def states_loss(student: torch.Tensor, reference: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of states over `frames`, each normalised over features; of the reference as many, from
-    the front, as the student has.
-
-    Args:
-        student: (batch_size, num_frames, width).
-        reference: (batch_size, num_frames, at least that width).
-        frames: bool (batch_size, num_frames).
-    """
-    width = student.shape[-1:]
-    ours, theirs = (F.layer_norm(states[frames].float(), width) for states in (student, reference[..., : width[0]]))
-    return F.mse_loss(ours, theirs)
-
-
 def matching_layers(student_layers: Sequence[int], student_depth: int, teacher_depth: int) -> list[int]:
     """For each of the student's layers (0-based, of `student_depth`), the teacher's (0-based) at the same height."""
     return [math.ceil((layer + 1) * teacher_depth / student_depth) - 1 for layer in student_layers]

@@ -3,37 +3,18 @@ the evaluation, which computes the same losses without gradients."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 
 from lighthubert_training.data.recordings import item_seed
-from lighthubert_training.distillation.losses import (
-    matching_layers,
-    prediction_loss,
-    states_loss,
-    temporal_relation_loss,
-)
+from lighthubert_training.distillation.losses import matching_layers, prediction_loss, temporal_relation_loss
 from lighthubert_training.distillation.teacher import Teacher, TeacherOutputs
 from lighthubert_training.models import computed_once, draw_time_mask, has_fixed_feature_encoder, true_lengths
 from lighthubert_training.runs.distributed import sum_gradients
 from modeling_lighthubert import LightHubertForPreTraining, Subnet
 from modeling_lighthubert.errors import UserError
-from modeling_lighthubert.modeling_lighthubert import LightHubertForPreTrainingOutput
 from modeling_lighthubert.search_space import kept_layers
-
-
-class InPlaceTeacher(NamedTuple):
-    """What the largest subnet computed, without gradients, for the others of its step.
-
-    Attributes:
-        predictions: one for each prediction head.
-        hidden_states: by layer of the supernet; empty if the objective has no use for them.
-    """
-
-    predictions: tuple[torch.Tensor, ...]
-    hidden_states: dict[int, torch.Tensor]
 
 
 @dataclass
@@ -47,7 +28,6 @@ class PreparedBatch:
         num_frames: number of frames that the loss is a mean over.
         conv_features: (batch_size, conv_dim, num_frames), of a frozen feature encoder; `None` if it learns, or if
             subnets choose their own part of it.
-        in_place: of the largest subnet, once it has run in a step where it teaches the others.
     """
 
     batch: Mapping[str, torch.Tensor]
@@ -55,21 +35,12 @@ class PreparedBatch:
     mask: torch.Tensor
     num_frames: int
     conv_features: torch.Tensor | None
-    in_place: InPlaceTeacher | None = None
 
-    def loss(
-        self, student: LightHubertForPreTraining, teacher: Teacher, learns_in_place: bool = False
-    ) -> torch.Tensor:
-        """Loss of the selected subnet: the mean over its prediction heads, the temporal relation, and its layers' own,
-        each with its weight.
-
-        Args:
-            learns_in_place: what is selected first is the largest subnet of a step, which teaches the others.
-        """
+    def loss(self, student: LightHubertForPreTraining, teacher: Teacher) -> torch.Tensor:
+        """Loss of the selected subnet: the mean over its prediction heads, and the temporal relation, each with its
+        weight."""
         objective, batch, outputs = teacher.objective, self.batch, self.outputs
-        wants_relation = objective.temporal_relation_weight > 0
-        wants_states = wants_relation or (learns_in_place and objective.in_place_states_weight > 0)
-        wants_states = wants_states or objective.layer_weight > 0
+        wants_states = objective.temporal_relation_weight > 0
         inputs = batch["input_values"], batch["attention_mask"], self.mask
         with computed_once(student.hubert.feature_extractor, self.conv_features):
             predicted = student(*inputs, output_hidden_states=wants_states)
@@ -79,51 +50,15 @@ class PreparedBatch:
             for prediction, target in zip(predicted.predictions, outputs.targets, strict=True)
         ]
         loss = objective.prediction_weight * torch.stack(losses).mean()
-        states = states_by_layer(student, predicted) if wants_states else {}
-        if wants_relation:
-            depth = student.config.num_hidden_layers
-            layers = matching_layers(list(states), depth, len(outputs.hidden_states))
-            relations = [
-                temporal_relation_loss(state, outputs.hidden_states[layer], outputs.frames)
-                for state, layer in zip(states.values(), layers, strict=True)
-            ]
-            loss = loss + objective.temporal_relation_weight * torch.stack(relations).mean()
-        if objective.layer_weight > 0:
-            depth = student.config.num_hidden_layers
-            layers = matching_layers(list(states), depth, len(outputs.layer_targets))
-            losses = [
-                prediction_loss(student.layer_heads[own](state), outputs.layer_targets[layer], frames)
-                for (own, state), layer in zip(states.items(), layers, strict=True)
-            ]
-            loss = loss + objective.layer_weight * torch.stack(losses).mean()
-        if not learns_in_place:
+        if not wants_states:
             return loss
-        if self.in_place is None:
-            kept = {layer: state.detach() for layer, state in states.items()}
-            self.in_place = InPlaceTeacher(tuple(each.detach() for each in predicted.predictions), kept)
-            return loss
-        if objective.in_place_weight > 0:
-            losses = [
-                prediction_loss(prediction, target.float(), frames)
-                for prediction, target in zip(predicted.predictions, self.in_place.predictions, strict=True)
-            ]
-            loss = loss + objective.in_place_weight * torch.stack(losses).mean()
-        if objective.in_place_states_weight > 0:
-            losses = [
-                states_loss(state, self.in_place.hidden_states[layer], outputs.frames)
-                for layer, state in states.items()
-            ]
-            loss = loss + objective.in_place_states_weight * torch.stack(losses).mean()
-        return loss
-
-
-def states_by_layer(
-    student: LightHubertForPreTraining, predicted: LightHubertForPreTrainingOutput
-) -> dict[int, torch.Tensor]:
-    """Hidden states behind the layers of the selected subnet, by their number among all of the supernet."""
-    assert predicted.hidden_states is not None
-    states = predicted.hidden_states[1:]
-    return dict(zip(kept_layers(student.config.num_hidden_layers, len(states)), states, strict=True))
+        depth, states = student.config.num_hidden_layers, predicted.hidden_states[1:]
+        layers = matching_layers(kept_layers(depth, len(states)), depth, len(outputs.hidden_states))
+        relations = [
+            temporal_relation_loss(state, outputs.hidden_states[layer], outputs.frames)
+            for state, layer in zip(states, layers, strict=True)
+        ]
+        return loss + objective.temporal_relation_weight * torch.stack(relations).mean()
 
 
 def prepare_batch(
@@ -166,8 +101,7 @@ def training_step(
 ) -> list[float]:
     """Leaves in the student the gradient of the mean loss over `subnets`.
 
-    A loss is a mean over the frames of all batches of all processes: how they are distributed changes nothing. Where
-    the objective asks for it and the largest subnet is among several, it runs first, and teaches the others.
+    A loss is a mean over the frames of all batches of all processes: how they are distributed changes nothing.
 
     Args:
         batches: of this process, accumulated.
@@ -185,16 +119,11 @@ def training_step(
     if not num_frames:
         return []
     losses = torch.zeros(len(subnets), device=accelerator.device)
-    order, largest = list(range(len(subnets))), student.search_space and student.search_space.largest
-    in_place = teacher.objective.learns_in_place and largest is not None and {largest} < set(subnets)
-    if in_place:
-        order.sort(key=lambda number: subnets[number] != largest)
-    for number in order:
-        subnet = subnets[number]
+    for number, subnet in enumerate(subnets):
         if subnet is not None:
             student.set_subnet(subnet)
         for batch in prepared:
-            loss = batch.loss(student, teacher, in_place) * (batch.num_frames / num_frames)
+            loss = batch.loss(student, teacher) * (batch.num_frames / num_frames)
             accelerator.backward(loss / len(subnets))
             losses[number] += loss.detach()
     losses = accelerator.reduce(losses, "sum")

@@ -23,7 +23,6 @@ class TeacherOutputs(NamedTuple):
     Attributes:
         targets: one for each prediction head, (batch_size, num_frames, hidden_size) in fp32; zeros on padding.
         hidden_states: of every layer, the same shape; empty if the objective has no use for them.
-        layer_targets: the targets of every layer alone; empty if the objective has no use for them.
         conv_features: output of the feature encoder, (batch_size, conv_dim, num_frames).
         frames: true frames, bool (batch_size, num_frames).
     """
@@ -32,7 +31,6 @@ class TeacherOutputs(NamedTuple):
     hidden_states: tuple[torch.Tensor, ...]
     conv_features: torch.Tensor
     frames: torch.Tensor
-    layer_targets: tuple[torch.Tensor, ...] = ()
 
 
 class Teacher(nn.Module):
@@ -79,10 +77,8 @@ class Teacher(nn.Module):
         objective, layers = self.objective, list(self.model.encoder.layers)
         wants_states = objective.target == "hidden_states" or objective.temporal_relation_weight > 0
         modules: dict[int | str, nn.Module] = {"conv_features": self.model.feature_extractor}
-        all_layers = range(1, len(layers) + 1) if objective.layer_weight > 0 else ()
-        wanted = sorted({*self.target_layers, *all_layers})
         if objective.target == "feed_forward":
-            modules |= {number: layers[number - 1].feed_forward for number in wanted}
+            modules |= {number: layers[number - 1].feed_forward for number in self.target_layers}
         with keeping_outputs(modules) as kept:
             outputs = self.model(
                 input_values.to(self.model.dtype), attention_mask=attention_mask, output_hidden_states=wants_states
@@ -90,14 +86,12 @@ class Teacher(nn.Module):
         frames = true_frames(self.model, outputs.last_hidden_state.shape[1], attention_mask)
         states = tuple(state.float() for state in outputs.hidden_states) if wants_states else ()
         if objective.target == "hidden_states":
-            kept |= {number: states[number] for number in wanted}
-        normalised = {number: normalise(kept[number].float(), frames, objective.target_norm) for number in wanted}
-        targets = [normalised[number] for number in self.target_layers]
+            kept |= {number: states[number] for number in self.target_layers}
+        targets = [normalise(kept[number].float(), frames, objective.target_norm) for number in self.target_layers]
         if objective.target_layers is None:
             targets = [torch.stack(targets).mean(dim=0)]
         states = states[1:] if objective.temporal_relation_weight > 0 else ()
-        layer_targets = tuple(normalised[number] for number in all_layers)
-        return TeacherOutputs(tuple(targets), states, kept["conv_features"], frames, layer_targets)
+        return TeacherOutputs(tuple(targets), states, kept["conv_features"], frames)
 
 
 @contextmanager
