@@ -24,6 +24,7 @@ from datasets import disable_progress_bars
 from filelock import FileLock
 from measures import MeasureArguments, Measures
 from recordings import distillation_files, write_superb_data
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.utils import logging
@@ -165,7 +166,7 @@ class Bench:
 
     def distil(self, seed: int, **changes: Any) -> Path:
         """Distils by the recipe with `changes`, unless that was done before, and goes on with what a run that was
-        killed has left. Runs are kept by their options, so that benchmarks share them.
+        killed has left. Runs are kept by their options and the teacher's weights, so that benchmarks share them.
 
         Returns:
             The folder of the student.
@@ -173,7 +174,8 @@ class Bench:
         options = self.recipe | {"teacher_name_or_path": self.arguments.teacher_name_or_path}
         options |= {"search_space": self.arguments.search_space, "max_steps": self.arguments.passes}
         options |= {"train_file": self.train_files, "seed": seed} | changes
-        digest = hashlib.sha256(repr(sorted(options.items(), key=str)).encode()).hexdigest()[:12]
+        described = repr([weights_digest(self.untrained), *sorted(options.items(), key=str)])
+        digest = hashlib.sha256(described.encode()).hexdigest()[:12]
         folder, options["teacher_cache_dir"] = self.output / "distilled" / digest, self.output / "teacher"
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
@@ -197,10 +199,22 @@ class Bench:
         start = {"student_name_or_path": self.save(model), "search_space": None, "sampling": "largest"}
         return load_model(self.distil(seed, **start, **options, **changes), head=LightHubertModel)
 
+    def ordered(self, search_space: str | Path) -> Path:
+        """The teacher as a supernet of a search space, a file, with its channels, heads and FFN units in the order of
+        their importance. It is made once."""
+        described = weights_digest(self.untrained) + Path(search_space).read_text(encoding="utf-8")
+        folder = self.output / "ordered" / hashlib.sha256(described.encode()).hexdigest()[:12]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                options = {"model_name_or_path": self.arguments.teacher_name_or_path, "search_space": search_space}
+                options |= {"train_file": self.train_files, "device": "cpu"}
+                run_script("training/order_channels.py", output_dir=folder, **options)
+        return folder
+
     def save(self, model: LightHubertModel) -> Path:
         """A folder with a model and its feature extractor, by the weights of the model."""
-        weights = b"".join(weight.numpy().tobytes() for weight in model.state_dict().values())
-        folder = self.output / "models" / hashlib.sha256(weights).hexdigest()[:12]
+        folder = self.output / "models" / weights_digest(model)
         with FileLock(folder.with_suffix(".lock")), whole_files(folder) as unfinished:
             model.save_pretrained(unfinished)
             self.measures.speech.extractor.save_pretrained(unfinished)
@@ -247,6 +261,7 @@ class Runner:
         self.options = {name: value for name, value in asdict(arguments).items() if name not in self.FREE}
         for name in ("teacher_name_or_path", "search_space", "speech_dir"):
             self.options[name] = Path(self.options[name]).name
+        self.options["teacher_weights"] = weights_digest(load_model(arguments.teacher_name_or_path))
         self.results: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, dict[str, dict[str, int]]] = {}
         if self.file.exists():
@@ -344,6 +359,14 @@ def run_all(
                 bar.update()
         finally:
             workers.shutdown(cancel_futures=True)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Twelve hexadecimal digits that stand for the weights of a model, whatever precision they were loaded in."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode() + weight.float().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def run_script(script: str, **options: Any) -> None:

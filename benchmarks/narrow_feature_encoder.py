@@ -81,15 +81,6 @@ class NarrowFeatureEncoders(Table):
     def names(cls, arguments: BenchArguments) -> list[str]:
         return [CONTROLS, *VARIANTS]
 
-    def ordered(self, seed: int) -> Path:
-        """The teacher as a supernet whose channels are in the order of their importance."""
-        folder = self.output / f"ordered-{seed}"
-        if not (folder / "model.safetensors").exists():
-            options = {"model_name_or_path": self.arguments.teacher_name_or_path, "device": "cpu"}
-            options |= {"search_space": self.space_file(QUARTERS, seed), "train_file": self.train_files}
-            common.run_script("training/order_channels.py", **options, seed=seed, output_dir=folder)
-        return folder
-
     def elastic_space(self, parts: tuple[int, ...]) -> SearchSpace:
         """With those quarters of the teacher's channels to choose from, for each convolution."""
         choices = tuple(tuple(width * part // 4 for part in parts) for width in self.teacher.model.config.conv_dim)
@@ -122,7 +113,8 @@ class NarrowFeatureEncoders(Table):
         every = self.subnets | self.narrow
         if name == CONTROLS:
             rows = {}
-            for title, supernet in {SLICE: self.elastic, ORDERED: load_model(self.ordered(seed))}.items():
+            ordered = load_model(self.ordered(self.space_file(QUARTERS, seed)))
+            for title, supernet in {SLICE: self.elastic, ORDERED: ordered}.items():
                 for row, subnet in every.items():
                     rows[f"{row}, {title}"] = self.measure(supernet.extract_subnet(subnet), subnet, seed)
             for row, subnet in self.narrow.items():
@@ -134,7 +126,7 @@ class NarrowFeatureEncoders(Table):
         steps = int(self.arguments.passes * self.macs_of_step(None) / self.macs_of_step(parts))
         changes = {"share_feature_encoder": False, "search_space": self.space_file(parts, seed), "max_steps": steps}
         if is_ordered:
-            changes["student_name_or_path"] = self.ordered(seed)
+            changes["student_name_or_path"] = self.ordered(self.space_file(QUARTERS, seed))
         trained = load_model(self.distil(seed, **changes), head=LightHubertForPreTraining)
         subnets = self.subnets if parts is None else every | {BEST: self.best_within_budget(trained)}
         return {

@@ -9,6 +9,7 @@ from conftest import answer, assert_close
 from scripts import TRAINING, call, distil, held, killed, weights
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
+from modeling_lighthubert import LightHubertForPreTraining
 from modeling_lighthubert.errors import UserError
 
 
@@ -28,19 +29,23 @@ def test_a_teacher_becomes_an_ordered_supernet(workshop, tmp_path, order, wavefo
         tmp_path / "ordered", "--model_name_or_path", workshop / "teacher", "--search_space", workshop / "space.json"
     )
     ordered, teacher = (AutoModel.from_pretrained(folder) for folder in (tmp_path / "ordered", workshop / "teacher"))
-    assert_close(answer(ordered, waveform), answer(teacher, waveform))
+    states = [answer(model, waveform).sort(dim=-1).values for model in (ordered, teacher)]
+    assert_close(*states)  # the same channels in another order
     assert ordered.search_space is not None
     name = "encoder.layers.0.attention.q_proj.weight"
     assert not torch.equal(weights(tmp_path / "ordered")[name], weights(workshop / "teacher")[name])
     Wav2Vec2FeatureExtractor.from_pretrained(tmp_path / "ordered")
 
 
-def test_a_supernet_keeps_its_prediction_heads_and_its_selected_subnet(workshop, tmp_path, order):
+def test_a_supernet_keeps_its_predictions_and_its_selected_subnet(workshop, tmp_path, order, waveform):
     supernet = distil(workshop, "to-be-ordered", "--max_steps", 1)
     order(tmp_path / "ordered", "--model_name_or_path", supernet)
     before, after = weights(supernet), weights(tmp_path / "ordered")
     assert before.keys() == after.keys()
-    assert torch.equal(before["prediction_heads.0.weight"], after["prediction_heads.0.weight"])
+    models = [LightHubertForPreTraining.from_pretrained(folder) for folder in (supernet, tmp_path / "ordered")]
+    for model in models:
+        model.set_subnet("largest")
+    assert_close(*(answer(model, waveform) for model in models))
     assert AutoModel.from_pretrained(tmp_path / "ordered").subnet == AutoModel.from_pretrained(supernet).subnet
 
 

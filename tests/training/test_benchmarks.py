@@ -11,13 +11,15 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from conftest import answer, assert_close, noise
 from scripts import fails, finish_as_a_user, run
 from speech import RATE, TONE, encoded, undecoded
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from lighthubert_training.data.strings import read_parquet
-from modeling_lighthubert import SearchSpace
+from modeling_lighthubert import LightHubertModel, SearchSpace
 from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.loading import load_model
 from modeling_lighthubert.profiling import macs_per_second
 
 
@@ -368,6 +370,20 @@ def test_controls_are_what_their_names_say(bench_arguments):
     assert macs_per_second(first) <= macs_per_second(bench.untrained, bench.subnets["middle"])
 
 
+def test_the_ordered_teacher_has_other_slices_and_the_same_features(bench_arguments):
+    bench = load("gains").Gains(bench_arguments)
+    folder = bench.ordered(bench_arguments.search_space)
+    models = bench.untrained, load_model(folder, head=LightHubertModel)
+    full, small = (
+        [answer(model.extract_subnet(name), noise(1, 4000)).sort(dim=-1).values for model in models]
+        for name in ("largest", "smallest")
+    )
+    assert_close(*full)
+    assert not torch.allclose(*small, atol=0.01)
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    assert (bench.ordered(bench_arguments.search_space) / "model.safetensors").stat().st_mtime_ns == made, "once"
+
+
 def test_runs_are_made_once_and_kept_with_their_options(bench_arguments):
     options = {name: value for name, value in asdict(bench_arguments).items() if value is not None}
     options |= {"only": "smallest, DistilHuBERT's way", "measures": "r2"}
@@ -386,6 +402,18 @@ def test_runs_are_made_once_and_kept_with_their_options(bench_arguments):
     assert made.items() < with_probes.items(), "what was measured before is kept"
     assert "digit" in with_probes
     assert "has results with another passes" in fails(FOLDER / "gains.py", *words, "--passes=3")
+
+
+def test_runs_of_another_teacher_in_the_same_folder_are_others(bench_arguments):
+    common, gains = load("common"), load("gains").Gains(bench_arguments)
+    common.Runner(load("gains").Gains, bench_arguments).keep(common.Job("teacher", 0, ("r2",)), 1.0, {})
+    first = gains.distil(0)
+    teacher = HubertModel.from_pretrained(bench_arguments.teacher_name_or_path)
+    teacher.encoder.layer_norm.bias.data += 1.0
+    teacher.save_pretrained(bench_arguments.teacher_name_or_path)
+    assert load("gains").Gains(bench_arguments).distil(0) != first
+    with pytest.raises(UserError, match="has results with another teacher_weights"):
+        common.Runner(load("gains").Gains, bench_arguments)
 
 
 def test_an_unknown_run_is_named(bench_arguments):

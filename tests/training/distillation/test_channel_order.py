@@ -10,15 +10,27 @@ from lighthubert_training.distillation.channel_order import ffn_positions, measu
 from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, feature_encoder
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", [*FLAVOURS, pytest.param({"conv_pos_batch_norm": True}, id="batch norm")])
 def test_the_outputs_of_the_full_model_stay(flavour, waveform):
+    """With masked frames as well."""
     model = tiny_model(LightHubertForPreTraining, NARROW, **flavour).double()
-    expected = answer(model, waveform.double())
+    mask = torch.zeros(1, 12, dtype=torch.bool).index_fill(1, torch.arange(4, 9), True)
+
+    def outputs() -> torch.Tensor:
+        return model(waveform.double(), mask_time_indices=mask.clone()).predictions[0]
+
+    expected, states = outputs(), answer(model.base_model, waveform.double())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     reorder(model, measure_importance(model, [noise(6400).double(), noise(3200).double()]))
-    torch.testing.assert_close(answer(model, waveform.double()), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(outputs(), expected, rtol=0, atol=1e-10)
+    reordered = answer(model.base_model, waveform.double())
+    assert not torch.allclose(reordered, states)
+    torch.testing.assert_close(reordered.sort(dim=-1).values, states.sort(dim=-1).values, rtol=0, atol=1e-10)
     moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
-    for part in ("layers.0.conv", "layers.6.conv", "projection.weight", "q_proj.bias", "output_dense.weight"):
+    for part in (
+        *("layers.0.conv", "layers.6.conv", "projection.weight", "q_proj.bias", "output_dense.weight"),
+        *("pos_conv_embed", "final_layer_norm.weight", "masked_spec_embed", "prediction_heads.0"),
+    ):
         assert any(part in name for name in moved), part
 
 
@@ -43,11 +55,14 @@ def test_importance_is_that_of_activations_and_of_what_reads_them():
         layer.attention.v_proj.weight[8:12] = 0  # head 2 gives nothing
         layer.attention.v_proj.bias[8:12] = 0
         model.feature_extractor.conv_layers[3].conv.weight[:, 5] *= 100
+        for each in model.encoder.layers:
+            each.attention.q_proj.weight[:, 9] *= 100
     importance = measure_importance(model, [noise(6400)])
     assert importance["units 2"].argmin() == 7
     assert importance["heads 2"].argmin() == 2
     assert importance["convolution 2"].argmax() == 5
-    assert len(importance) == 7 + 2 * 6
+    assert importance["hidden"].argmax() == 9
+    assert len(importance) == 7 + 2 * 6 + 1
     assert model.subnet == NARROW.largest
 
 

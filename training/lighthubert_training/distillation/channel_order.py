@@ -1,9 +1,9 @@
-"""Sorting the channels of convolutions, attention heads and FFN units of a supernet by importance, so that narrow
-subnets keep the important ones.
+"""Sorting the channels of convolutions and hidden states, the attention heads and the FFN units of a supernet by
+importance, so that narrow subnets keep the important ones.
 
 Narrow subnets use the first channels and heads, and the first FFN units of each block, whatever these happen to be. A
-permutation leaves the outputs of the full model as they are, and decides what narrow ones begin with. Importance is
-the mean square of an activation on real speech, times that of the weights that read it.
+permutation leaves what the full model computes as it is, and decides what narrow ones begin with. Importance is the
+mean square of an activation on real speech, times that of the weights that read it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -73,7 +73,8 @@ def measure_importance(
         waveforms: each of shape (num_samples), as the model's feature extractor gives them.
 
     Returns:
-        By name, float64 on the CPU: `convolution i` (its channels), `heads i`, `units i` of layer i.
+        By name, float64 on the CPU: `convolution i` (its channels), `heads i`, `units i` of layer i; and `hidden`, the
+        channels of hidden states, the sum of their shares in what attention and FFN of each layer read.
     """
     base: Any = model.base_model  # torch types every attribute of a module as `Tensor | Module`
     earlier, training = model.subnet, model.training
@@ -90,9 +91,15 @@ def measure_importance(
         statistics.of_inputs(f"convolution {len(convolutions) - 1}", projection)  # behind the norm of the last one
         readers[f"convolution {len(convolutions) - 1}"] = projection.weight
         for number, layer in enumerate(all_layers(base)):
-            for kind, reader in {"heads": layer.attention.out_proj, "units": layer.feed_forward.output_dense}.items():
-                statistics.of_inputs(f"{kind} {number}", reader)
-                readers[f"{kind} {number}"] = reader.weight
+            attention, ffn = layer.attention, layer.feed_forward
+            for kind, of_kind in {
+                "heads": [attention.out_proj],
+                "units": [ffn.output_dense],
+                "hidden, attention": [attention.q_proj, attention.k_proj, attention.v_proj],
+                "hidden, FFN": [ffn.intermediate_dense],
+            }.items():
+                statistics.of_inputs(f"{kind} {number}", of_kind[0])
+                readers[f"{kind} {number}"] = torch.cat([reader.weight for reader in of_kind])
         for waveform in waveforms:
             base(waveform[None])
             statistics.end_recording()
@@ -102,6 +109,9 @@ def measure_importance(
         importance[name] = (squares * of_weights).cpu()
         if name.startswith("heads"):
             importance[name] = importance[name].unflatten(0, (-1, model.config.head_dim)).sum(dim=1)
+    of_readers = [importance.pop(name) for name in list(importance) if name.startswith("hidden")]
+    if of_readers:
+        importance["hidden"] = torch.stack([each / each.sum() for each in of_readers]).sum(dim=0)
     return importance
 
 
@@ -118,8 +128,8 @@ def ffn_positions(space: SearchSpace, hidden_size: int, intermediate_size: int) 
 
 @torch.no_grad()
 def reorder(model: Any, importance: Mapping[str, torch.Tensor]) -> None:
-    """Permutes channels, heads and units, so that the most important come first. The outputs of the full model stay as
-    they are.
+    """Permutes channels, heads and units, so that the most important come first. The full model computes what it has
+    computed: its hidden states have their channels in another order, and the outputs of its heads stay as they are.
 
     Args:
         importance: as `measure_importance` gives it. What has no name in it stays where it is.
@@ -151,9 +161,48 @@ def reorder(model: Any, importance: Mapping[str, torch.Tensor]) -> None:
             dense = layer.feed_forward.intermediate_dense
             permute(order, dense.weight, dense.bias)
             permute(order, layer.feed_forward.output_dense.weight, dim=1)
+    if "hidden" in importance:
+        reorder_hidden(model, importance["hidden"])
 
 
-def permute(order: torch.Tensor, *parameters: nn.Parameter, dim: int = 0) -> None:
-    """Puts entry `order[i]` of each of `parameters` along `dim` to place i."""
-    for parameter in parameters:
-        parameter.copy_(parameter.index_select(dim, order.to(parameter.device)))
+def reorder_hidden(model: Any, importance: torch.Tensor) -> None:
+    """Permutes the channels of hidden states. The position convolution mixes those of a group, so groups are put in
+    order as wholes, and channels within their group.
+
+    Args:
+        importance: (hidden_size).
+    """
+    base = model.base_model
+    position = base.encoder.pos_conv_embed
+    conv = position.conv
+    of_groups = importance.unflatten(0, (conv.groups, -1))
+    groups = of_groups.sum(dim=1).argsort(descending=True, stable=True)
+    within = of_groups[groups].argsort(dim=1, descending=True, stable=True)  # (groups, channels of a group)
+    order = (groups[:, None] * within.shape[1] + within).flatten()
+
+    kernel = conv.parametrizations.weight.original1 if hasattr(conv, "parametrizations") else conv.weight
+    permute(order, kernel, conv.bias)
+    of_groups = kernel.unflatten(0, within.shape)  # (groups, outputs of a group, its inputs, taps)
+    kernel.copy_(of_groups.gather(2, within.to(kernel.device)[:, None, :, None].expand_as(of_groups)).flatten(0, 1))
+    if (norm := position.batch_norm) is not None:
+        permute(order, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+
+    writers, norms = [base.feature_projection.projection], [base.encoder.layer_norm]
+    readers = list(model.elastic_heads())
+    for layer in all_layers(base):
+        attention, ffn = layer.attention, layer.feed_forward
+        writers += [attention.out_proj, ffn.output_dense]
+        readers += [attention.q_proj, attention.k_proj, attention.v_proj, ffn.intermediate_dense]
+        norms += [layer.layer_norm, layer.final_layer_norm]
+    for module in (*writers, *norms):
+        permute(order, module.weight, module.bias)
+    for reader in readers:
+        permute(order, reader.weight, dim=1)
+    if hasattr(base, "masked_spec_embed"):
+        permute(order, base.masked_spec_embed)
+
+
+def permute(order: torch.Tensor, *weights: torch.Tensor, dim: int = 0) -> None:
+    """Puts entry `order[i]` of each of `weights` along `dim` to place i."""
+    for weight in weights:
+        weight.copy_(weight.index_select(dim, order.to(weight.device)))
