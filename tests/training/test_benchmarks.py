@@ -440,6 +440,22 @@ def test_whitened_features_are_uncorrelated_and_of_variance_one():
     assert ((constant - mean) @ whitening).abs().max() < 10, "what never changes is no feature"
 
 
+def test_the_phone_probe_finds_phones_in_features_that_are_all_but_constant(bench_arguments):
+    """What tells phones apart is a hundredth of the rest, as in the features of a transformer."""
+    measures, bench = load("measures"), load("gains").Gains(replace(bench_arguments, phone_steps=200))
+    phones = bench.measures.phones
+    units = sorted({phone for of_recording in phones.values() for phone in of_recording})
+    mixed = torch.randn(len(units) + 1, len(units) + 1, generator=torch.Generator().manual_seed(0)) / 100
+
+    class Correlated(measures.Features):
+        def __call__(self, batch, mask=None):
+            spoken = [[each for unit in phones[number] for each in (units.index(unit), -1)] for number in batch]
+            frames = [torch.eye(len(units) + 1)[numbers] @ mixed + 10 for numbers in spoken]
+            return torch.nn.utils.rnn.pad_sequence(frames, batch_first=True), torch.tensor(list(map(len, frames)))
+
+    assert bench.measures.phone_probe(Correlated(bench.measures.speech), 0)["per"] < 0.1
+
+
 def test_ctc_learns_units_from_features():
     ctc = load("ctc")
     texts = {number: ["ab", "ba", "aab"][number % 3] for number in range(6)}
