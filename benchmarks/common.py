@@ -10,7 +10,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -344,21 +344,30 @@ def run_all(
     keep: Callable[[Job, float, dict[str, dict[str, Any]]], None],
 ) -> None:
     """Makes runs, two at a time, and hands each result to `keep` as soon as it is there. The first that fails ends the
-    others that have not begun."""
+    others that have not begun; one that has begun is finished and kept."""
     context, count = get_context("spawn"), min(2, len(jobs))
     with (
         tqdm(total=len(jobs), desc="runs") as bar,
         ProcessPoolExecutor(count, context, initializer=_start, initargs=(kind, arguments)) as workers,
     ):
         running = {workers.submit(_work, job): job for job in jobs}
+        left, failure = set(running), None
         try:
-            for finished in as_completed(running):
-                job = running[finished]
-                keep(job, *finished.result())
-                bar.set_postfix_str(f"{job.name}, seed {job.seed}")
-                bar.update()
+            while left:
+                finished, left = wait(left, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    if error := future.exception():
+                        failure = failure or error
+                        left = {each for each in left if not each.cancel()}
+                        continue
+                    job = running[future]
+                    keep(job, *future.result())
+                    bar.set_postfix_str(f"{job.name}, seed {job.seed}")
+                    bar.update()
         finally:
             workers.shutdown(cancel_futures=True)
+    if failure is not None:
+        raise failure
 
 
 def weights_digest(model: nn.Module) -> str:

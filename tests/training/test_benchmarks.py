@@ -3,6 +3,7 @@ One benchmark is run, on a tiny teacher and little speech."""
 
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -414,6 +415,19 @@ def test_runs_of_another_teacher_in_the_same_folder_are_others(bench_arguments):
     assert load("gains").Gains(bench_arguments).distil(0) != first
     with pytest.raises(UserError, match="has results with another teacher_weights"):
         common.Runner(load("gains").Gains, bench_arguments)
+
+
+def test_a_run_that_fails_ends_the_benchmark_and_the_others_are_kept(bench_arguments):
+    options = {name: value for name, value in asdict(bench_arguments).items() if value not in (None, [])}
+    words = [f"--{name}={value[0] if isinstance(value, list) else value}" for name, value in options.items()]
+    Path(bench_arguments.output_dir).mkdir()
+    Path(bench_arguments.output_dir, "distilled").write_text("a file where a folder has to be made")
+    runs = ("smallest, DistilHuBERT's way", "smallest, random weights")
+    done = subprocess.run(
+        [sys.executable, FOLDER / "gains.py", *words, "--measures=r2", "--only", *runs], capture_output=True, text=True
+    )
+    assert done.returncode and "distilled" in done.stderr
+    assert list(json.loads(Path(bench_arguments.results_file).read_text())["results"]) == [runs[1]]
 
 
 def test_an_unknown_run_is_named(bench_arguments):

@@ -73,8 +73,9 @@ def measure_importance(
         waveforms: each of shape (num_samples), as the model's feature extractor gives them.
 
     Returns:
-        By name, float64 on the CPU: `convolution i` (its channels), `heads i`, `units i` of layer i; and `hidden`, the
-        channels of hidden states, the sum of their shares in what attention and FFN of each layer read.
+        By name, float64 on the CPU: `convolution i` (its channels), if subnets choose them; `heads i`, `units i` of
+        layer i; and `hidden`, the channels of hidden states, the sum of their shares in what attention and FFN of each
+        layer read.
     """
     base: Any = model.base_model  # torch types every attribute of a module as `Tensor | Module`
     earlier, training = model.subnet, model.training
@@ -84,12 +85,14 @@ def measure_importance(
         statistics.callback(model.set_subnet, earlier)
         model.eval()
         base.select(model.config.full_subnet())
-        readers = {f"convolution {number}": layer.conv.weight for number, layer in enumerate(convolutions[1:])}
-        for number, layer in enumerate(convolutions[:-1]):
-            statistics.of_channels(f"convolution {number}", layer)
-        projection = base.feature_projection.projection
-        statistics.of_inputs(f"convolution {len(convolutions) - 1}", projection)  # behind the norm of the last one
-        readers[f"convolution {len(convolutions) - 1}"] = projection.weight
+        readers: dict[str, torch.Tensor] = {}
+        if model.config.full_subnet().conv_dim is not None:  # else it may be shared with the teacher as it is
+            readers = {f"convolution {number}": layer.conv.weight for number, layer in enumerate(convolutions[1:])}
+            for number, layer in enumerate(convolutions[:-1]):
+                statistics.of_channels(f"convolution {number}", layer)
+            projection = base.feature_projection.projection
+            statistics.of_inputs(f"convolution {len(convolutions) - 1}", projection)  # behind the norm of the last one
+            readers[f"convolution {len(convolutions) - 1}"] = projection.weight
         for number, layer in enumerate(all_layers(base)):
             attention, ffn = layer.attention, layer.feed_forward
             for kind, of_kind in {
