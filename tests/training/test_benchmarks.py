@@ -422,7 +422,7 @@ def test_a_run_that_fails_ends_the_benchmark_and_the_others_are_kept(bench_argum
     words = [f"--{name}={value[0] if isinstance(value, list) else value}" for name, value in options.items()]
     Path(bench_arguments.output_dir).mkdir()
     Path(bench_arguments.output_dir, "distilled").write_text("a file where a folder has to be made")
-    runs = ("smallest, DistilHuBERT's way", "smallest, random weights")
+    runs = ("smallest, distilled alone", "smallest, random weights")
     done = subprocess.run(
         [sys.executable, FOLDER / "gains.py", *words, "--measures=r2", "--only", *runs], capture_output=True, text=True
     )
