@@ -201,7 +201,7 @@ class Bench:
 
     def ordered(self, search_space: str | Path) -> Path:
         """The teacher as a supernet of a search space, a file, with its channels, heads and FFN units in the order of
-        their importance. It is made once."""
+        their importance. It is made once: delete its folder after a change of how they are put in order."""
         described = weights_digest(self.untrained) + Path(search_space).read_text(encoding="utf-8")
         folder = self.output / "ordered" / hashlib.sha256(described.encode()).hexdigest()[:12]
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +371,7 @@ def run_all(
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Twelve hexadecimal digits that stand for the weights of a model, whatever precision they were loaded in."""
+    """Twelve hexadecimal digits that stand for the weights of a model on the CPU, compared in float32."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode() + weight.float().numpy().tobytes())

@@ -5,7 +5,9 @@
     python training/run_distillation.py --teacher_name_or_path facebook/hubert-base-ls960 \\
         --student_name_or_path ordered ...
 
-It is done once, before stage 2. The outputs of the full model stay as they are.
+It is done once, before stage 2. The full model computes what it has computed, with the channels of its hidden states
+in another order; the outputs of its prediction heads stay as they are. Convolutions change only where subnets choose
+their channels.
 """
 
 from collections.abc import Iterator
