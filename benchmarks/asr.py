@@ -16,10 +16,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import common
+import comparisons
 import numpy as np
-from common import BenchArguments, Results, Runner, Table
+from common import BenchArguments, Table
+from comparisons import Results
 from measures import TEXT
+from processes import parse, run_script
+from runner import Runner
 
 from lighthubert_training.data.strings import read_parquet
 from lighthubert_training.error_rates import character_error_rate, word_error_rate
@@ -93,7 +96,7 @@ class Recognition(Table):
             options["subnet"] = self.subnet_file(row, folder)
         options |= {"model_name_or_path": self.distil(seed), "output_dir": folder, "seed": seed}
         options["resume_from_checkpoint"] = "latest"
-        common.run_script("training/run_speech_recognition_ctc.py", **options)
+        run_script("training/run_speech_recognition_ctc.py", **options)
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         seconds = next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
         files = {each: str(self.subnet_file(each, folder)) for each in self.subnets} if once_for_all else {row: None}
@@ -112,7 +115,7 @@ class Recognition(Table):
 
 def rates(results: Results, kind: str, subnet: str, measure: str = "wer") -> dict[str, float]:
     """Error rates by seed."""
-    return common.over_seeds(results, kind, subnet, measure)
+    return comparisons.over_seeds(results, kind, subnet, measure)
 
 
 def mean_rates(results: Results, kind: str, subnets: Sequence[str], measure: str) -> list[float]:
@@ -130,7 +133,7 @@ def table(results: Results, subnets: Sequence[str]) -> str:
     rows, shown = [], {name: [name] for name in subnets if name not in drawn}
     for title, names in [*shown.items(), ("random, mean", drawn)]:
         found = [mean_rates(results, kinds[kind], names, measure.lower()) for measure, kind in columns]
-        rows.append([title, *(common.summary(values, percent=True) for values in found)])
+        rows.append([title, *(comparisons.summary(values, percent=True) for values in found)])
     return markdown_table(["", *(f"{measure} {kind}" for measure, kind in columns)], rows)
 
 
@@ -171,11 +174,11 @@ def plot(results: Results, macs: Mapping[str, float], path: Path) -> None:
 
 
 def main() -> None:
-    arguments = common.parse(RecognitionArguments, __doc__)
+    arguments = parse(RecognitionArguments, __doc__)
     runner = Runner(Recognition, arguments)
     results, recognition = runner(), Recognition(arguments)
     subnets = list(recognition.subnets)
-    common.report(runner.file.with_suffix(".md"), table(results, subnets), margins(results, subnets))
+    comparisons.report(runner.file.with_suffix(".md"), table(results, subnets), margins(results, subnets))
     macs = {name: macs_per_second(recognition.untrained, subnet) for name, subnet in recognition.subnets.items()}
     plot(results, macs, runner.file.with_suffix(".png"))
 

@@ -11,8 +11,11 @@ probes of frozen features, a phone probe, fine-tuning with few labels, and two t
 from collections.abc import Sequence
 from typing import Any
 
-import common
-from common import SUBNETS, TRAINED_ALONE, UNTRAINED, BenchArguments, Results, Runner, Table
+import comparisons
+from common import SUBNETS, TRAINED_ALONE, UNTRAINED, BenchArguments, Table
+from comparisons import Results
+from processes import parse
+from runner import Runner
 
 from lighthubert_training.runs.tables import markdown_table
 from modeling_lighthubert.errors import run
@@ -70,8 +73,8 @@ def overview(results: Results, measures: Sequence[str]) -> str:
     """Markdown: the mean of each model."""
     rows = []
     for title, (made, row) in rows_of(results).items():
-        values = {measure: list(common.over_seeds(results, made, row, measure).values()) for measure in measures}
-        rows.append([title, *(common.mean_alone(each, measure) for measure, each in values.items())])
+        values = {measure: list(comparisons.over_seeds(results, made, row, measure).values()) for measure in measures}
+        rows.append([title, *(comparisons.mean_alone(each, measure) for measure, each in values.items())])
     return markdown_table(["", *measures], rows)
 
 
@@ -80,8 +83,8 @@ def table(results: Results, shape: str, measures: Sequence[str]) -> str:
     lines = {title: line for title, line in rows_of(results).items() if title.split(", ")[0] in (shape, TEACHER)}
     rows = []
     for measure in measures:
-        values = (list(common.over_seeds(results, *line, measure).values()) for line in lines.values())
-        rows.append([measure, *(common.mean_and_each(each, measure) for each in values)])
+        values = (list(comparisons.over_seeds(results, *line, measure).values()) for line in lines.values())
+        rows.append([measure, *(comparisons.mean_and_each(each, measure) for each in values)])
     return markdown_table(["", *(title.removeprefix(f"{shape}, ") for title in lines)], rows)
 
 
@@ -96,8 +99,8 @@ def findings(results: Results, measures: list[str]) -> list[str]:
                 continue
             found = {}
             for measure in measures:
-                pair = (common.over_seeds(results, *line, measure) for line in (ours, theirs))
-                if margin := common.margin(*pair, measure):
+                pair = (comparisons.over_seeds(results, *line, measure) for line in (ours, theirs))
+                if margin := comparisons.margin(*pair, measure):
                     found[measure] = margin
             better = sum(margin.relative > 0 for margin in found.values())
             always, never = ([name for name, margin in found.items() if margin.verdict == sign] for sign in (1, -1))
@@ -109,13 +112,13 @@ def findings(results: Results, measures: list[str]) -> list[str]:
 
 
 def main() -> None:
-    arguments = common.parse(BenchArguments, __doc__)
+    arguments = parse(BenchArguments, __doc__)
     runner = Runner(Gains, arguments)
     results = runner()
-    measures = common.measures_of(results)
+    measures = comparisons.measures_of(results)
     tables = [overview(results, [measure for measure in OVERVIEW if measure in measures])]
     tables += [table(results, shape, measures) for shape in ("largest", *SHAPES)]
-    common.report(runner.file.with_suffix(".md"), "\n\n".join(tables), findings(results, measures))
+    comparisons.report(runner.file.with_suffix(".md"), "\n\n".join(tables), findings(results, measures))
 
 
 if __name__ == "__main__":

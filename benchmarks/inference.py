@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import A_SMALL, noise, process_memory
+from processes import process_memory
+from recordings import noise
 from tqdm.auto import tqdm
 from transformers import HubertConfig, HubertModel
 from transformers.models.hubert.modeling_hubert import HubertPreTrainedModel
@@ -37,6 +38,7 @@ from modeling_lighthubert.profiling import macs_per_second, median_ratio, time_i
 
 FORMS = ("fp32", "bf16", "compiled", "onnx", "int8")
 REFERENCE, TWO_LAYERS = "stock HuBERT Base", "DistilHuBERT's shape"
+A_SMALL = SearchSpace.small().named["a_small"]
 SUBNETS = {
     "largest": SearchSpace.tiny_to_base().largest,
     "a_base": Subnet.uniform(hidden_size=640, num_hidden_layers=12, num_attention_heads=10, intermediate_size=2560),

@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import common
-from common import ALONE, RECIPE, SUBNETS, BenchArguments, Results, Runner, Table
+import comparisons
+from common import ALONE, RECIPE, SUBNETS, BenchArguments, Table
+from comparisons import Results
+from processes import parse
+from runner import Runner
 
 from lighthubert_training.runs.options import option
 from lighthubert_training.runs.tables import markdown_table
@@ -81,11 +84,13 @@ class Learning(Table):
 
 def table(results: Results) -> str:
     """Markdown: a row for each variant, mean and deviation over the seeds, in columns by measure and subnet."""
-    measures = common.measures_of(results)
+    measures = comparisons.measures_of(results)
     rows = []
     for variant in (name for name in VARIANTS if results.get(name)):
         cells = [
-            common.summary(list(common.over_seeds(results, variant, subnet, measure).values()), measure[:2] != "r2")
+            comparisons.summary(
+                list(comparisons.over_seeds(results, variant, subnet, measure).values()), measure[:2] != "r2"
+            )
             for measure in measures
             for subnet in SUBNETS
         ]
@@ -94,9 +99,9 @@ def table(results: Results) -> str:
 
 
 def main() -> None:
-    runner = Runner(Learning, common.parse(LearningArguments, __doc__))
+    runner = Runner(Learning, parse(LearningArguments, __doc__))
     results: Mapping[str, Any] = runner()
-    common.report(runner.file.with_suffix(".md"), table(results))
+    comparisons.report(runner.file.with_suffix(".md"), table(results))
 
 
 if __name__ == "__main__":

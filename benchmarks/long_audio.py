@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import A_SMALL, process_memory
+from processes import process_memory
 from transformers.utils import logging
 
 from lighthubert_training.data.strings import SAMPLING_RATE
@@ -24,6 +24,7 @@ from modeling_lighthubert import LightHubertConfig, LightHubertModel, SearchSpac
 from modeling_lighthubert.errors import run
 
 
+A_SMALL = SearchSpace.small().named["a_small"]
 WINDOW = 250
 """Frames of 20 ms on each side."""
 

@@ -17,9 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
+import comparisons
 import torch
-from common import RANDOM, RECIPE, SLICE, BenchArguments, Results, Runner, Table
+from common import RANDOM, RECIPE, SLICE, BenchArguments, Table
+from comparisons import Results
+from processes import parse
+from recordings import noise, to_distil
+from runner import Runner
 from transformers import set_seed
 
 from lighthubert_training.distillation.step import evaluate
@@ -146,7 +150,7 @@ class NarrowFeatureEncoders(Table):
     def best_within_budget(self, trained: LightHubertForPreTraining) -> Subnet:
         """The candidate with the least loss on recordings to train on."""
         speech = self.measures.speech
-        batches = common.to_distil([speech.audio(each) for each in speech.batches(self.measures.train_frames)[::4]])
+        batches = to_distil([speech.audio(each) for each in speech.batches(self.measures.train_frames)[::4]])
         candidates = {str(number): subnet for number, subnet in enumerate(self.candidates(trained.search_space))}
         losses = evaluate(trained, self.teacher, batches, candidates, build_accelerator("cpu"))
         return candidates[min(losses, key=losses.__getitem__)]
@@ -154,13 +158,13 @@ class NarrowFeatureEncoders(Table):
 
 def table(results: Results) -> str:
     """Markdown: a line for each subnet of each variant, mean and deviation over the seeds."""
-    measures, rows = [name for name in common.measures_of(results) if name != "macs"], []
+    measures, rows = [name for name in comparisons.measures_of(results) if name != "macs"], []
     for variant, runs in results.items():
         first_run = next(iter(runs.values()))
         for name, first in ((name, row) for name, row in first_run.items() if isinstance(row, dict)):
             found = [run[name] for run in runs.values()]
             macs = f"{statistics.mean(row['macs'] for row in found) / 1e6:.1f}"
-            measured = [common.summary([row[name] for row in found], name[:2] != "r2") for name in measures]
+            measured = [comparisons.summary([row[name] for row in found], name[:2] != "r2") for name in measures]
             rows.append([variant, name, str(first.get("steps", "")), macs, *measured])
     return markdown_table(["", "subnet", "steps", "MMAC/s", *measures], rows)
 
@@ -171,7 +175,7 @@ def mean(results: Results, variant: str, subnet: str, measure: str = "r2") -> fl
 
 def speed_ups(narrow: NarrowFeatureEncoders, rows: Mapping[str, Any]) -> dict[str, float]:
     """How many times faster than the teacher each cut subnet is on a clip of 5 s, taking turns with all the others."""
-    audio, supernet = torch.from_numpy(common.noise(1, 5)), narrow.elastic
+    audio, supernet = torch.from_numpy(noise(1, 5)), narrow.elastic
     models = {"reference": narrow.teacher.model}
     models |= {name: supernet.extract_subnet(row["subnet"]).eval() for name, row in rows.items()}
     with torch.inference_mode():
@@ -184,7 +188,7 @@ def plot(narrow: NarrowFeatureEncoders, results: Results, seed: int, path: Path)
     elastic = [variant for variant in results if variant.startswith("from")]
     best = max(elastic, key=lambda variant: mean(results, variant, f"middle, {HALF}"))
     labels = {"r2": "R2 of the target", "digit": "digit probe, accuracy", "speaker": "speaker probe, accuracy"}
-    measures = [name for name in labels if name in common.measures_of(results)]
+    measures = [name for name in labels if name in comparisons.measures_of(results)]
     figure, panels = new_figure(len(measures), (4.5 * len(measures), 4))
     for variant, marker in ((FULL, "s"), (best, "o")):
         rows = {name: row for name, row in results[variant][str(seed)].items() if isinstance(row, dict)}
@@ -203,10 +207,10 @@ def plot(narrow: NarrowFeatureEncoders, results: Results, seed: int, path: Path)
 
 
 def main() -> None:
-    arguments = common.parse(NarrowArguments, __doc__)
+    arguments = parse(NarrowArguments, __doc__)
     runner = Runner(NarrowFeatureEncoders, arguments)
     results = runner()
-    common.report(runner.file.with_suffix(".md"), table(results))
+    comparisons.report(runner.file.with_suffix(".md"), table(results))
     if all(results.get(name) for name in runner.kind.names(arguments)):
         path = runner.file.with_suffix(".png")
         plot(NarrowFeatureEncoders(arguments), results, arguments.seeds[0], path)

@@ -8,7 +8,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from common import summary
+from comparisons import summary
 from transformers import Wav2Vec2Processor
 from transformers.utils import logging
 

@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import common
-from common import ALONE, SUBNETS, BenchArguments, Results, Runner, Table
+import comparisons
+from common import ALONE, SUBNETS, BenchArguments, Table
+from comparisons import Results
+from processes import parse
+from runner import Runner
 
 from lighthubert_training.runs.options import option
 from lighthubert_training.runs.plots import new_figure, save_figure
@@ -77,8 +80,8 @@ def table(results: Results, measures: list[str]) -> str:
     rows = []
     for name, runs in results.items():
         for row in next(iter(runs.values())):
-            values = [list(common.over_seeds(results, name, row, measure).values()) for measure in measures]
-            cells = (common.mean_and_each(each, measure) for each, measure in zip(values, measures, strict=True))
+            values = [list(comparisons.over_seeds(results, name, row, measure).values()) for measure in measures]
+            cells = (comparisons.mean_and_each(each, measure) for each, measure in zip(values, measures, strict=True))
             rows.append([name, row, *cells])
     return markdown_table(["", "subnet", *measures], rows)
 
@@ -97,7 +100,7 @@ def plot(results: Results, arguments: PassesArguments, path: Any) -> None:
             of_rate = [(arguments.passes + n, recovery(shape, n, rate), shape) for n in steps]
             lines = {**lines, f"{shape}, recovered at {rate:g}": of_rate}
         for label, runs in lines.items():
-            found = [(passes, common.over_seeds(results, name, row, "r2")) for passes, name, row in runs]
+            found = [(passes, comparisons.over_seeds(results, name, row, "r2")) for passes, name, row in runs]
             points = [(passes, statistics.mean(values.values())) for passes, values in found if values]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
@@ -107,10 +110,10 @@ def plot(results: Results, arguments: PassesArguments, path: Any) -> None:
 
 
 def main() -> None:
-    arguments = common.parse(PassesArguments, __doc__)
+    arguments = parse(PassesArguments, __doc__)
     runner = Runner(Passes, arguments)
     results = runner()
-    common.report(runner.file.with_suffix(".md"), table(results, common.measures_of(results)))
+    comparisons.report(runner.file.with_suffix(".md"), table(results, comparisons.measures_of(results)))
     plot(results, arguments, runner.file.with_suffix(".png"))
 
 

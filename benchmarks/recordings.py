@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Wav2Vec2FeatureExtractor
 
 from lighthubert_training.data.audio import load_waveform
-from lighthubert_training.data.collators import pad
+from lighthubert_training.data.collators import Batch, pad
 from lighthubert_training.data.strings import SAMPLING_RATE, encode_flac, read_parquet
 from lighthubert_training.distillation.teacher import Teacher
 from lighthubert_training.runs.options import option
@@ -197,3 +197,20 @@ def write_superb_data(recordings: Sequence[Recording], folder: Path) -> None:
 def draw(numbers: Sequence[int], most: int, rng: random.Random) -> list[int]:
     """At most so many of `numbers`, at random."""
     return rng.sample(list(numbers), min(most, len(numbers)))
+
+
+def to_distil(batches: Sequence[Batch]) -> list[Batch]:
+    """Batches with what a distillation loss needs besides: the input of the teacher, which is that of the student, and
+    an item for the mask of each recording."""
+
+    def complete(batch: Batch) -> Batch:
+        audio = batch["input_values"]
+        items = torch.tensor([[0, row] for row in range(len(audio))])
+        return {**batch, "teacher_input_values": audio, "items": items}
+
+    return list(map(complete, batches))
+
+
+def noise(batch_size: int, seconds: float) -> np.ndarray:
+    """Audio that is always the same, float32, (batch_size, num_samples)."""
+    return np.random.default_rng(0).standard_normal((batch_size, int(seconds * SAMPLING_RATE)), dtype=np.float32)

@@ -22,7 +22,10 @@ from typing import Any
 
 import optuna
 import torch
-from common import Bench, BenchArguments, parse, report, summary, to_distil
+from common import Bench, BenchArguments
+from comparisons import report, summary
+from processes import parse
+from recordings import to_distil
 from tqdm.auto import tqdm
 
 from lighthubert_training.data.collators import Batch

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from common import RANDOM as CONTROL
-from common import ROOT, SUBNETS, SpeechArguments, parse, report, run_script
+from common import SUBNETS
+from comparisons import report
+from processes import ROOT, SpeechArguments, parse, run_script
 from tqdm.auto import tqdm
 from transformers import set_seed
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import ROOT, parse, prepare_process
+from processes import ROOT, parse, prepare_process
 from tqdm.auto import tqdm
 
 from lighthubert_training.runs.distributed import build_accelerator

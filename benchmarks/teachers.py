@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import common
+import comparisons
 import numpy as np
 import torch
-from common import ENCODER, RANDOM, ROOT, BenchArguments, Runner, Table
+from common import ENCODER, RANDOM, BenchArguments, Table
 from measures import Features, Measures
+from processes import ROOT, parse
 from recordings import Speech
+from runner import Runner
 from torch.nn.utils.rnn import pad_sequence
 
 from lighthubert_training.data.mfcc import mfcc
@@ -90,16 +92,16 @@ class Teachers(Table):
 
 
 def main() -> None:
-    runner = Runner(Teachers, common.parse(TeachersArguments, __doc__))
+    runner = Runner(Teachers, parse(TeachersArguments, __doc__))
     results = runner()
-    measures = common.measures_of(results)
+    measures = comparisons.measures_of(results)
     rows = []
     for name in results:
-        values = (list(common.over_seeds(results, name, name, measure).values()) for measure in measures)
+        values = (list(comparisons.over_seeds(results, name, name, measure).values()) for measure in measures)
         rows.append(
-            [name, *(common.mean_and_each(each, measure) for each, measure in zip(values, measures, strict=True))]
+            [name, *(comparisons.mean_and_each(each, measure) for each, measure in zip(values, measures, strict=True))]
         )
-    common.report(runner.file.with_suffix(".md"), markdown_table(["", *measures], rows))
+    comparisons.report(runner.file.with_suffix(".md"), markdown_table(["", *measures], rows))
 
 
 if __name__ == "__main__":

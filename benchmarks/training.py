@@ -17,8 +17,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from common import noise, to_distil
 from datasets import Audio, Dataset
+from recordings import noise, to_distil
 from torch.utils.data import DataLoader
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 

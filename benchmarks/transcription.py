@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, SpeechArguments, parse, process_memory, run_script
 from datasets import Dataset
+from processes import ROOT, SpeechArguments, parse, process_memory, run_script
 
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.data.strings import SAMPLING_RATE, join_words, read_parquet

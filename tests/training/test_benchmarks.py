@@ -1,4 +1,4 @@
-"""Every benchmark can be imported and lists its options; what common.py, measures.py and the tables compute is right.
+"""Every benchmark can be imported and lists its options; what they share and the tables compute is right.
 One benchmark is run, on a tiny teacher and little speech."""
 
 import importlib.util
@@ -25,7 +25,7 @@ from modeling_lighthubert.profiling import macs_per_second
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SHARED = ("common", "measures", "recordings", "ctc")
+SHARED = ("common", "comparisons", "ctc", "measures", "processes", "recordings", "runner")
 NAMES = sorted({file.stem for file in FOLDER.glob("*.py")} - set(SHARED))
 
 
@@ -65,13 +65,13 @@ def test_a_benchmark_lists_its_options(name, monkeypatch, capsys):
 def test_scripts_get_their_options_and_leave_a_log(tmp_path):
     (tmp_path / "script.py").write_text("import sys\n\nprint(sys.argv[1:])\n")
     options = {"seed": 3, "subnet": None, "train_file": ["a.parquet", "b.parquet"], "output_dir": tmp_path}
-    load("common").run_script(tmp_path / "script.py", **options)
+    load("processes").run_script(tmp_path / "script.py", **options)
     words = ["--seed=3", "--train_file", "a.parquet", "b.parquet", f"--output_dir={tmp_path}"]
     assert (tmp_path / "run.log").read_text() == f"{words}\n"
 
 
 def test_a_script_that_fails_says_why(tmp_path):
-    run_script = load("common").run_script
+    run_script = load("processes").run_script
     (tmp_path / "refuses.py").write_text(
         "import sys\n\nprint('error: --seed 3 is odd', file=sys.stderr)\nsys.exit(2)\n"
     )
@@ -84,27 +84,27 @@ def test_a_script_that_fails_says_why(tmp_path):
 
 def test_batches_for_a_distillation_loss_have_an_item_for_each_recording():
     audio = torch.randn(3, 800)
-    (batch,) = load("common").to_distil([{"input_values": audio, "attention_mask": torch.ones(3, 800)}])
+    (batch,) = load("recordings").to_distil([{"input_values": audio, "attention_mask": torch.ones(3, 800)}])
     assert set(batch) == {"input_values", "attention_mask", "teacher_input_values", "items"}
     assert batch["teacher_input_values"] is audio
     assert batch["items"].tolist() == [[0, 0], [0, 1], [0, 2]]
 
 
 def test_noise_is_the_same_and_of_unit_variance():
-    common = load("common")
-    audio = common.noise(2, 0.5)
+    recordings = load("recordings")
+    audio = recordings.noise(2, 0.5)
     assert audio.shape == (2, 8000)
-    assert (audio == common.noise(2, 0.5)).all()
+    assert (audio == recordings.noise(2, 0.5)).all()
     assert audio.std() == pytest.approx(1, abs=0.05)
 
 
 def test_the_most_memory_is_no_less_than_what_is_held():
-    common = load("common")
-    assert 10 < common.process_memory("VmRSS") <= common.process_memory("VmHWM")
+    process_memory = load("processes").process_memory
+    assert 10 < process_memory("VmRSS") <= process_memory("VmHWM")
 
 
 def test_a_summary_is_mean_and_deviation():
-    summary = load("common").summary
+    summary = load("comparisons").summary
     assert summary([0.25, 0.75], percent=True) == "50.0 ± 35.4"
     assert summary([0.25], percent=False) == "0.250"
     assert summary([], percent=False) == ""
@@ -127,7 +127,7 @@ def test_runs_of_the_demonstration_are_summed_up_as_mean_and_range():
 
 
 def test_a_margin_says_whether_all_seeds_agree():
-    margin = load("common").margin
+    margin = load("comparisons").margin
     better = margin({"0": 0.3, "1": 0.25}, {"0": 0.2, "1": 0.2, "2": 0.9}, "r2")
     assert better.gains == pytest.approx([0.1, 0.05])
     assert better.relative == pytest.approx(0.375)
@@ -318,7 +318,7 @@ def test_data_of_keyword_spotting_and_slot_filling_are_made_of_the_labels(bench_
 
 
 def test_error_rates_are_known_by_their_names():
-    is_error = load("common").is_error
+    is_error = load("comparisons").is_error
     assert all(map(is_error, ("wer, 1 min", "per, held-out language", "sf cer, people")))
     assert not any(map(is_error, ("r2", "ks accuracy, people", "sf f1, people", "digit")))
 
@@ -394,7 +394,7 @@ def test_runs_are_made_once_and_kept_with_their_options(bench_arguments):
     name = "smallest, DistilHuBERT's way"
     made = json.loads(kept)["results"][name]["0"]["smallest"]
     assert {"r2", "r2 of masked frames"} <= set(made)
-    runner = load("common").Runner(load("gains").Gains, replace(bench_arguments, only=None, measures=["r2"]))
+    runner = load("runner").Runner(load("gains").Gains, replace(bench_arguments, only=None, measures=["r2"]))
     assert runner.hours([runner.job(name, 1)]) == runner.seconds[name]["0"]["r2"] / 7200
     assert "runs, about" not in run(FOLDER / "gains.py", *words)
     assert Path(bench_arguments.results_file).read_text() == kept
@@ -406,15 +406,15 @@ def test_runs_are_made_once_and_kept_with_their_options(bench_arguments):
 
 
 def test_runs_of_another_teacher_in_the_same_folder_are_others(bench_arguments):
-    common, gains = load("common"), load("gains").Gains(bench_arguments)
-    common.Runner(load("gains").Gains, bench_arguments).keep(common.Job("teacher", 0, ("r2",)), 1.0, {})
+    runner, gains = load("runner"), load("gains").Gains(bench_arguments)
+    runner.Runner(load("gains").Gains, bench_arguments).keep(runner.Job("teacher", 0, ("r2",)), 1.0, {})
     first = gains.distil(0)
     teacher = HubertModel.from_pretrained(bench_arguments.teacher_name_or_path)
     teacher.encoder.layer_norm.bias.data += 1.0
     teacher.save_pretrained(bench_arguments.teacher_name_or_path)
     assert load("gains").Gains(bench_arguments).distil(0) != first
     with pytest.raises(UserError, match="has results with another teacher_weights"):
-        common.Runner(load("gains").Gains, bench_arguments)
+        runner.Runner(load("gains").Gains, bench_arguments)
 
 
 def test_a_run_that_fails_ends_the_benchmark_and_the_others_are_kept(bench_arguments):
@@ -433,7 +433,7 @@ def test_a_run_that_fails_ends_the_benchmark_and_the_others_are_kept(bench_argum
 def test_an_unknown_run_is_named(bench_arguments):
     bench_arguments.only = ["largest, by magic"]
     with pytest.raises(UserError, match="--only largest, by magic: choose from 'distilled once for all'"):
-        load("common").Runner(load("gains").Gains, bench_arguments)()
+        load("runner").Runner(load("gains").Gains, bench_arguments)()
 
 
 def test_phones_are_those_of_the_language():

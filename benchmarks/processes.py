@@ -1,0 +1,71 @@
+"""The process of a benchmark, and the scripts that it runs in others."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from transformers.utils import logging
+
+from lighthubert_training.runs.options import OptionParser, option, parse_options
+from modeling_lighthubert.errors import UserError
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class SpeechArguments:
+    """Recordings of single words, or strings of them."""
+
+    train_file: str = option(str(ROOT / "demo/speech/train.parquet"), "Parquet file to train on.")
+    test_file: str = option(str(ROOT / "demo/speech/test.parquet"), "Parquet file to test on.")
+
+
+def parse(kind: type, description: str | None) -> Any:
+    """Options of a benchmark, as `kind`; this process computes with one thread."""
+    prepare_process()
+    return parse_options(OptionParser(kind, description=description))[0]
+
+
+def prepare_process() -> None:
+    """One thread, and no messages of libraries between the results."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def run_script(script: str, **options: Any) -> None:
+    """Runs `script` from the top folder, with one thread and its options that are not `None`; a list is several words.
+    Its output is added to `run.log` in its `output_dir`.
+
+    Raises:
+        UserError: the script says that an option is wrong.
+        RuntimeError: it failed otherwise.
+    """
+    words = []
+    for name, value in options.items():
+        if isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    command, environment = [sys.executable, str(ROOT / script), *words], os.environ | {"OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode == 2:
+        raise UserError(finished.stderr.splitlines()[-1].removeprefix("error: "))
+    if finished.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr[-3000:]}")
+    with (Path(options["output_dir"]) / "run.log").open("a", encoding="utf-8") as log:
+        log.write(finished.stdout + finished.stderr)
+
+
+def process_memory(kind: str) -> float:
+    """Mebibytes that this process holds (`VmRSS`), or held at most (`VmHWM`), on Linux. `getrusage` would count what
+    its parent held as well."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[kind].split()[0]) / 2**10
