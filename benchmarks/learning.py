@@ -40,8 +40,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in order first": {"ordered": True},
     "stage 1 first": {"stage1": True},
     "the ends in 30 % of the steps each": {"sampling": "size_ends", "ends_prob": 0.3},
-    "worst of three": {"sampling": "worst_up"},
-    "best of three": {"sampling": "best_up"},
     "two subnets a step": {"num_random_subnets": 2},
     "random start": RANDOM,
     "random start, stage 1 first": RANDOM | {"stage1": True},

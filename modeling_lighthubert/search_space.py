@@ -529,7 +529,7 @@ class SearchSpace(JsonValue):
         conv_dim = self.sample_conv_dim(rng)
         return self._assemble(width, heads, ratios, conv_dim, self.sample_attention_window(depth, rng))
 
-    def sample_by_size(self, rng: random.Random, size: float | None = None) -> Subnet:
+    def sample_by_size(self, rng: random.Random) -> Subnet:
         """Draws a subnet whose size is uniform between the smallest and the largest.
 
         With every choice uniform and independent, sizes pile up around those of each width, and the ends are almost
@@ -537,12 +537,8 @@ class SearchSpace(JsonValue):
         rise together from least to most, each along its own random path (a binomial quantile of the common level), up
         to the level at which the size is met. Channels of convolutions and windows hardly change the size and are
         drawn independently.
-
-        Args:
-            size: as near as possible to so many weights of matrices. Default: drawn.
         """
-        if size is None:
-            size = self.sample_size(rng)
+        size = rng.uniform(self.smallest.num_matrix_weights, self.largest.num_matrix_weights)
 
         def subnet(width: int, level: float, at_layers: list[tuple[float, float]]) -> Subnet:
             heads = [_quantile(self.num_attention_heads, level, at) for at, _ in at_layers]
@@ -566,10 +562,6 @@ class SearchSpace(JsonValue):
         drawn = min(candidates, key=lambda candidate: abs(candidate.num_matrix_weights - size))
         conv_dim = self.sample_conv_dim(rng)
         return replace(drawn, conv_dim=conv_dim, attention_window=self.sample_attention_window(depth, rng))
-
-    def sample_size(self, rng: random.Random) -> float:
-        """Draws a number of weights of matrices, uniform between the smallest and the largest subnet."""
-        return rng.uniform(self.smallest.num_matrix_weights, self.largest.num_matrix_weights)
 
     def sample_conv_dim(self, rng: random.Random) -> tuple[int, ...] | None:
         """Draws channels of all convolutions, each way to choose them as likely as the others."""

@@ -178,8 +178,6 @@ def distil(
         log=RunLog(accelerator, arguments.logging_steps, state["log"]),
         recipe=recipe,
     )
-    if state.get("loss_estimate"):
-        distiller.estimate.load_state_dict(state["loss_estimate"])
     finished = distiller.train(state["step"])
     if finished and accelerator.is_main_process:
         counts = None

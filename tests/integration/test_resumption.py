@@ -100,9 +100,8 @@ def test_a_run_killed_in_each_window_of_its_saves_ends_with_the_same_weights(wor
     assert left == (["checkpoint-3"], [])
 
 
-@pytest.mark.parametrize("sampling", ["worst_up", "size_ends"])
+@pytest.mark.parametrize("sampling", ["uniform_size", "size_ends"])
 def test_a_resumed_run_goes_on_with_the_subnets_that_it_would_have_drawn(workshop, sampling):
-    """Those of `worst_up` follow from the losses so far."""
     options = ("--sampling", sampling, "--max_steps", 20, "--save_steps", 10, "--report_to", "none")
     whole = distil(workshop, f"whole-{sampling}", *options)
     resumed = distil(workshop, f"resumed-{sampling}", *options, "--resume_from_checkpoint", whole / "checkpoint-10")

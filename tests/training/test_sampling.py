@@ -1,16 +1,15 @@
 """The draw of subnets is reproducible, and each strategy draws what it is named for."""
 
-import json
 import random
 
 import pytest
 from conftest import NARROW, SIX_DEEP, TWO_DEEP, WINDOWED
 
-from lighthubert_training.sampling import LossEstimate, draw_subnets, evaluation_subnets
+from lighthubert_training.sampling import draw_subnets, evaluation_subnets
 from modeling_lighthubert import SearchSpace
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "uniform_size", "sandwich", "size_ends", "worst_up"])
+@pytest.mark.parametrize("sampling", ["uniform", "uniform_size", "sandwich", "size_ends"])
 def test_the_draw_depends_on_seed_and_step_only(sampling):
     drawn = [draw_subnets(SIX_DEEP, sampling, 0, step) for step in range(20)]
     assert drawn == [draw_subnets(SIX_DEEP, sampling, 0, step) for step in range(20)]
@@ -46,39 +45,6 @@ def test_one_of_both_ends_is_drawn_as_often_as_asked_for():
     for end in (SIX_DEEP.smallest, SIX_DEEP.largest):
         assert 150 < sum(subnet == end for (subnet,) in drawn) < 270
     assert len({subnet for (subnet,) in drawn}) > 500
-
-
-def test_what_seems_worst_or_best_of_a_size_is_drawn():
-    """The loss falls with depth, and says nothing of width: of three of a size the shallowest is the worst."""
-    estimate, rng = LossEstimate(), random.Random(0)
-    for _ in range(100):
-        subnet = SIX_DEEP.sample(rng)
-        estimate.update(SIX_DEEP, subnet, 5.0 - 0.5 * subnet.num_hidden_layers)
-    restored = LossEstimate()
-    restored.load_state_dict(json.loads(json.dumps(estimate.state_dict())))
-    depths = {}
-    for sampling in ("worst_up", "uniform_size", "best_up"):
-        drawn = [draw_subnets(SIX_DEEP, sampling, 0, step, estimate=estimate) for step in range(200)]
-        assert drawn == [draw_subnets(SIX_DEEP, sampling, 0, step, estimate=restored) for step in range(200)]
-        depths[sampling] = sum(subnet.num_hidden_layers for (subnet,) in drawn) / 200
-    assert depths["worst_up"] + 0.2 < depths["uniform_size"] < depths["best_up"] - 0.2
-
-
-def test_a_loss_is_estimated_from_the_latest_ones():
-    estimate = LossEstimate()
-    assert estimate(SIX_DEEP, SIX_DEEP.middle) == 0.0
-    for number in range(2000):
-        estimate.update(SIX_DEEP, SIX_DEEP.sample(number), 3.0 if number < 1000 else 1.0)
-    assert estimate(SIX_DEEP, SIX_DEEP.middle) == pytest.approx(1.0, abs=0.05)
-
-
-@pytest.mark.parametrize("space", [SIX_DEEP, NARROW], ids=str)
-def test_candidates_have_the_size_that_is_asked_for(space):
-    rng = random.Random(0)
-    for _ in range(50):
-        size = space.sample_size(rng)
-        drawn = [space.sample_by_size(rng, size).num_matrix_weights for _ in range(3)]
-        assert all(each == pytest.approx(size, rel=0.3) for each in drawn)
 
 
 def test_evaluations_measure_the_named_subnets_and_the_same_random_ones_every_time():

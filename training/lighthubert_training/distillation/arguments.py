@@ -47,8 +47,7 @@ class DistillationArguments:
     sampling: str = option(
         "uniform",
         "Subnets of a step: largest (stage 1), uniform (stage 2), uniform_size (by size), sandwich (with both ends),"
-        " size_ends (by size, or one of both ends), worst_up and best_up (of three by size, that with the highest or"
-        " lowest loss).",
+        " size_ends (by size, or one of both ends).",
         choices=DISTILLATION_STRATEGIES,
     )
     num_random_subnets: int = option(1, "Number of random subnets in each step.")
@@ -105,10 +104,6 @@ class DistillationArguments:
         fixed = self.freeze_feature_encoder or self.share_feature_encoder
         if fixed and self.feature_encoder_learning_rate is not None:
             raise ValueError("feature_encoder_learning_rate: the feature encoder is frozen, so leave it out")
-        if self.sampling in ("worst_up", "best_up") and self.subnet_per_process:
-            raise ValueError(
-                f"sampling={self.sampling}: losses are those of all processes, so leave out subnet_per_process"
-            )
         if not 0.0 <= self.ends_prob <= 0.5:
             raise ValueError(f"ends_prob={self.ends_prob} has to be between 0 and 0.5")
         if self.crop_seconds <= 0:

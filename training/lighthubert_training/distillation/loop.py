@@ -25,7 +25,7 @@ from lighthubert_training.runs.checkpoints import FailedSaves, find_checkpoint, 
 from lighthubert_training.runs.distributed import any_process
 from lighthubert_training.runs.log import RunLog
 from lighthubert_training.runs.options import save_options
-from lighthubert_training.sampling import LossEstimate, draw_subnets, evaluation_subnets
+from lighthubert_training.sampling import draw_subnets, evaluation_subnets
 from modeling_lighthubert import LightHubertForPreTraining
 from modeling_lighthubert.errors import UserError
 
@@ -83,7 +83,6 @@ class Distiller:
         loader: batches of training, from the step on that it begins with.
         eval_loader: batches of held-out speech, if there is any.
         recipe: all options of the run, kept in its checkpoints.
-        estimate: of the losses of subnets, for the draws that depend on them.
         failed_saves: what became of the checkpoints that were to be written.
     """
 
@@ -97,7 +96,6 @@ class Distiller:
     eval_loader: SpeechLoader | None
     log: RunLog
     recipe: dict[str, Any]
-    estimate: LossEstimate = field(default_factory=LossEstimate)
     failed_saves: FailedSaves = field(default_factory=FailedSaves)
 
     def train(self, start: int) -> bool:
@@ -145,7 +143,6 @@ class Distiller:
         subnets = draw_subnets(
             *(space, arguments.sampling, arguments.seed, step, arguments.num_random_subnets, process),
             ends_prob=arguments.ends_prob,
-            estimate=self.estimate,
         )
         # dropout, too, follows from the step
         torch.manual_seed(random.Random(f"{arguments.seed}-{step}-{accelerator.process_index}").getrandbits(63))
@@ -168,9 +165,8 @@ class Distiller:
             ends = {} if space is None else {space.largest: "largest", space.smallest: "smallest"}
             by_class = defaultdict(list)
             for subnet, loss in zip(subnets, losses, strict=True):
-                if space is not None and subnet is not None:
+                if subnet is not None:
                     by_class[f"loss_{ends.get(subnet, 'random')}"].append(loss)
-                    self.estimate.update(space, subnet, loss)
             values |= {name: sum(of_class) / len(of_class) for name, of_class in by_class.items()}
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -197,7 +193,6 @@ class Distiller:
         assert isinstance(sampler, BatchSampler)
         state = {"recipe": self.recipe, "eval_loss": eval_loss}
         state |= {"log": self.log.state_dict(), "sampler": sampler.state_dict(step)}
-        state |= {"loss_estimate": self.estimate.state_dict()}
         state |= {"unreadable": self.loader.unreadable.state_dict()}
         output_dir, limit = Path(self.arguments.output_dir), self.arguments.save_total_limit
         save_checkpoint(self.accelerator, output_dir, step, state, limit, self.failed_saves)
