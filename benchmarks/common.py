@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -32,9 +33,10 @@ from modeling_lighthubert.profiling import macs_per_second
 FOLDER = ROOT / "benchmarks"
 RECIPE = yaml.safe_load((FOLDER / "teacher/distillation.yaml").read_text(encoding="utf-8"))
 SUBNETS = ("largest", "middle", "smallest")
-RANDOM, SLICE, ENCODER = "random weights", "slice of the teacher", "teacher's feature encoder, random transformer"
+RANDOM, ENCODER = "random weights", "teacher's feature encoder, random transformer"
+SLICE, ORDERED = "slice of the teacher", "slice of the teacher, in order"
 ALONE, DISTILHUBERT, STAR = "distilled alone", "DistilHuBERT's way", "STaRHuBERT's way"
-UNTRAINED, TRAINED_ALONE = (RANDOM, SLICE, ENCODER), (ALONE, DISTILHUBERT, STAR)
+UNTRAINED, TRAINED_ALONE = (RANDOM, ENCODER, SLICE, ORDERED), (ALONE, DISTILHUBERT, STAR)
 
 
 @dataclass(kw_only=True)
@@ -103,8 +105,8 @@ class Bench:
 
     def control(self, kind: str, subnet: Subnet, seed: int) -> LightHubertModel:
         """An untrained model of the shape of `subnet`: one of `UNTRAINED`."""
-        if kind == SLICE:
-            return self.untrained.extract_subnet(subnet)
+        if kind in (SLICE, ORDERED):
+            return (self.ordered if kind == ORDERED else self.untrained).extract_subnet(subnet)
         set_seed(seed)
         model = LightHubertModel(self.untrained.config.cut_to(subnet))
         if kind == ENCODER:
@@ -127,21 +129,24 @@ class Bench:
         fitting = [shape for shape, cost in zip(shapes, costs, strict=True) if cost <= budget]
         shape = fitting[-1] if fitting else shapes[0]
         model = LightHubertModel(self.untrained.config.cut_to(shape))
-        weights = self.untrained.extract_subnet(full).state_dict()
+        weights = self.ordered.extract_subnet(full).state_dict()
         model.load_state_dict(
             {name: weights[name][tuple(map(slice, weight.shape))] for name, weight in model.state_dict().items()}
         )
         return model.eval()
 
     def distil(self, seed: int, **changes: Any) -> Path:
-        """Distils by the recipe with `changes`, unless that was done before, and goes on with what a run that was
-        killed has left. Runs are kept by their options and the teacher's weights, so that benchmarks share them.
+        """Distils by the recipe with `changes`, from the ordered teacher unless they say otherwise. What was distilled
+        before is kept, by its options and the teacher's weights, so that benchmarks share it; a run that was killed
+        goes on.
 
         Returns:
             The folder of the student.
         """
         options = self.recipe | {"teacher_name_or_path": self.arguments.teacher_name_or_path}
         options |= {"search_space": self.arguments.search_space, "max_steps": self.arguments.passes}
+        if "student_name_or_path" not in changes:
+            changes["student_name_or_path"] = self.order(self.arguments.search_space)
         options |= {"train_file": self.train_files, "seed": seed} | changes
         described = repr([weights_digest(self.untrained), *sorted(options.items(), key=str)])
         digest = hashlib.sha256(described.encode()).hexdigest()[:12]
@@ -156,7 +161,7 @@ class Bench:
 
     def distil_alone(self, kind: str, subnet: Subnet, seed: int, **changes: Any) -> LightHubertModel:
         """One model of the cost of `subnet`, distilled by itself: one of `TRAINED_ALONE`."""
-        model = self.first_layers(subnet) if kind == DISTILHUBERT else self.control(SLICE, subnet, seed)
+        model = self.first_layers(subnet) if kind == DISTILHUBERT else self.control(ORDERED, subnet, seed)
         depth, options = self.space.largest.num_hidden_layers, {}
         if kind == DISTILHUBERT:  # layers 4, 8 and 12 of 12, L1 and cosine, no masks
             layers = [round(depth * layer / 12) for layer in (4, 8, 12)]
@@ -168,9 +173,14 @@ class Bench:
         start = {"student_name_or_path": self.save(model), "search_space": None, "sampling": "largest"}
         return load_model(self.distil(seed, **start, **options, **changes), head=LightHubertModel)
 
-    def ordered(self, search_space: str | Path) -> Path:
-        """The teacher as a supernet of a search space, a file, with its channels, heads and FFN units in the order of
-        their importance. It is made once: delete its folder after a change of how they are put in order."""
+    @cached_property
+    def ordered(self) -> LightHubertModel:
+        """The teacher as a supernet with its channels, heads and FFN units in the order of their importance."""
+        return load_model(self.order(self.arguments.search_space), head=LightHubertModel, dtype=torch.float32)
+
+    def order(self, search_space: str | Path) -> Path:
+        """The folder of the ordered teacher for a search space, a file. It is made once: delete it after a change of
+        how channels are put in order."""
         described = weights_digest(self.untrained) + Path(search_space).read_text(encoding="utf-8")
         folder = self.output / "ordered" / hashlib.sha256(described.encode()).hexdigest()[:12]
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half the learning rate": {"learning_rate": RECIPE["learning_rate"] / 2},
     "twice the learning rate": {"learning_rate": RECIPE["learning_rate"] * 2},
     "feature encoder learns": {"share_feature_encoder": False},
-    "in order first": {"ordered": True},
+    "channels, heads and units in the teacher's order": {"student_name_or_path": None},
     "stage 1 first": {"stage1": True},
     "the ends in 30 % of the steps each": {"sampling": "size_ends", "ends_prob": 0.3},
     "two subnets a step": {"num_random_subnets": 2},
@@ -45,8 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random start, stage 1 first": RANDOM | {"stage1": True},
 }
 """What differs from the recipe, as options of the training script; besides, `stage1`: a quarter of the passes trains
-the largest subnet first; `ordered`: the student begins with the teacher's channels, heads and units in the order of
-their importance; and `alone`: the subnet of that name is trained as one model."""
+the largest subnet first; and `alone`: the subnet of that name is trained as one model."""
 
 
 @dataclass(kw_only=True)
@@ -69,8 +68,6 @@ class Learning(Table):
         changes, passes = dict(VARIANTS[name]), self.arguments.passes
         if alone := changes.pop("alone", None):
             return {alone: self.measure(self.distil_alone(ALONE, self.subnets[alone], seed), seed)}
-        if changes.pop("ordered", False):
-            changes["student_name_or_path"] = self.ordered(self.arguments.search_space)
         if changes.pop("stage1", False):
             stage1 = self.distil(seed, **changes, sampling="largest", max_steps=passes // 4)
             changes["student_name_or_path"], passes = stage1, passes - passes // 4

@@ -19,7 +19,7 @@ from typing import Any
 
 import comparisons
 import torch
-from common import RANDOM, RECIPE, SLICE, BenchArguments, Table
+from common import ORDERED, RANDOM, RECIPE, SLICE, BenchArguments, Table
 from comparisons import Results
 from processes import parse
 from recordings import noise, to_distil
@@ -41,7 +41,7 @@ from modeling_lighthubert.profiling import macs_per_second, median_ratio, time_i
 QUARTERS, HALVES = (1, 2, 3, 4), (2, 3, 4)
 FULL = "all channels"
 VARIANTS: dict[str, tuple[tuple[int, ...] | None, bool]] = {
-    FULL: (None, False),
+    FULL: (None, True),
     "from a quarter": (QUARTERS, False),
     "from a quarter, ordered": (QUARTERS, True),
     "from a half, ordered": (HALVES, True),
@@ -61,7 +61,7 @@ class NarrowArguments(BenchArguments):
     num_candidates: int = option(40, "Random subnets to choose the best within the budget from.")
 
 
-CONTROLS, ORDERED = "controls", "slice, ordered"
+CONTROLS = "controls"
 
 
 class NarrowFeatureEncoders(Table):
@@ -117,7 +117,7 @@ class NarrowFeatureEncoders(Table):
         every = self.subnets | self.narrow
         if name == CONTROLS:
             rows = {}
-            ordered = load_model(self.ordered(self.space_file(QUARTERS, seed)))
+            ordered = load_model(self.order(self.space_file(QUARTERS, seed)), dtype=torch.float32)
             for title, supernet in {SLICE: self.elastic, ORDERED: ordered}.items():
                 for row, subnet in every.items():
                     rows[f"{row}, {title}"] = self.measure(supernet.extract_subnet(subnet), subnet, seed)
@@ -129,8 +129,7 @@ class NarrowFeatureEncoders(Table):
         parts, is_ordered = VARIANTS[name]
         steps = int(self.arguments.passes * self.macs_of_step(None) / self.macs_of_step(parts))
         changes = {"share_feature_encoder": False, "search_space": self.space_file(parts, seed), "max_steps": steps}
-        if is_ordered:
-            changes["student_name_or_path"] = self.ordered(self.space_file(QUARTERS, seed))
+        changes["student_name_or_path"] = self.order(self.space_file(QUARTERS, seed)) if is_ordered else None
         trained = load_model(self.distil(seed, **changes), head=LightHubertForPreTraining)
         subnets = self.subnets if parts is None else every | {BEST: self.best_within_budget(trained)}
         return {
