@@ -317,6 +317,12 @@ def test_data_of_keyword_spotting_and_slot_filling_are_made_of_the_labels(bench_
         assert {text for rows in parts.values() for text in rows[column]} == {expected}
 
 
+def test_a_model_is_scored_on_the_tasks_of_superb_that_the_speech_has_labels_for(bench_arguments):
+    bench = load("gains").Gains(replace(bench_arguments, measures=["superb"]))
+    row = bench.measure(bench.control("slice of the teacher", bench.subnets["smallest"], 0), seed=0)
+    assert set(row) == {"sf f1, people", "sf cer, people"}
+
+
 def test_error_rates_are_known_by_their_names():
     is_error = load("comparisons").is_error
     assert all(map(is_error, ("wer, 1 min", "per, held-out language", "sf cer, people")))
