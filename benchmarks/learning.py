@@ -18,18 +18,19 @@ from runner import Runner
 
 from lighthubert_training.runs.options import option
 from lighthubert_training.runs.tables import markdown_table
-from lighthubert_training.sampling import DISTILLATION_STRATEGIES
+from lighthubert_training.sampling import SAMPLING_STRATEGIES
 from modeling_lighthubert.errors import run
 from modeling_lighthubert.loading import load_model
 
 
 # what a step costs in passes of a subnet
-PASSES_OF_STEP = dict.fromkeys(DISTILLATION_STRATEGIES, 1) | {"sandwich": 3}
+PASSES_OF_STEP = dict.fromkeys(SAMPLING_STRATEGIES, 1) | {"sandwich": 3}
 RANDOM = {"student_name_or_path": "random", "share_feature_encoder": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": {},
     f"smallest, {ALONE}": {"alone": "smallest"},
     f"middle, {ALONE}": {"alone": "middle"},
+    f"smallest, {ALONE}, at the rate of the recipe": {"alone": "smallest", "learning_rate": RECIPE["learning_rate"]},
     "sampling uniform": {"sampling": "uniform"},
     "sampling sandwich": {"sampling": "sandwich"},
     "loss on masked frames, 65 % masked": {"loss_frames": "masked", "mask_time_prob": 0.65},
@@ -39,7 +40,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "feature encoder learns": {"share_feature_encoder": False},
     "channels, heads and units in the teacher's order": {"student_name_or_path": None},
     "stage 1 first": {"stage1": True},
-    "the ends in 30 % of the steps each": {"sampling": "size_ends", "ends_prob": 0.3},
     "two subnets a step": {"num_random_subnets": 2},
     "random start": RANDOM,
     "random start, stage 1 first": RANDOM | {"stage1": True},
@@ -53,6 +53,7 @@ class LearningArguments(BenchArguments):
     """What is distilled, for how long, and what becomes of it."""
 
     measures: list[str] = option(["r2", "probes"], "Groups of measures.")
+    passes: int = option(300, "Passes of a subnet that each distillation has.")
 
 
 class Learning(Table):
@@ -67,7 +68,7 @@ class Learning(Table):
     def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
         changes, passes = dict(VARIANTS[name]), self.arguments.passes
         if alone := changes.pop("alone", None):
-            return {alone: self.measure(self.distil_alone(ALONE, self.subnets[alone], seed), seed)}
+            return {alone: self.measure(self.distil_alone(ALONE, self.subnets[alone], seed, **changes), seed)}
         if changes.pop("stage1", False):
             stage1 = self.distil(seed, **changes, sampling="largest", max_steps=passes // 4)
             changes["student_name_or_path"], passes = stage1, passes - passes // 4

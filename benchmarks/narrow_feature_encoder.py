@@ -58,6 +58,7 @@ class NarrowArguments(BenchArguments):
     """What is distilled, for how long, and what becomes of it."""
 
     measures: list[str] = option(["r2", "probes"], "Groups of measures.")
+    passes: int = option(300, "Passes of a subnet that each distillation has.")
     num_candidates: int = option(40, "Random subnets to choose the best within the budget from.")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comparisons
-from common import ALONE, SUBNETS, BenchArguments, Table
+from common import ALONE, LEARNING_RATE_ALONE, SUBNETS, BenchArguments, Table
 from comparisons import Results
 from processes import parse
 from runner import Runner
@@ -32,9 +32,9 @@ class PassesArguments(BenchArguments):
     """What is distilled, for how long, and what becomes of it."""
 
     measures: list[str] = option(["r2", "probes"], "Groups of measures.")
-    all_passes: list[int] = option([150, 300, 600, 1200, 3000], "Passes of a subnet that distillations have.")
-    recovery_steps: list[int] = option([30, 60, 150, 300], "Steps of recovery.")
-    recovery_learning_rates: list[float] = option([1e-3, 2e-3], "Peak learning rates of recovery.")
+    all_passes: list[int] = option([300, 600, 1200, 3000], "Passes of a subnet that distillations have.")
+    recovery_steps: list[int] = option([60, 120, 300, 600], "Steps of recovery.")
+    recovery_learning_rates: list[float] = option([LEARNING_RATE_ALONE], "Peak learning rates of recovery.")
 
 
 class Passes(Table):

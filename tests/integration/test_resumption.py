@@ -100,14 +100,6 @@ def test_a_run_killed_in_each_window_of_its_saves_ends_with_the_same_weights(wor
     assert left == (["checkpoint-3"], [])
 
 
-@pytest.mark.parametrize("sampling", ["uniform_size", "size_ends"])
-def test_a_resumed_run_goes_on_with_the_subnets_that_it_would_have_drawn(workshop, sampling):
-    options = ("--sampling", sampling, "--max_steps", 20, "--save_steps", 10, "--report_to", "none")
-    whole = distil(workshop, f"whole-{sampling}", *options)
-    resumed = distil(workshop, f"resumed-{sampling}", *options, "--resume_from_checkpoint", whole / "checkpoint-10")
-    assert all(torch.equal(weight, weights(whole)[name]) for name, weight in weights(resumed).items())
-
-
 def test_sigterm_leaves_a_checkpoint_of_the_last_step_and_ends_well(workshop):
     command = distillation(workshop, "terminated", "--max_steps", 500, "--save_steps", 5)
     step = "lighthubert_training.distillation.loop:training_step"

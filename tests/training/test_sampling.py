@@ -9,7 +9,7 @@ from lighthubert_training.sampling import draw_subnets, evaluation_subnets
 from modeling_lighthubert import SearchSpace
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "uniform_size", "sandwich", "size_ends"])
+@pytest.mark.parametrize("sampling", ["uniform", "uniform_size", "sandwich"])
 def test_the_draw_depends_on_seed_and_step_only(sampling):
     drawn = [draw_subnets(SIX_DEEP, sampling, 0, step) for step in range(20)]
     assert drawn == [draw_subnets(SIX_DEEP, sampling, 0, step) for step in range(20)]
@@ -36,15 +36,6 @@ def test_sampling_strategies_draw_what_they_are_named_for():
     assert draw_subnets(None, "uniform", 0, 0) == [None]
     with pytest.raises(ValueError, match="sampling='best' is not known"):
         draw_subnets(SIX_DEEP, "best", 0, 0)
-
-
-def test_one_of_both_ends_is_drawn_as_often_as_asked_for():
-    """Of 1000 draws, up to chance."""
-    drawn = [draw_subnets(SIX_DEEP, "size_ends", 0, step, ends_prob=0.2) for step in range(1000)]
-    assert {len(subnets) for subnets in drawn} == {1}
-    for end in (SIX_DEEP.smallest, SIX_DEEP.largest):
-        assert 150 < sum(subnet == end for (subnet,) in drawn) < 270
-    assert len({subnet for (subnet,) in drawn}) > 500
 
 
 def test_evaluations_measure_the_named_subnets_and_the_same_random_ones_every_time():

@@ -9,7 +9,6 @@ from modeling_lighthubert import SearchSpace, Subnet
 
 
 SAMPLING_STRATEGIES = ("largest", "uniform", "uniform_size", "sandwich")
-DISTILLATION_STRATEGIES = (*SAMPLING_STRATEGIES, "size_ends")
 
 
 def draw_subnets(
@@ -19,7 +18,6 @@ def draw_subnets(
     step: int,
     num_random: int = 1,
     process_index: int | None = None,
-    ends_prob: float = 0.0,
 ) -> list[Subnet | None]:
     """The subnets that one optimiser step trains, in order.
 
@@ -28,17 +26,15 @@ def draw_subnets(
         sampling: `"largest"` (stage 1), `"uniform"` (`num_random` at random, each choice independent: with one of
             them, stage 2 of the paper), `"uniform_size"` (the same, by `SearchSpace.sample_by_size`), or `"sandwich"`
             (smallest, `num_random` by `"uniform"`, and the largest last; from slimmable networks, arXiv 1903.05134,
-            not in the paper). In distillation also `"size_ends"`: `"uniform_size"`, but each of `num_random` is the
-            smallest, or the largest, with `ends_prob`.
+            not in the paper).
         num_random: number of random subnets in a step.
         process_index: draws for this process alone. By default all processes draw the same.
-        ends_prob: of `"size_ends"`.
 
     Raises:
         ValueError: no such strategy.
     """
-    if sampling not in DISTILLATION_STRATEGIES:
-        raise ValueError(f"sampling={sampling!r} is not known: choose from {list(DISTILLATION_STRATEGIES)}")
+    if sampling not in SAMPLING_STRATEGIES:
+        raise ValueError(f"sampling={sampling!r} is not known: choose from {list(SAMPLING_STRATEGIES)}")
     if search_space is None:
         return [None]
     if sampling == "largest":
@@ -46,13 +42,6 @@ def draw_subnets(
     rng = random.Random(f"{seed}-{step}" if process_index is None else f"{seed}-{step}-{process_index}")
     if sampling == "uniform_size":
         return [search_space.sample_by_size(rng) for _ in range(num_random)]
-    if sampling == "size_ends":
-        ends = [rng.random() for _ in range(num_random)]
-        others = [search_space.sample_by_size(rng) for _ in ends]
-        return [
-            search_space.smallest if end < ends_prob else search_space.largest if end < 2 * ends_prob else other
-            for end, other in zip(ends, others, strict=True)
-        ]
     drawn: list[Subnet | None] = [search_space.sample(rng) for _ in range(num_random)]
     return drawn if sampling == "uniform" else [search_space.smallest, *drawn, search_space.largest]
 

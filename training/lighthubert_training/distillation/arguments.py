@@ -18,7 +18,7 @@ from typing import Any
 
 from lighthubert_training.runs.distributed import DEVICE_HELP
 from lighthubert_training.runs.options import option
-from lighthubert_training.sampling import DISTILLATION_STRATEGIES
+from lighthubert_training.sampling import SAMPLING_STRATEGIES
 from modeling_lighthubert.errors import UserError
 
 
@@ -46,12 +46,10 @@ class DistillationArguments:
     )
     sampling: str = option(
         "uniform",
-        "Subnets of a step: largest (stage 1), uniform (stage 2), uniform_size (by size), sandwich (with both ends),"
-        " size_ends (by size, or one of both ends).",
-        choices=DISTILLATION_STRATEGIES,
+        "Subnets of a step: largest (stage 1), uniform (stage 2), uniform_size (by size), sandwich (with both ends).",
+        choices=SAMPLING_STRATEGIES,
     )
     num_random_subnets: int = option(1, "Number of random subnets in each step.")
-    ends_prob: float = option(0.3, "Of size_ends: the probability of the smallest subnet, and that of the largest.")
     subnet_per_process: bool = option(False, "Each process draws subnets of its own. Default: all train the same.")
     feat_extract_norm: str | None = option(
         None,
@@ -104,8 +102,6 @@ class DistillationArguments:
         fixed = self.freeze_feature_encoder or self.share_feature_encoder
         if fixed and self.feature_encoder_learning_rate is not None:
             raise ValueError("feature_encoder_learning_rate: the feature encoder is frozen, so leave it out")
-        if not 0.0 <= self.ends_prob <= 0.5:
-            raise ValueError(f"ends_prob={self.ends_prob} has to be between 0 and 0.5")
         if self.crop_seconds <= 0:
             raise ValueError(f"crop_seconds={self.crop_seconds} has to be above 0")
         if self.subnet is not None and self.search_space is not None:

@@ -140,10 +140,7 @@ class Distiller:
         """
         arguments, accelerator, space = self.arguments, self.accelerator, self.student.search_space
         process = accelerator.process_index if arguments.subnet_per_process else None
-        subnets = draw_subnets(
-            *(space, arguments.sampling, arguments.seed, step, arguments.num_random_subnets, process),
-            ends_prob=arguments.ends_prob,
-        )
+        subnets = draw_subnets(space, arguments.sampling, arguments.seed, step, arguments.num_random_subnets, process)
         # dropout, too, follows from the step
         torch.manual_seed(random.Random(f"{arguments.seed}-{step}-{accelerator.process_index}").getrandbits(63))
         share = arguments.share_feature_encoder
