@@ -104,9 +104,15 @@ def findings(results: Results, measures: list[str]) -> list[str]:
                     found[measure] = margin
             better = sum(margin.relative > 0 for margin in found.values())
             always, never = ([name for name, margin in found.items() if margin.verdict == sign] for sign in (1, -1))
+            errors = [
+                f"{abs(margin.relative):.0%} {'fewer' if margin.relative > 0 else 'more'} {name}"
+                for name, margin in found.items()
+                if comparisons.is_error(name)
+            ]
             lines.append(
                 f"{shape}, {SUPERNET}, against {kind}: better in the mean in {better} of {len(found)} measures, and in"
-                f" every seed in {len(always)}; worse in every seed in {', '.join(never) or 'none'}"
+                f" every seed in {len(always)}; worse in every seed in {', '.join(never) or 'none'}; errors in the"
+                f" mean: {', '.join(errors) or 'none measured'}"
             )
     return lines
 
