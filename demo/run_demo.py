@@ -41,6 +41,8 @@ from modeling_lighthubert.profiling import macs_per_second, measure_latency
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TARGET_LAYERS = 4
+KINDS = ("distilled", "slice of the teacher", "random transformer")
+"""Of a subnet: the last has the teacher's feature encoder, and shows what that alone is worth."""
 
 
 @dataclass
@@ -112,18 +114,18 @@ def measure_model(name: str, kind: str, model: PreTrainedModel, macs: float, ben
     return row | bench.measure(model)
 
 
-def measure_subnets(arguments: DemoArguments, supernet: LightHubertModel, bench: ProbeBench) -> list[dict[str, Any]]:
-    """Rows of the table: the teacher, and each subnet distilled, as an untrained slice of the teacher, and random."""
+def measure_subnets(
+    supernet: LightHubertModel, untrained: LightHubertModel, bench: ProbeBench
+) -> list[dict[str, Any]]:
+    """Rows of the table: the teacher, and each subnet distilled, as a slice of the `untrained` teacher, and with a
+    random transformer above the teacher's feature encoder."""
     space, teacher = supernet.search_space, bench.teacher.model
-    untrained = load_model(arguments.teacher, head=LightHubertModel, search_space=space)
     rows = [measure_model("teacher", "teacher", teacher, macs_per_second(untrained, space.largest), bench)]
     for name in ("largest", "middle", "smallest"):
-        models = {
-            "distilled": supernet.extract_subnet(name),
-            "slice of the teacher": untrained.extract_subnet(name),
-            "random weights": LightHubertModel(supernet.config.cut_to(space.named[name])),
-        }
-        for kind, model in models.items():
+        random_transformer = LightHubertModel(supernet.config.cut_to(space.named[name]))
+        random_transformer.feature_extractor.load_state_dict(untrained.feature_extractor.state_dict())
+        models = supernet.extract_subnet(name), untrained.extract_subnet(name), random_transformer
+        for kind, model in zip(KINDS, models, strict=True):
             rows.append(measure_model(f"{name}, {kind}", kind, model, macs_per_second(model), bench))
             texts = zip(COLUMNS, cells(rows[-1]), strict=True)
             line = ", ".join(text if column == "model" else f"{column} {text}" for column, text in texts)
@@ -147,7 +149,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     measures = [measure for measure in labels if measure in rows[0]]
     figure, panels = new_figure(len(measures), (4.5 * len(measures), 4))
     for axes, measure in zip(panels, measures, strict=True):
-        for kind, marker in (("random weights", "x"), ("slice of the teacher", "s"), ("distilled", "o")):
+        for kind, marker in zip(KINDS, "osx", strict=True):
             points = [(row["macs"] / 1e6, row[measure]) for row in rows if row["kind"] == kind]
             axes.plot(*zip(*points), marker=marker, label=kind)
         axes.plot(rows[0]["macs"] / 1e6, rows[0][measure], "k*", markersize=11, label="teacher")
@@ -191,23 +193,21 @@ def compare_models(arguments: DemoArguments, output: Path, train: Speech, test: 
     with stage("3b. Stage 2: all subnets learn"):
         start, steps = output / "stage1", arguments.stage2_steps
         distil(arguments, train.file, output / "supernet", student_name_or_path=start, max_steps=steps)
-    with stage("4. Subnets against the teacher, its untrained slices, and random weights"):
+    with stage("4. Subnets against the teacher, its untrained slices, and random transformers"):
         supernet = load_model(output / "supernet")
         print(f"   the supernet holds {supernet.search_space.num_subnets:,} subnets")
         extractor = Wav2Vec2FeatureExtractor.from_pretrained(output / "supernet")
         bench = ProbeBench(train, test, teacher, extractor, arguments.max_probe_recordings)
-        rows = measure_subnets(arguments, supernet, bench)
-    with stage("5. Speech recognition: the middle subnet, and the same shape from random weights"):
-        shape = supernet.config.cut_to(supernet.search_space.middle)
-        supernet.extract_subnet("middle").save_pretrained(output / "middle")
-        LightHubertModel(shape).save_pretrained(output / "middle-random")
+        untrained = load_model(arguments.teacher, head=LightHubertModel, search_space=supernet.search_space)
+        rows = measure_subnets(supernet, untrained, bench)
+    with stage("5. Speech recognition: the middle subnet, and the same slice of the teacher, not distilled"):
         ctc = []
-        for name, start, folder, options in (
-            ("middle, distilled", "middle", "asr", {}),
-            ("middle, random weights", "middle-random", "asr-random", {"freeze_feature_encoder": False}),
-        ):
-            result = recognise(arguments, output / start, train, test, output / folder, **options)
-            ctc.append({"model": name} | {key: result[key] for key in ("wer", "cer", "num_recordings")})
+        for kind, of, folder in (("distilled", supernet, "asr"), ("slice of the teacher", untrained, "asr-slice")):
+            start = output / f"middle-{folder}"
+            of.extract_subnet("middle").save_pretrained(start)
+            result = recognise(arguments, start, train, test, output / folder)
+            measured = {key: result[key] for key in ("wer", "cer", "num_recordings")}
+            ctc.append({"model": f"middle, {kind}"} | measured)
     write_card(output / "asr", arguments, ctc[0])
     return write_results(output, rows, ctc)
 

@@ -40,13 +40,14 @@ def output(tmp_path_factory) -> Path:
 
 
 def test_the_demonstration_compares_every_subnet_with_both_controls(output):
-    rows = json.loads((output / "results.json").read_text())["models"]
-    kinds = ("distilled", "slice of the teacher", "random weights")
+    results = json.loads((output / "results.json").read_text())
+    rows, kinds = results["models"], ("distilled", "slice of the teacher", "random transformer")
     assert [row["model"] for row in rows] == [
         "teacher",
         *(f"{name}, {kind}" for name in ("largest", "middle", "smallest") for kind in kinds),
     ]
     assert all(set(row) >= {"parameters", "macs", "rtf", "digit", "speaker", "r2"} for row in rows)
+    assert [row["model"] for row in results["ctc"]] == [f"middle, {kind}" for kind in kinds[:2]]
 
 
 def test_the_untrained_slice_of_full_size_is_the_teacher(output):
