@@ -55,10 +55,16 @@ def test_crops_are_not_kept(tmp_path):
     assert len(files(tmp_path)) == 1
 
 
-def test_another_teacher_or_objective_has_outputs_of_its_own(tmp_path):
+def test_another_teacher_or_target_has_outputs_of_its_own(tmp_path):
     other = tiny_teacher()
     with torch.no_grad():
         other.model.encoder.layers[2].feed_forward.output_dense.bias += 1.0
     for teacher in (tiny_teacher(), tiny_teacher(target_norm="layer"), other):
         CachedTeacher(teacher, tmp_path, 10_000)(*INPUTS)
     assert len(files(tmp_path)) == 6
+
+
+def test_masks_and_weights_of_losses_have_no_outputs_of_their_own(tmp_path):
+    for objective in ({}, {"mask_time_prob": 0.0, "loss_frames": "all"}, {"cosine_weight": 1.0}):
+        CachedTeacher(tiny_teacher(**objective), tmp_path, 10_000)(*INPUTS)
+    assert len(files(tmp_path)) == 2

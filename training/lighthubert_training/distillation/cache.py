@@ -7,7 +7,6 @@ other, may use one folder: files are whole from the moment they are there.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,13 +28,16 @@ class CachedTeacher(Teacher):
 
     Args:
         teacher: whose outputs are kept; it is used up.
-        folder: of all teachers and objectives; each has a folder in it.
+        folder: of all teachers and targets; each has a folder in it.
         max_samples: recordings of so many samples are crops, which do not come again: they are not kept.
     """
 
     def __init__(self, teacher: Teacher, folder: Path, max_samples: int):
         super().__init__(teacher.model, teacher.objective)
-        digest = hashlib.sha256(json.dumps(asdict(self.objective), sort_keys=True).encode())
+        objective = self.objective  # only what its outputs depend on: masks and weights of losses are the student's
+        mean, states = objective.target_layers is None, objective.temporal_relation_weight > 0
+        of_outputs = [objective.target, self.target_layers, objective.target_norm, mean, states]
+        digest = hashlib.sha256(json.dumps(of_outputs).encode())
         digest.update(json.dumps(self.model.config.to_diff_dict(), sort_keys=True, default=str).encode())
         for name, weight in sorted(self.model.state_dict().items()):
             digest.update(name.encode() + weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
