@@ -151,8 +151,9 @@ class Bench:
         if "student_name_or_path" not in changes:
             changes["student_name_or_path"] = self.order(self.arguments.search_space)
         options |= {"train_file": self.train_files, "seed": seed} | changes
-        described = repr([weights_digest(self.untrained), *sorted(options.items(), key=str)])
-        digest = hashlib.sha256(described.encode()).hexdigest()[:12]
+        space = options["search_space"] and Path(options["search_space"]).read_text(encoding="utf-8")
+        described = [weights_digest(self.untrained), *sorted((options | {"search_space": space}).items(), key=str)]
+        digest = hashlib.sha256(repr(described).encode()).hexdigest()[:12]
         folder, options["teacher_cache_dir"] = self.output / "distilled" / digest, self.output / "teacher"
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import FOLDER, BenchArguments, Table, weights_digest
+from common import FOLDER, RECIPE, BenchArguments, Table, weights_digest
 from processes import prepare_process
 from tqdm.auto import tqdm
 
@@ -36,9 +36,11 @@ class Runner:
         self.kind, self.arguments = kind, arguments
         self.file = Path(arguments.results_file or FOLDER / f"results/{kind.name}.json")
         self.options = {name: value for name, value in asdict(arguments).items() if name not in self.FREE}
-        for name in ("teacher_name_or_path", "search_space", "speech_dir"):
+        for name in ("teacher_name_or_path", "speech_dir"):
             self.options[name] = Path(self.options[name]).name
         self.options["teacher_weights"] = weights_digest(load_model(arguments.teacher_name_or_path))
+        self.options["search_space"] = json.loads(Path(arguments.search_space).read_text(encoding="utf-8"))
+        self.options["recipe"] = RECIPE
         self.results: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, dict[str, dict[str, int]]] = {}
         if self.file.exists():

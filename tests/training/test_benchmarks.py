@@ -424,6 +424,17 @@ def test_runs_of_another_teacher_in_the_same_folder_are_others(bench_arguments):
         runner.Runner(load("gains").Gains, bench_arguments)
 
 
+def test_runs_of_another_search_space_under_the_same_name_are_others(bench_arguments):
+    module = load("gains")
+    runner = load("runner").Runner(module.Gains, bench_arguments)
+    runner.keep(load("runner").Job("teacher", 0, ("r2",)), 1.0, {})
+    first = module.Gains(bench_arguments).distil(0, student_name_or_path=None)
+    SearchSpace((24, 32), (2, 4), (1, 2), (2, 3), head_dim=8).to_json_file(bench_arguments.search_space)
+    assert module.Gains(bench_arguments).distil(0, student_name_or_path=None) != first
+    with pytest.raises(UserError, match="has results with another search_space"):
+        load("runner").Runner(module.Gains, bench_arguments)
+
+
 def test_a_run_that_fails_ends_the_benchmark_and_the_others_are_kept(bench_arguments):
     options = {name: value for name, value in asdict(bench_arguments).items() if value not in (None, [])}
     words = [f"--{name}={value[0] if isinstance(value, list) else value}" for name, value in options.items()]
