@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comparisons
-from common import ALONE, LEARNING_RATE_ALONE, SUBNETS, BenchArguments, Table
+from common import ALONE, SUBNETS, BenchArguments, Table
 from comparisons import Results
 from processes import parse
 from runner import Runner
@@ -34,7 +34,6 @@ class PassesArguments(BenchArguments):
     measures: list[str] = option(["r2", "probes"], "Groups of measures.")
     all_passes: list[int] = option([300, 600, 1200, 3000], "Passes of a subnet that distillations have.")
     recovery_steps: list[int] = option([60, 120, 300, 600], "Steps of recovery.")
-    recovery_learning_rates: list[float] = option([LEARNING_RATE_ALONE], "Peak learning rates of recovery.")
 
 
 class Passes(Table):
@@ -47,21 +46,16 @@ class Passes(Table):
     def names(cls, arguments: BenchArguments) -> list[str]:
         assert isinstance(arguments, PassesArguments)
         runs = [(kind, n) for n in arguments.all_passes for kind in (SUPERNET, *(f"{s}, {ALONE}" for s in SHAPES))]
-        recoveries = [
-            recovery(shape, steps, rate)
-            for steps in arguments.recovery_steps
-            for rate in arguments.recovery_learning_rates
-            for shape in SHAPES
-        ]
+        recoveries = [recovery(shape, steps) for steps in arguments.recovery_steps for shape in SHAPES]
         return [*(f"{kind}, {passes} passes" for kind, passes in runs), *recoveries]
 
     def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
         shape, kind, *rest = name.split(", ")
         if kind == "recovered":
-            steps, rate = int(rest[0].split()[0]), float(rest[1].split()[-1])
+            steps = int(rest[0].split()[0])
             start = {"student_name_or_path": self.distil(seed), "subnet": shape, "search_space": None}
-            changes = {"max_steps": steps, "learning_rate": rate, "sampling": "largest"}
-            return {shape: self.measure(load_model(self.distil(seed, **start, **changes)), seed)}
+            start |= {"learning_rate": self.arguments.learning_rate_alone, "sampling": "largest"}
+            return {shape: self.measure(load_model(self.distil(seed, **start, max_steps=steps)), seed)}
         passes = int(name.split()[-2])
         if shape == SUPERNET:
             supernet = load_model(self.distil(seed, max_steps=passes))
@@ -70,9 +64,9 @@ class Passes(Table):
         return {shape: self.measure(model, seed)}
 
 
-def recovery(shape: str, steps: int, rate: float) -> str:
+def recovery(shape: str, steps: int) -> str:
     """Name of a recovery."""
-    return f"{shape}, recovered, {steps} steps, at {rate:g}"
+    return f"{shape}, recovered, {steps} steps"
 
 
 def table(results: Results, measures: list[str]) -> str:
@@ -94,11 +88,10 @@ def plot(results: Results, arguments: PassesArguments, path: Any) -> None:
             f"{shape}, in the supernet": [(n, f"{SUPERNET}, {n} passes", shape) for n in arguments.all_passes],
             f"{shape}, alone": [(n, f"{shape}, {ALONE}, {n} passes", shape) for n in arguments.all_passes],
             "largest, in the supernet": [(n, f"{SUPERNET}, {n} passes", "largest") for n in arguments.all_passes],
+            f"{shape}, recovered": [
+                (arguments.passes + n, recovery(shape, n), shape) for n in arguments.recovery_steps
+            ],
         }
-        for rate in arguments.recovery_learning_rates:
-            steps = arguments.recovery_steps
-            of_rate = [(arguments.passes + n, recovery(shape, n, rate), shape) for n in steps]
-            lines = {**lines, f"{shape}, recovered at {rate:g}": of_rate}
         for label, runs in lines.items():
             found = [(passes, comparisons.over_seeds(results, name, row, "r2")) for passes, name, row in runs]
             points = [(passes, statistics.mean(values.values())) for passes, values in found if values]

@@ -98,7 +98,8 @@ def build_optimizer(arguments: DistillationArguments, student: LightHubertForPre
     rate = arguments.feature_encoder_learning_rate or arguments.learning_rate
     groups = [{"params": others, "lr": arguments.learning_rate}, {"params": convolutions, "lr": rate}]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, weight_decay=arguments.weight_decay, fused=True)
+    moments = {"betas": (0.9, arguments.adam_beta2), "eps": arguments.adam_epsilon}
+    return torch.optim.AdamW(groups, weight_decay=arguments.weight_decay, **moments, fused=True)
 
 
 def save_student(

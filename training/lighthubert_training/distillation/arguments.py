@@ -74,6 +74,8 @@ class DistillationArguments:
     learning_rate: float = option(5e-4, "Peak learning rate.")
     feature_encoder_learning_rate: float | None = option(None, "Peak rate of the convolutions. Default: as above.")
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
+    adam_beta2: float = option(0.98, "Decay of AdamW's mean of squared gradients.")
+    adam_epsilon: float = option(1e-6, "What AdamW adds to the root of that mean.")
     warmup_ratio: float = option(0.08, "Fraction of the steps in which the learning rate rises; then it falls.")
     lr_scheduler_type: str = option("linear", "Shape of the fall of the learning rate.", choices=("linear", "cosine"))
     max_grad_norm: float = option(10.0, "Norm to which gradients are clipped.")
