@@ -443,6 +443,14 @@ def test_a_hub_that_cannot_be_reached_loses_nothing(workshop, monkeypatch):
     assert (workshop / "unpushed" / "model.safetensors").exists()
 
 
+def test_adamw_averages_squared_gradients_as_hubert_unless_told_otherwise(workshop):
+    told = ("--adam_beta2", 0.5, "--adam_epsilon", 1e-3)
+    for name, options, expected in (("hubert-adamw", (), (0.98, 1e-6)), ("own-adamw", told, (0.5, 1e-3))):
+        output = distil(workshop, name, "--max_steps", 1, "--save_steps", 1, *options)
+        state = torch.load(output / "checkpoint-1" / "optimizer.bin", weights_only=True)
+        assert {(group["betas"][1], group["eps"]) for group in state["param_groups"]} == {expected}
+
+
 # A feature encoder that is elastic
 
 
