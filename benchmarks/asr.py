@@ -65,6 +65,11 @@ class Recognition(Table):
         alone = ["smallest", "middle", "largest", *(f"random_{n}" for n in range(arguments.num_random_alone))]
         return [*ONCE_FOR_ALL, *(f"{name} alone" for name in alone)]
 
+    @classmethod
+    def cost(cls, name: str, arguments: BenchArguments) -> tuple[int, int]:
+        assert isinstance(arguments, RecognitionArguments)
+        return arguments.steps * (6 if name in ONCE_FOR_ALL else 1), 0  # six subnets a step
+
     @cached_property
     def text_files(self) -> dict[str, list[Path]]:
         """Parquet files with `text` and `language`, by part."""

@@ -5,7 +5,6 @@ them are measured by.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -209,16 +208,20 @@ class Table(Bench, ABC):
 
     Attributes:
         name: of the benchmark.
-        minutes: what a run is taken to last on one of two cores, by name or of any, before one was made.
     """
 
     name: ClassVar[str]
-    minutes: ClassVar[Mapping[str, float]] = {}
 
     @classmethod
     @abstractmethod
     def names(cls, arguments: BenchArguments) -> list[str]:
         """Names of the runs, in the order in which they are made."""
+
+    @classmethod
+    def cost(cls, name: str, arguments: BenchArguments) -> tuple[int, int]:
+        """Passes of a subnet that a run trains, and models that it measures, about: its time is told beforehand by
+        them."""
+        return arguments.passes, len(SUBNETS)
 
     @abstractmethod
     def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:

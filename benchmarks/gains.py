@@ -37,12 +37,16 @@ class Gains(Table):
     """A supernet and all its controls."""
 
     name = "gains"
-    minutes = {SUPERNET: 45, TEACHER: 15, "any": 15}
 
     @classmethod
     def names(cls, arguments: BenchArguments) -> list[str]:
         controls = [f"{shape}, {kind}" for kind in (*UNTRAINED, *TRAINED_ALONE) for shape in SHAPES]
         return [SUPERNET, TEACHER, *controls]
+
+    @classmethod
+    def cost(cls, name: str, arguments: BenchArguments) -> tuple[int, int]:
+        trained = name == SUPERNET or name.partition(", ")[2] in TRAINED_ALONE
+        return arguments.passes if trained else 0, len(SUBNETS) if name == SUPERNET else 1
 
     def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
         if name == SUPERNET:

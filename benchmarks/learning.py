@@ -65,6 +65,10 @@ class Learning(Table):
     def names(cls, arguments: BenchArguments) -> list[str]:
         return list(VARIANTS)
 
+    @classmethod
+    def cost(cls, name: str, arguments: BenchArguments) -> tuple[int, int]:
+        return arguments.passes, 1 if "alone" in VARIANTS[name] else len(SUBNETS)
+
     def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
         changes, passes = dict(VARIANTS[name]), self.arguments.passes
         if alone := changes.pop("alone", None):

@@ -19,7 +19,7 @@ from typing import Any
 
 import comparisons
 import torch
-from common import ORDERED, RANDOM, RECIPE, SLICE, BenchArguments, Table
+from common import ORDERED, RANDOM, RECIPE, SLICE, SUBNETS, BenchArguments, Table
 from comparisons import Results
 from processes import parse
 from recordings import noise, to_distil
@@ -85,6 +85,11 @@ class NarrowFeatureEncoders(Table):
     @classmethod
     def names(cls, arguments: BenchArguments) -> list[str]:
         return [CONTROLS, *VARIANTS]
+
+    @classmethod
+    def cost(cls, name: str, arguments: BenchArguments) -> tuple[int, int]:
+        models = len(SUBNETS) + 2  # and two of them with half of the channels
+        return (0, 2 * models) if name == CONTROLS else (arguments.passes, models)
 
     def elastic_space(self, parts: tuple[int, ...]) -> SearchSpace:
         """With those quarters of the teacher's channels to choose from, for each convolution."""

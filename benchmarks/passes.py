@@ -49,6 +49,10 @@ class Passes(Table):
         recoveries = [recovery(shape, steps) for steps in arguments.recovery_steps for shape in SHAPES]
         return [*(f"{kind}, {passes} passes" for kind, passes in runs), *recoveries]
 
+    @classmethod
+    def cost(cls, name: str, arguments: BenchArguments) -> tuple[int, int]:
+        return int(name.split()[-2]), len(SUBNETS) if name.startswith(SUPERNET) else 1
+
     def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
         shape, kind, *rest = name.split(", ")
         if kind == "recovered":

@@ -11,12 +11,17 @@ from typing import Any
 
 import numpy as np
 from common import FOLDER, RECIPE, BenchArguments, Table, weights_digest
+from measures import SECONDS_OF_GROUP
 from processes import prepare_process
 from tqdm.auto import tqdm
 
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.files import write_json
 from modeling_lighthubert.loading import load_model
+
+
+SECONDS_OF_PASS = 0.8
+"""Of one of two cores, in the benchmarks' recipe."""
 
 
 class Runner:
@@ -72,11 +77,12 @@ class Runner:
         return Job(name, seed, missing) if missing else None
 
     def hours(self, jobs: Sequence["Job"]) -> float:
-        """What the jobs take, by what those took that were made before, or else by `minutes`."""
+        """What the jobs take, by what those took that were made before, or else by their `cost`."""
 
         def seconds(job: Job) -> float:
             known = [made.get(" ".join(job.groups)) for made in self.seconds.get(job.name, {}).values()]
-            guess = 60 * self.kind.minutes.get(job.name, self.kind.minutes.get("any", 10.0))
+            passes, models = self.kind.cost(job.name, self.arguments)
+            guess = passes * SECONDS_OF_PASS + models * sum(SECONDS_OF_GROUP[group] for group in job.groups)
             return float(np.mean([each for each in known if each is not None] or [guess]))
 
         return sum(map(seconds, jobs)) / 7200

@@ -65,6 +65,10 @@ class Teachers(Table):
     def names(cls, arguments: BenchArguments) -> list[str]:
         return [TEACHER, DEMONSTRATION, MFCC, RANDOM]
 
+    @classmethod
+    def cost(cls, name: str, arguments: BenchArguments) -> tuple[int, int]:
+        return 0, 1
+
     def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
         measures, full = self.measures, self.space.largest
         if name == RANDOM:

@@ -412,6 +412,26 @@ def test_runs_are_made_once_and_kept_with_their_options(bench_arguments):
     assert "has results with another passes" in fails(FOLDER / "gains.py", *words, "--passes=3")
 
 
+@pytest.mark.parametrize(
+    ("module", "table", "options"),
+    [
+        ("gains", "Gains", "BenchArguments"),
+        ("learning", "Learning", "LearningArguments"),
+        ("passes", "Passes", "PassesArguments"),
+        ("teachers", "Teachers", "TeachersArguments"),
+        ("narrow_feature_encoder", "NarrowFeatureEncoders", "NarrowArguments"),
+        ("asr", "Recognition", "RecognitionArguments"),
+    ],
+)
+def test_the_hours_of_all_runs_are_told_beforehand(bench_arguments, module, table, options):
+    bench = load(module)
+    arguments = getattr(bench, options)(**asdict(bench_arguments) | {"measures": ["r2"], "passes": 1200})
+    runner = load("runner").Runner(getattr(bench, table), arguments)
+    jobs = [runner.job(name, 0) for name in runner.kind.names(arguments)]
+    assert all(runner.hours([job]) > 0 for job in jobs)
+    assert 0.01 < runner.hours(jobs) < 48
+
+
 def test_runs_of_another_teacher_in_the_same_folder_are_others(bench_arguments):
     runner, gains = load("runner"), load("gains").Gains(bench_arguments)
     runner.Runner(load("gains").Gains, bench_arguments).keep(runner.Job("teacher", 0, ("r2",)), 1.0, {})
