@@ -155,7 +155,8 @@ class NarrowFeatureEncoders(Table):
     def best_within_budget(self, trained: LightHubertForPreTraining) -> Subnet:
         """The candidate with the least loss on recordings to train on."""
         speech = self.measures.speech
-        batches = to_distil([speech.audio(each) for each in speech.batches(self.measures.train_frames)[::4]])
+        batches = [speech.audio(each) for each in speech.batches(self.measures.train_frames)[::4]]
+        batches = to_distil(batches, trained.config, self.teacher.objective)
         candidates = {str(number): subnet for number, subnet in enumerate(self.candidates(trained.search_space))}
         losses = evaluate(trained, self.teacher, batches, candidates, build_accelerator("cpu"))
         return candidates[min(losses, key=losses.__getitem__)]

@@ -19,8 +19,11 @@ from transformers import Wav2Vec2FeatureExtractor
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.data.collators import Batch, pad
 from lighthubert_training.data.strings import SAMPLING_RATE, encode_flac, read_parquet
+from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.teacher import Teacher
+from lighthubert_training.models import draw_time_mask
 from lighthubert_training.runs.options import option
+from modeling_lighthubert import LightHubertConfig
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.files import whole_file
 
@@ -199,14 +202,23 @@ def draw(numbers: Sequence[int], most: int, rng: random.Random) -> list[int]:
     return rng.sample(list(numbers), min(most, len(numbers)))
 
 
-def to_distil(batches: Sequence[Batch]) -> list[Batch]:
-    """Batches with what a distillation loss needs besides: the input of the teacher, which is that of the student, and
-    an item for the mask of each recording."""
+def to_distil(
+    batches: Sequence[Batch], config: LightHubertConfig, objective: ObjectiveArguments
+) -> list[dict[str, Any]]:
+    """Batches with what a distillation loss needs besides (see `DistillationCollator`). The input of the teacher is
+    that of the student.
 
-    def complete(batch: Batch) -> Batch:
-        audio = batch["input_values"]
-        items = torch.tensor([[0, row] for row in range(len(audio))])
-        return {**batch, "teacher_input_values": audio, "items": items}
+    Args:
+        config: of the student.
+    """
+
+    def complete(batch: Batch) -> dict[str, Any]:
+        num_samples = batch["attention_mask"].sum(-1).tolist()
+        num_frames = list(map(config.num_frames, num_samples))
+        probability, length = objective.mask_time_prob, objective.mask_time_length
+        mask = draw_time_mask(num_frames, probability, length, seeds=range(len(num_frames)))
+        counts = {"num_samples": sum(num_samples), "num_frames": sum(num_frames), "num_masked": int(mask.sum())}
+        return {**batch, "teacher_input_values": batch["input_values"], "mask": mask, **counts}
 
     return list(map(complete, batches))
 

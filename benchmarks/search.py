@@ -15,6 +15,7 @@ taking turns with evaluations.
 
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -77,11 +78,12 @@ class Searching(Bench):
         every = -(-len(train) // arguments.num_batches)
         self.fitness, self.held_out = map(self.mean_loss, (train[::every], test))
 
-    def mean_loss(self, batches: list[Batch]) -> MeanLoss:
+    def mean_loss(self, batches: Sequence[Batch]) -> MeanLoss:
         """The distillation loss on these batches."""
         student, teacher, accelerator = self.student, self.teacher, build_accelerator("cpu")
         with torch.no_grad():
-            prepared = [prepare_batch(student, teacher, batch, 0, accelerator) for batch in to_distil(batches)]
+            batches = to_distil(batches, student.config, teacher.objective)
+            prepared = [prepare_batch(student, teacher, batch, accelerator) for batch in batches]
         return MeanLoss("distillation loss", student, prepared, lambda batch: batch.loss(student, teacher))
 
     def search(self, name: str, seed: int, budget: Budget | None = None, **options: Any) -> Search:

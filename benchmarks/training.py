@@ -17,6 +17,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets import Audio, Dataset
 from recordings import noise, to_distil
 from torch.utils.data import DataLoader
@@ -47,8 +48,9 @@ class Bench:
         self.options, device = options, self.accelerator.device
         self.teacher = Teacher(HubertModel(HubertConfig(feat_extract_norm="layer", layerdrop=0.0))).to(device)
         audio = torch.from_numpy(noise(options.batch_size, options.seconds))
-        (batch,) = to_distil([{"input_values": audio, "attention_mask": torch.ones(audio.shape, dtype=torch.long)}])
-        self.batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = {"input_values": audio, "attention_mask": torch.ones(audio.shape, dtype=torch.long)}
+        (batch,) = to_distil([batch], LightHubertConfig(), self.teacher.objective)
+        self.batch = send_to_device(batch, device)
         self.synchronize = torch.cuda.synchronize if device.type == "cuda" else None
 
     def supernet(self) -> LightHubertForPreTraining:
@@ -68,7 +70,7 @@ class Bench:
 
     def student_step(self, student, optimizer: torch.optim.Optimizer, share: bool = False) -> Step:
         """Forward, backward and optimiser of what is selected; the teacher's outputs are there."""
-        prepared = prepare_batch(student, self.teacher, self.batch, 0, self.accelerator, share)
+        prepared = prepare_batch(student, self.teacher, self.batch, self.accelerator, share)
         frozen = prepared.conv_features is not None and not share
 
         def step() -> None:
@@ -85,7 +87,7 @@ class Bench:
         """A step of the training script, with the teacher."""
 
         def step() -> None:
-            training_step(student, self.teacher, [self.batch], subnets, self.accelerator, 0, share)
+            training_step(student, self.teacher, [self.batch], subnets, self.accelerator, share)
             self.accelerator.clip_grad_norm_(student.parameters(), 10.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -179,7 +181,7 @@ def data_pipeline(rate: float, num_batches: int = 100) -> None:
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     sampler = RandomAccessSampler(durations(speech), batch_size=32, max_batch_seconds=160.0, crop_seconds=35.0, seed=0)
     crops = CroppedRecordings(speech, SAMPLING_RATE, 35.0, seed=0)
-    collator = DistillationCollator(extractor, extractor, 400)
+    collator = DistillationCollator(extractor, extractor, LightHubertConfig())
     batches = iter(DataLoader(crops, batch_sampler=sampler, collate_fn=collator, num_workers=1))
     next(batches)
     start, true, padded = time.perf_counter(), 0, 0

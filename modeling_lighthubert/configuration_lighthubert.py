@@ -219,6 +219,20 @@ class LightHubertConfig(HubertConfig):
                 f" varies ({list(space.num_hidden_layers)}): extract a subnet and use it there"
             )
 
+    @property
+    def samples_per_first_frame(self) -> int:
+        """Samples that the first frame is computed from: 400 (25 ms at 16 kHz) for the usual convolutions."""
+        samples = 1
+        for kernel, stride in zip(reversed(self.conv_kernel), reversed(self.conv_stride), strict=True):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames of a recording of so many samples."""
+        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
+            num_samples = (num_samples - kernel) // stride + 1
+        return num_samples
+
 
 def _sizes(subnet: Subnet) -> tuple[int, int, int, int, int]:
     """Width, depth, most heads, most FFN units, head size: what the weights of a cut model are stored for."""

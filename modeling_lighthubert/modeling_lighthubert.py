@@ -588,10 +588,10 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
             )
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        if input_values.shape[1] < self.samples_per_first_frame:
+        if input_values.shape[1] < self.config.samples_per_first_frame:
             raise ValueError(
                 f"input_values has {input_values.shape[1]} samples, but one frame needs"
-                f" {self.samples_per_first_frame}: pad the recording, or leave it out"
+                f" {self.config.samples_per_first_frame}: pad the recording, or leave it out"
             )
         if input_values.device.type != "cpu":
             return
@@ -605,14 +605,6 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
             raise ValueError(
                 "attention_mask has zeros before ones: pad recordings on the right (padding_side='right')"
             )
-
-    @property
-    def samples_per_first_frame(self) -> int:
-        """Samples that the first frame is computed from: 400 (25 ms at 16 kHz) for the usual convolutions."""
-        samples = 1
-        for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
-            samples = (samples - 1) * stride + kernel
-        return samples
 
     def _mask_hidden_states(
         self,
@@ -636,7 +628,9 @@ class LightHubertModel(LightHubertPreTrainedModel, HubertModel):
             )
         if mask_time_indices is not None:
             mask_time_indices = torch.as_tensor(mask_time_indices, dtype=torch.bool, device=hidden_states.device)
-            hidden_states[mask_time_indices] = self.masked_spec_embed[:hidden_size].to(hidden_states.dtype)
+            embedding = self.masked_spec_embed[:hidden_size].to(hidden_states.dtype)
+            # an assignment to masked frames would count them first, for which a GPU is waited for
+            hidden_states = torch.where(mask_time_indices[..., None], embedding, hidden_states)
         if config.mask_feature_prob > 0 and self.training:
             mask_feature_indices = _compute_mask_indices(
                 (batch_size, hidden_size),

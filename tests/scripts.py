@@ -82,15 +82,20 @@ def fork_context() -> ForkServerContext:
     return context
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start(*command: object, processes: int = 1, folder: Path | None = None) -> list[ForkServerProcess]:
     """A script in the background, in one process, or in several that `torch.distributed` may join.
 
     Args:
         folder: for the files `stdout` and `stderr`. Default: nothing that it writes is kept.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": processes}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": processes}
     group |= {"LOCAL_WORLD_SIZE": processes}
     output = {number: str(folder / name) if folder else os.devnull for number, name in ((1, "stdout"), (2, "stderr"))}
     members = []

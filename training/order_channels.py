@@ -80,7 +80,7 @@ def order(arguments: OrderingArguments, data_arguments: DataArguments) -> None:
         raise UserError("--streaming: recordings are drawn at random, which a stream does not allow. Leave it out")
     model = load_supernet(arguments)
     extractor = load_processor(arguments.model_name_or_path, AutoFeatureExtractor)
-    waveforms = draw_waveforms(arguments, data_arguments, extractor, model.base_model.samples_per_first_frame)
+    waveforms = draw_waveforms(arguments, data_arguments, extractor, model.config.samples_per_first_frame)
     importance = measure_importance(model, (waveform.to(model.device, model.dtype) for waveform in waveforms))
     if not importance:
         raise UserError("no recording is as long as a frame: give others, with --train_file or --dataset_name")

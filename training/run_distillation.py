@@ -15,7 +15,7 @@ word. Two CPU processes:
 `python -m torch.distributed.run --standalone --nproc_per_node 2 training/run_distillation.py --device cpu ...`.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,8 @@ def distil(
         check_feature_encoder(student, teacher)
         extractor = teacher_extractor
     check_frame_rates(student, teacher, (extractor, teacher_extractor))
-    collator = DistillationCollator(extractor, teacher_extractor, student.base_model.samples_per_first_frame)
+    masking = {"mask_time_prob": objective.mask_time_prob, "mask_time_length": objective.mask_time_length}
+    collator = DistillationCollator(extractor, teacher_extractor, student.config, **masking, seed=arguments.seed)
     with accelerator.main_process_first():
         train_data, eval_data = (load_speech(data_arguments, training) for training in (True, False))
 
@@ -166,7 +167,8 @@ def distil(
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
 
-    eval_loader = eval_data and SpeechLoader(arguments, data_arguments, eval_data, collator, accelerator, None)
+    same_masks = replace(collator, seed=0)
+    eval_loader = eval_data and SpeechLoader(arguments, data_arguments, eval_data, same_masks, accelerator, None)
     distiller = Distiller(
         arguments=arguments,
         student=student,

@@ -176,20 +176,21 @@ def build_distillation_loss(
     accelerator = build_accelerator(choose_device(device))
     teacher, teacher_extractor = build_teacher(arguments.teacher_name_or_path, objective=objective)
     teacher.to(accelerator.device)
-    masking = masking_options(load_config(name))
+    spec_augment = masking_options(load_config(name))
     student = building.load_supernet(
-        name, LightHubertForPreTraining, str(accelerator.device), arguments.dtype, **masking
+        name, LightHubertForPreTraining, str(accelerator.device), arguments.dtype, **spec_augment
     )
     student.freeze_feature_encoder()
     extractor = load_processor(name, AutoFeatureExtractor)
     check_frame_rates(student, teacher, (extractor, teacher_extractor))
-    collate = DistillationCollator(extractor, teacher_extractor, student.base_model.samples_per_first_frame)
+    masking = {"mask_time_prob": objective.mask_time_prob, "mask_time_length": objective.mask_time_length}
 
     @torch.no_grad()
     def prepare(training: bool, seed: int, num_batches: int | None = None) -> list[PreparedBatch]:
+        collate = DistillationCollator(extractor, teacher_extractor, student.config, **masking, seed=seed)
         batches = building.read_batches(data, training, extractor.sampling_rate, size, None, num_batches, seed)
         collated = (building.to_model(collate(batch), student) for batch in batches)
-        return [prepare_batch(student, teacher, batch, seed, accelerator) for batch in collated]
+        return [prepare_batch(student, teacher, batch, accelerator) for batch in collated]
 
     def loss(batch: PreparedBatch) -> torch.Tensor:
         return batch.loss(student, teacher)

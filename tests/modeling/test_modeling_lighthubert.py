@@ -1184,7 +1184,7 @@ def test_a_recording_of_one_frame_is_answered():
 
 def test_a_frame_needs_as_many_samples_as_the_convolutions_see():
     model = make(conv_kernel=(8, 4), conv_stride=(4, 2), conv_dim=(16, 16))
-    assert model.samples_per_first_frame == 20
+    assert model.config.samples_per_first_frame == 20
     assert answer(model, noise(1, 20)).shape[1] == 1
     with pytest.raises(ValueError, match="19 samples, but one frame needs 20"):
         model(noise(1, 19))

@@ -17,8 +17,11 @@ from scripts import fails, finish_as_a_user, run
 from speech import RATE, TONE, encoded, undecoded
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
+from lighthubert_training.data.collators import DistillationCollator
+from lighthubert_training.data.recordings import Recording
 from lighthubert_training.data.strings import read_parquet
-from modeling_lighthubert import LightHubertModel, SearchSpace
+from lighthubert_training.distillation.arguments import ObjectiveArguments
+from modeling_lighthubert import LightHubertConfig, LightHubertModel, SearchSpace
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.loading import load_model
 from modeling_lighthubert.profiling import macs_per_second
@@ -82,12 +85,19 @@ def test_a_script_that_fails_says_why(tmp_path):
         run_script(tmp_path / "breaks.py", output_dir=tmp_path)
 
 
-def test_batches_for_a_distillation_loss_have_an_item_for_each_recording():
-    audio = torch.randn(3, 800)
-    (batch,) = load("recordings").to_distil([{"input_values": audio, "attention_mask": torch.ones(3, 800)}])
-    assert set(batch) == {"input_values", "attention_mask", "teacher_input_values", "items"}
-    assert batch["teacher_input_values"] is audio
-    assert batch["items"].tolist() == [[0, 0], [0, 1], [0, 2]]
+def test_batches_for_a_distillation_loss_are_those_of_the_collator():
+    extractor, objective = Wav2Vec2FeatureExtractor(return_attention_mask=True), ObjectiveArguments()
+    masking = {"mask_time_prob": objective.mask_time_prob, "mask_time_length": objective.mask_time_length}
+    collated = DistillationCollator(extractor, extractor, LightHubertConfig(), **masking)(
+        [Recording(str(length), TONE[:length]) for length in (8000, 4000)]
+    )
+    (batch,) = load("recordings").to_distil(
+        [{name: collated[name] for name in ("input_values", "attention_mask")}], LightHubertConfig(), objective
+    )
+    assert set(batch) == set(collated) - {"names", "unreadable"}
+    assert batch["teacher_input_values"] is batch["input_values"]
+    assert batch["mask"].shape == collated["mask"].shape
+    assert all(batch[name] == collated[name] for name in ("num_samples", "num_frames"))
 
 
 def test_noise_is_the_same_and_of_unit_variance():

@@ -19,6 +19,7 @@ from lighthubert_training.data.batches import BatchSampler, EpochSampler, Random
 from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.recordings import CroppedRecordings, Item, Unreadable
 from lighthubert_training.data.sources import DataArguments, load_speech
+from modeling_lighthubert import LightHubertConfig
 
 
 SECONDS = [random.Random(0).uniform(1, 35) for _ in range(2000)]  # as in LibriSpeech
@@ -179,7 +180,7 @@ def test_workers_change_nothing_in_the_batches(streamed):
         loader = DataLoader(
             CroppedRecordings(None if streamed else at_hand(rows), RATE, 1.0, seed=0),
             batch_sampler=stream_sampler() if streamed else sampler(list(range(1, 41)), batch_size=4),
-            collate_fn=DistillationCollator(extractor, extractor, 400),
+            collate_fn=DistillationCollator(extractor, extractor, LightHubertConfig()),
             num_workers=num_workers,
         )
         return [batch["names"] for batch in itertools.islice(loader, 12)]
@@ -194,7 +195,7 @@ def test_a_last_batch_may_be_empty():
         DataLoader(
             CroppedRecordings(at_hand(list(stream())[:3]), RATE, 1.0, seed=0),
             batch_sampler=sampler([1, 1, 1], batch_size=1, slices=[number], num_slices=2),
-            collate_fn=DistillationCollator(extractor, extractor, 400),
+            collate_fn=DistillationCollator(extractor, extractor, LightHubertConfig()),
         )
         for number in (0, 1)
     ]

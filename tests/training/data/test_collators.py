@@ -1,5 +1,7 @@
 """Batches are padded as the feature extractor pads, and recordings that cannot be read are left out of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec
 
 from lighthubert_training.data.collators import CTCCollator, DistillationCollator, pad, padded_batches
 from lighthubert_training.data.recordings import CroppedRecordings, Item, Recording
+from modeling_lighthubert import LightHubertConfig
 from modeling_lighthubert.errors import UserError
 
 
@@ -44,7 +47,7 @@ def test_padding_on_the_left_is_refused():
     with pytest.raises(UserError, match='pads recordings on the left: set "padding_side": "right"'):
         pad(left, WAVEFORMS)
     with pytest.raises(UserError, match="pads recordings on the left"):
-        DistillationCollator(NORMALISED, left, 400)(recordings())
+        DistillationCollator(NORMALISED, left, LightHubertConfig())(recordings())
     assert pad(left, [TONE])["attention_mask"].all()  # no padding, no harm
 
 
@@ -58,7 +61,7 @@ def test_padded_batches_keep_the_order():
 
 
 def test_student_and_teacher_get_what_their_feature_extractors_say():
-    batch = DistillationCollator(NORMALISED, RAW, 400)([*recordings(), Recording("short", TONE[:100])])
+    batch = DistillationCollator(NORMALISED, RAW, LightHubertConfig())([*recordings(), Recording("short", TONE[:100])])
     np.testing.assert_array_equal(batch["teacher_input_values"][0], TONE)
     assert batch["attention_mask"].sum(-1).tolist() == [8000, 4000, 5000, 400]
     for row, length in enumerate((8000, 4000, 5000, 400)):
@@ -68,24 +71,42 @@ def test_student_and_teacher_get_what_their_feature_extractors_say():
 
 
 def test_recordings_shorter_than_a_frame_are_repeated():
-    batch = DistillationCollator(RAW, RAW, 400)([Recording("short", TONE[:150])])
+    batch = DistillationCollator(RAW, RAW, LightHubertConfig())([Recording("short", TONE[:150])])
     repeated = np.concatenate([TONE[:150], TONE[:150], TONE[:100]])
     np.testing.assert_array_equal(batch["input_values"], repeated[None])
 
 
 def test_one_feature_extractor_pads_once_for_both():
-    batch = DistillationCollator(NORMALISED, NORMALISED, 400)(recordings())
+    batch = DistillationCollator(NORMALISED, NORMALISED, LightHubertConfig())(recordings())
     assert batch["teacher_input_values"] is batch["input_values"]
 
 
-def test_a_batch_of_distillation_names_its_items_and_leaves_out_what_cannot_be_read():
+def test_a_batch_of_distillation_names_its_recordings_and_leaves_out_what_cannot_be_read():
     items = CroppedRecordings(broken_speech(), RATE, 1.0, seed=0)
-    collator = DistillationCollator(NORMALISED, NORMALISED, 400)
+    collator = DistillationCollator(NORMALISED, NORMALISED, LightHubertConfig())
     batch = collator([items[Item(1, index)] for index in (2, 7, 5)])
-    assert batch["items"].tolist() == [[1, 2], [1, 5]]
     assert batch["names"] == ["tone-2.flac", "tone-5.flac"]
     assert [(name, reason[:15]) for name, reason in batch["unreadable"]] == [("tone-7.flac", "not in a format")]
-    assert len(batch["input_values"]) == len(batch["attention_mask"]) == 2
+    assert len(batch["input_values"]) == len(batch["attention_mask"]) == len(batch["mask"]) == 2
+
+
+def test_what_a_step_counts_is_counted_with_the_batch():
+    collator = DistillationCollator(NORMALISED, RAW, LightHubertConfig(), mask_time_prob=0.65, mask_time_length=5)
+    batch = collator(recordings())
+    assert batch["num_samples"] == 8000 + 4000 + 5000
+    assert batch["mask"].shape == (3, 24)
+    assert batch["num_frames"] == 24 + 12 + 15
+    assert batch["num_masked"] == int(batch["mask"].sum()) > 0
+    assert not batch["mask"][1, 12:].any(), "padding is not masked"
+
+
+def test_the_mask_of_a_recording_follows_from_seed_epoch_and_index():
+    collator = DistillationCollator(NORMALISED, RAW, LightHubertConfig(), mask_time_prob=0.3, mask_time_length=2)
+    first, second = (Recording(name, TONE, item=(0, index)) for index, name in enumerate("ab"))
+    mask = collator([first, second])["mask"]
+    assert torch.equal(collator([second, first])["mask"], mask.flip(0))
+    for other, recording in ((collator, first._replace(item=(1, 0))), (replace(collator, seed=1), first)):
+        assert not torch.equal(other([recording])["mask"], mask[:1])
 
 
 # CTC
@@ -113,7 +134,7 @@ def test_a_recording_without_labels_fits_beside_others(processor):
 
 
 def test_a_batch_that_cannot_be_read_has_nothing_but_the_reasons(processor):
-    for collator in (CTCCollator(processor), DistillationCollator(NORMALISED, RAW, 400)):
+    for collator in (CTCCollator(processor), DistillationCollator(NORMALISED, RAW, LightHubertConfig())):
         assert collator([BROKEN, BROKEN]) == {"unreadable": [("broken.flac", "cut off")] * 2}
 
 

@@ -16,11 +16,12 @@ from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.distillation import loaders
 from lighthubert_training.distillation.arguments import DistillationArguments
 from lighthubert_training.distillation.loaders import SpeechLoader
+from modeling_lighthubert import LightHubertConfig
 from modeling_lighthubert.errors import UserError
 
 
 EXTRACTOR = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
-COLLATOR = DistillationCollator(EXTRACTOR, EXTRACTOR, 400)
+COLLATOR = DistillationCollator(EXTRACTOR, EXTRACTOR, LightHubertConfig(), mask_time_prob=0.65, mask_time_length=2)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,8 @@ def test_a_loader_begins_with_the_step_that_it_is_asked_for(accelerator, accumul
     whole = train_batches(accelerator, options, 8 * accumulated)
     resumed = train_batches(accelerator, options, 5 * accumulated, start=3)
     for batch, expected in zip(resumed, whole[3 * accumulated :], strict=True):
-        assert torch.equal(batch["items"], expected["items"])
+        assert batch["names"] == expected["names"]
+        assert torch.equal(batch["mask"], expected["mask"])
         assert torch.equal(batch["input_values"], expected["input_values"])
 
 
@@ -65,13 +67,13 @@ def test_seconds_and_crops_bound_a_batch(accelerator):
     batches = train_batches(accelerator, options, 12)
     assert all(batch["input_values"].shape[1] <= 0.25 * RATE for batch in batches)
     assert all(batch["input_values"].numel() <= 0.6 * RATE for batch in batches)
-    assert {len(batch["items"]) for batch in batches} == {2}
+    assert {len(batch["names"]) for batch in batches} == {2}
 
 
 def test_evaluation_reads_every_recording_once_and_the_same_every_time(accelerator):
     loader = build(accelerator, None, per_device_train_batch_size=4)
     first, second = list(loader), list(loader)
-    assert [item for batch in first for item in batch["items"].tolist()] == [[0, index] for index in range(10)]
+    assert [name for batch in first for name in batch["names"]] == [f"recording {index}" for index in range(10)]
     for batch, again in zip(first, second, strict=True):
         assert torch.equal(batch["input_values"], again["input_values"])
 
@@ -81,8 +83,8 @@ def test_batches_of_evaluation_have_the_bounds_of_training_and_recordings_of_sim
     lengths = [3200, 6800, 3600, 6400, 4000, 6000]
     data = undecoded([{"audio": {"bytes": encoded(TONE[:length], format="WAV"), "path": None}} for length in lengths])
     options = {"per_device_train_batch_size": 8, "per_device_train_batch_seconds": 0.76}
-    batches = [batch["items"][:, 1].tolist() for batch in build(accelerator, None, data=data, **options)]
-    assert batches == [[0, 2, 4], [5], [3], [1]]
+    batches = [batch["names"] for batch in build(accelerator, None, data=data, **options)]
+    assert batches == [[f"recording {index}" for index in batch] for batch in ([0, 2, 4], [5], [3], [1])]
 
 
 @given(

@@ -40,12 +40,12 @@ def distiller(accelerator, tmp_path) -> Distiller:
     arguments = DistillationArguments(
         *(str(tmp_path), "teacher"),
         **{"sampling": "sandwich", "max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2},
-        **{"eval_steps": 3, "logging_steps": 2, "dataloader_num_workers": 0},
+        **{"eval_steps": 3, "logging_steps": 1, "dataloader_num_workers": 0},
     )
     student = tiny_student(hidden_dropout=0.1).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     rows = [{"audio": {"bytes": encoded(TONE[: 4000 + 400 * at], format="WAV"), "path": None}} for at in range(4)]
-    collator = DistillationCollator(EXTRACTOR, EXTRACTOR, 400)
+    collator = DistillationCollator(EXTRACTOR, EXTRACTOR, student.config, mask_time_prob=0.65)
     common = (arguments, DataArguments(max_unreadable_share=0.5), undecoded(rows), collator, accelerator)
     return Distiller(
         arguments=arguments,
@@ -77,7 +77,7 @@ def next_batches(distiller: Distiller) -> list[dict]:
     ],
 )
 def test_losses_are_averaged_by_class_of_subnet(distiller, monkeypatch, space, losses, expected):
-    monkeypatch.setattr("lighthubert_training.distillation.loop.training_step", lambda *_: losses)
+    monkeypatch.setattr("lighthubert_training.distillation.loop.training_step", lambda *_: torch.tensor(losses))
     distiller.arguments, distiller.student = replace(distiller.arguments, num_random_subnets=2), tiny_student(space)
     shown = distiller.step(0, next_batches(distiller))
     assert {name: value for name, value in shown.items() if "loss" in name} == expected
@@ -105,7 +105,7 @@ def test_a_step_depends_on_its_number_and_its_batches_only(distiller):
 def test_a_loss_that_is_not_finite_names_step_and_recordings(distiller):
     with torch.no_grad():
         distiller.student.prediction_heads[0].weight[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 3, on recording [0-3], recording [0-3]"):
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 4, on recording [0-3], recording [0-3]"):
         distiller.step(3, next_batches(distiller))
 
 
@@ -131,9 +131,9 @@ def test_a_step_without_recordings_is_none_for_a_scaler_of_gradients_either(dist
 
 
 def test_what_cannot_be_read_is_counted_and_left_out(distiller):
-    batches = [{"unreadable": [("a.wav", "cut off")]}, {"unreadable": [], "items": torch.zeros(1, 2)}]
+    batches = [{"unreadable": [("a.wav", "cut off")]}, {"unreadable": [], "input_values": torch.zeros(1, 400)}]
     (left,) = distiller.loader.readable(batches)
-    assert "items" in left
+    assert "input_values" in left
     assert distiller.loader.unreadable.names == {"a.wav"}
     assert not distiller.eval_loader.unreadable.names
 
@@ -165,7 +165,7 @@ def test_training_evaluates_and_saves_what_another_run_goes_on_from(distiller, t
     before = signal.getsignal(signal.SIGTERM)
     assert distiller.train(0)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert [entry["step"] for entry in distiller.log.history] == [2, 3, 4, 4]
+    assert [entry["step"] for entry in distiller.log.history] == [1, 2, 3, 3, 4, 4]
     for step, eval_loss in ((2, None), (4, distiller.log.history[-1]["eval_loss"])):
         folder = tmp_path / f"checkpoint-{step}"
         assert checkpoint_damage(folder) is None

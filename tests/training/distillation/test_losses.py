@@ -15,8 +15,11 @@ from lighthubert_training.distillation.step import PreparedBatch
 from lighthubert_training.models import true_frames
 
 
+INPUTS = ("input_values", "teacher_input_values", "attention_mask")
+
+
 def student_loss(student, batch, outputs, mask, teacher, conv_features=None) -> torch.Tensor:
-    return PreparedBatch(batch, outputs, mask, 0, conv_features).loss(student, teacher)
+    return PreparedBatch({**batch, "mask": mask}, outputs, 0, conv_features).loss(student, teacher)
 
 
 def test_the_loss_is_the_mean_absolute_error_of_the_frames_that_count():
@@ -85,7 +88,7 @@ def test_a_padded_batch_gives_the_mean_over_the_same_clips_alone(options):
     together = student_loss(student, batch, outputs, mask, teacher)
     alone, count = torch.zeros(()), 0
     for row, samples in enumerate((6000, 3200)):
-        single = {name: tensor[row : row + 1, :samples] for name, tensor in batch.items()}
+        single = {name: batch[name][row : row + 1, :samples] for name in INPUTS}
         single_outputs = teacher(single["teacher_input_values"], single["attention_mask"])
         length = single_outputs.targets[0].shape[1]
         loss = student_loss(student, single, single_outputs, mask[row : row + 1, :length], teacher)

@@ -1,11 +1,14 @@
 """What tests of distillation share: a tiny teacher, a tiny student, and a padded batch."""
 
+from typing import Any
+
 import torch
 from conftest import TWO_DEEP, noise, randomise, stock_settings, tiny_model
 from transformers import HubertConfig, HubertModel
 
 from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.teacher import Teacher
+from lighthubert_training.models import draw_time_mask
 from modeling_lighthubert import LightHubertForPreTraining, SearchSpace
 
 
@@ -21,13 +24,17 @@ def tiny_student(search_space: SearchSpace | None = TWO_DEEP, **changes) -> Ligh
     return tiny_model(LightHubertForPreTraining, search_space, **settings)
 
 
-def padded_batch() -> dict[str, torch.Tensor]:
+def padded_batch(mask_time_prob: float = 0.65) -> dict[str, Any]:
     """Two recordings, of 18 and 9 frames; the padding is noise, which must not matter."""
-    mask = torch.ones(2, 6000, dtype=torch.long)
-    mask[1, 3200:] = 0
+    attention_mask = torch.ones(2, 6000, dtype=torch.long)
+    attention_mask[1, 3200:] = 0
+    mask = draw_time_mask([18, 9], mask_time_prob, 10, seeds=[0, 1])
     return {
         "input_values": noise(2, 6000),
         "teacher_input_values": noise(2, 6000, seed=1),
-        "attention_mask": mask,
-        "items": torch.tensor([[0, 3], [0, 8]]),
+        "attention_mask": attention_mask,
+        "mask": mask,
+        "num_samples": 9200,
+        "num_frames": 18 + 9,
+        "num_masked": int(mask.sum()),
     }

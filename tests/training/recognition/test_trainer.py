@@ -15,6 +15,7 @@ from recognizers import save_processor
 from run_speech_recognition_ctc import KINDS
 from speech import RATE, TONE, encoded, undecoded
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from waits import Waits
 
 from lighthubert_training.data.collators import CTCCollator
 from lighthubert_training.data.sources import DataArguments
@@ -357,3 +358,22 @@ def test_a_numbered_gpu_is_the_only_one_that_trainer_sees(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     parse_options(OptionParser(ModelArguments), None, words)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+
+
+def test_a_step_waits_for_its_device_in_transformers_and_in_the_loss_alone(tmp_path, monkeypatch):
+    trainer = build_trainer(tmp_path, torn=(), per_device_train_batch_size=2)
+    trainer.model.to("meta")
+    monkeypatch.setitem(vars(trainer.args), "_setup_devices", torch.device("meta"))
+    loader = iter(trainer.get_train_dataloader())
+    with Waits() as waits:
+        batches, num_items = trainer.get_batch_samples(loader, 2, torch.device("meta"))
+        for batch in batches:
+            trainer.training_step(trainer.model, batch, num_items)
+    assert set(waits.lines) == {
+        "and (padding_mask is None or padding_mask.all())",
+        "if labels is not None and labels.max() >= self.config.vocab_size:",
+        "flattened_targets = labels.masked_select(labels_mask)",
+        "return nn.functional.ctc_loss(",
+        "loss.backward(**kwargs)",  # of ctc_loss
+    }
+    assert set(waits.lines.values()) == {len(batches)}

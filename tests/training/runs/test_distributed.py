@@ -1,15 +1,14 @@
 """Gradients are summed over processes, and devices are the ones that were asked for."""
 
+import multiprocessing
 import os
 import socket
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from scripts import held
+from scripts import free_port, held
 
 from lighthubert_training.runs.distributed import (
     any_process,
@@ -19,6 +18,7 @@ from lighthubert_training.runs.distributed import (
     locked_by_main_process,
     on_main_process,
     sum_gradients,
+    sum_over_processes,
 )
 from modeling_lighthubert.errors import UserError
 
@@ -30,46 +30,41 @@ def fresh_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-class Process:
-    """One of two, which are threads here: as much of Accelerate as sums need."""
-
-    num_processes, device = 2, torch.device("cpu")
-    barrier, tensors = threading.Barrier(2, timeout=60), [torch.zeros(0)] * 2
-
-    def __init__(self, rank: int):
-        self.rank = rank
-
-    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
-        assert reduction == "sum"
-        self.tensors[self.rank] = tensor.clone()
-        self.barrier.wait()
-        total = self.tensors[0] + self.tensors[1]
-        self.barrier.wait()
-        return total
-
-
 def parameters() -> list[torch.nn.Parameter]:
     """One that all processes use, one of the second alone, one of none, one that is frozen."""
     return [torch.nn.Parameter(torch.zeros(2, 3), requires_grad=number < 3) for number in range(4)]
 
 
-def in_one_process(rank: int) -> tuple[list, list[bool]]:
-    process = Process(rank)
+def of_two_processes(rank: int, port: int, answers: multiprocessing.Queue) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
     used_by_all, used_by_second, *_ = trained = parameters()
     used_by_all.grad = torch.arange(6.0).view(2, 3) * (rank + 1)
     if rank == 1:
         used_by_second.grad = torch.ones(2, 3)
-    sum_gradients(trained, process)
-    sum_gradients(parameters(), process)  # of which no process used any
+    sum_gradients(trained, accelerator)
+    sum_gradients(parameters(), accelerator)  # of which no process used any
     gradients = [each.grad if each.grad is None else each.grad.tolist() for each in trained]
-    return gradients, [any_process(process, flag) for flag in (rank == 1, False)]
+    flags = [any_process(flag) for flag in (rank == 1, False)]
+    answers.put((gradients, flags, sum_over_processes([rank, 2**40])))
+    accelerator.end_training()
 
 
-def test_two_processes_sum_their_gradients_and_a_weight_that_none_used_keeps_none():
-    with ThreadPoolExecutor(2) as threads:
-        first, second = threads.map(in_one_process, range(2))
+@pytest.mark.parametrize("bucket_size", [1, 6, 7, 100])
+def test_two_processes_sum_their_gradients_and_a_weight_that_none_used_keeps_none(monkeypatch, bucket_size):
+    monkeypatch.setattr("lighthubert_training.runs.distributed.BUCKET_SIZE", bucket_size)
+    context, port = multiprocessing.get_context("fork"), free_port()
+    answers = context.Queue()
+    processes = [context.Process(target=of_two_processes, args=(rank, port, answers)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    first, second = (answers.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
     total = [[0.0, 3.0, 6.0], [9.0, 12.0, 15.0]]
-    assert first == second == ([total, [[1.0] * 3] * 2, None, None], [True, False])
+    assert first == second == ([total, [[1.0] * 3] * 2, None, None], [True, False], [1, 2**41])
 
 
 def test_one_process_keeps_its_gradients():
@@ -78,8 +73,9 @@ def test_one_process_keeps_its_gradients():
     sum_gradients(trained, Accelerator(cpu=True))
     assert parameter.grad is gradient
     assert [each.grad for each in trained[1:]] == [None] * 3
-    assert any_process(Accelerator(cpu=True), True)
-    assert not any_process(Accelerator(cpu=True), False)
+    assert any_process(True)
+    assert not any_process(False)
+    assert sum_over_processes([3, 4]) == [3, 4]
 
 
 def test_the_device_is_the_one_that_was_asked_for(monkeypatch):

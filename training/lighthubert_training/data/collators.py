@@ -9,7 +9,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerBase, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
-from lighthubert_training.data.recordings import Recording
+from lighthubert_training.data.recordings import Recording, item_seed
+from lighthubert_training.models import draw_time_mask
+from modeling_lighthubert import LightHubertConfig
 from modeling_lighthubert.errors import UserError
 
 
@@ -54,23 +56,36 @@ def _split(recordings: Sequence[Recording]) -> tuple[list[Recording], list[np.nd
 
 @dataclass
 class DistillationCollator:
-    """Pads a batch for student and teacher, each as its own feature extractor says (normalised or raw).
+    """Pads a batch for student and teacher, each as its own feature extractor says (normalised or raw), and draws
+    the frames that are masked for the student. All that is counted is counted here, where no device is waited for.
 
-    Recordings shorter than `min_samples`, less than one frame, are repeated until they are long enough.
+    Recordings shorter than one frame are repeated until they are long enough. A recording's mask depends on `seed`,
+    its epoch and its index (see `draw_time_mask`).
+
+    Args:
+        config: of the student.
     """
 
     student_feature_extractor: Wav2Vec2FeatureExtractor
     teacher_feature_extractor: Wav2Vec2FeatureExtractor
-    min_samples: int
+    config: LightHubertConfig
+    mask_time_prob: float = 0.0
+    mask_time_length: int = 10
+    seed: int = 0
 
     def __call__(self, recordings: Sequence[Recording]) -> dict[str, Any]:
         """Tensors `input_values`, `teacher_input_values` and `attention_mask`, each (batch_size, num_samples), and
-        `items`, epoch and index, int64 (batch_size, 2); `names`; and `unreadable`, name and problem of each recording
-        that is left out. If none can be read, there is nothing but `unreadable`."""
+        `mask`, masked frames, bool (batch_size, num_frames); `num_samples`, `num_frames` and `num_masked`, of all
+        recordings together; `names`; and `unreadable`, name and problem of each recording that is left out. If none
+        can be read, there is nothing but `unreadable`."""
         readable, waveforms, unreadable = _split(recordings)
         if not readable:
             return {"unreadable": unreadable}
-        waveforms = [np.resize(waveform, max(len(waveform), self.min_samples)) for waveform in waveforms]
+        least = self.config.samples_per_first_frame
+        waveforms = [np.resize(waveform, max(len(waveform), least)) for waveform in waveforms]
+        num_frames = [self.config.num_frames(len(waveform)) for waveform in waveforms]
+        seeds = [item_seed(self.seed, *each.item) for each in readable]
+        mask = draw_time_mask(num_frames, self.mask_time_prob, self.mask_time_length, seeds)
         student = pad(self.student_feature_extractor, waveforms)
         same = self.teacher_feature_extractor is self.student_feature_extractor
         teacher = student if same else pad(self.teacher_feature_extractor, waveforms)
@@ -78,7 +93,10 @@ class DistillationCollator:
             "input_values": student["input_values"],
             "teacher_input_values": teacher["input_values"],
             "attention_mask": student["attention_mask"],
-            "items": torch.tensor([each.item for each in readable]),
+            "mask": mask,
+            "num_samples": sum(map(len, waveforms)),
+            "num_frames": sum(num_frames),
+            "num_masked": int(mask.sum()),
             "names": [each.name for each in readable],
             "unreadable": unreadable,
         }
@@ -92,7 +110,7 @@ class CTCCollator:
 
     def __call__(self, recordings: Sequence[Recording]) -> dict[str, Any]:
         """Tensors `input_values` and `attention_mask`, (batch_size, num_samples), and `labels`, int64 (batch_size,
-        num_labels); `names` and `unreadable` as in `DistillationCollator`."""
+        num_labels); `num_samples`, `names` and `unreadable` as in `DistillationCollator`."""
         readable, waveforms, unreadable = _split(recordings)
         if not readable:
             return {"unreadable": unreadable}
@@ -100,6 +118,7 @@ class CTCCollator:
         return {
             **pad(self.processor.feature_extractor, waveforms),
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            "num_samples": sum(map(len, waveforms)),
             "names": [each.name for each in readable],
             "unreadable": unreadable,
         }

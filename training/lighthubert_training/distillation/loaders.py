@@ -78,6 +78,6 @@ class SpeechLoader(DataLoader):
         unreadable: list[tuple[str, str]] = []
         for batch in batches:
             unreadable += batch["unreadable"]
-            if "items" in batch:
-                yield send_to_device(batch, self.accelerator.device)
+            if "input_values" in batch:
+                yield send_to_device(batch, self.accelerator.device, non_blocking=True)
         self.unreadable.add_together(unreadable, self.accelerator)

@@ -41,6 +41,16 @@ def stop_on_sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, earlier)
 
 
+@contextmanager
+def advising_on_divergence() -> Iterator[None]:
+    """Says what to do after the `FloatingPointError` of a loss that is NaN or infinite."""
+    try:
+        yield
+    except FloatingPointError as error:
+        advice = "lower the learning rate, or leave these recordings out"
+        raise FloatingPointError(f"{error}. The last checkpoint is as it was: {advice}") from error
+
+
 def prepare_output(
     arguments: DistillationArguments, recipe: dict[str, Any], accelerator: Accelerator
 ) -> tuple[Path | None, dict[str, Any]]:
@@ -103,6 +113,9 @@ class Distiller:
 
         Returns:
             Whether all were made. If not, SIGTERM came, and a checkpoint of the last step is there.
+
+        Raises:
+            FloatingPointError: a loss is NaN or infinite; the message names the recordings.
         """
         arguments = self.arguments
         self.student.train()
@@ -110,21 +123,22 @@ class Distiller:
         steps, is_hidden = range(start, arguments.max_steps), not self.accelerator.is_main_process
         bar = tqdm(steps, desc="distilling", initial=start, total=arguments.max_steps, disable=is_hidden)
         limit = torch._dynamo.config.patch(recompile_limit=64) if arguments.torch_compile else nullcontext()
-        with stop_on_sigterm() as stop, bar, limit:
+        with stop_on_sigterm() as stop, bar, limit, advising_on_divergence():
             if start == 0 and arguments.subnet is not None and self.eval_loader is not None:
                 self.evaluate(0)  # what the subnet was worth in its supernet
             for step in bar:
                 of_step = itertools.islice(batches, arguments.gradient_accumulation_steps)
-                averages = self.step(step, list(self.loader.readable(of_step)))
-                bar.set_postfix({name: f"{value:.3g}" for name, value in averages.items()}, refresh=False)
+                if entry := self.step(step, list(self.loader.readable(of_step))):
+                    bar.set_postfix({name: f"{value:.3g}" for name, value in entry.items()}, refresh=False)
                 done = step + 1
                 eval_loss = self.evaluate(done) if self.is_evaluated(done) else None
-                stopping = any_process(self.accelerator, stop.is_set())
+                stopping = any_process(stop.is_set())
                 if done % arguments.save_steps == 0 or stopping:
                     self.save(done, eval_loss)
                 if stopping and done < arguments.max_steps:
                     break
             else:
+                self.log.read()
                 return True
         self.accelerator.print(f"stopped after step {done}: go on with --resume_from_checkpoint latest")
         return False
@@ -133,10 +147,7 @@ class Distiller:
         """One optimiser step.
 
         Returns:
-            What the progress bar shows: averages since the last entry of the log.
-
-        Raises:
-            FloatingPointError: the loss is NaN or infinite; the message names the recordings.
+            What the progress bar shows: an entry of the log, if one is due. Raises as `RunLog.step`.
         """
         arguments, accelerator, space = self.arguments, self.accelerator, self.student.search_space
         process = accelerator.process_index if arguments.subnet_per_process else None
@@ -144,32 +155,26 @@ class Distiller:
         # dropout, too, follows from the step
         torch.manual_seed(random.Random(f"{arguments.seed}-{step}-{accelerator.process_index}").getrandbits(63))
         share = arguments.share_feature_encoder
-        try:
-            losses = training_step(self.student, self.teacher, batches, subnets, accelerator, arguments.seed, share)
-        except FloatingPointError as error:
-            names = [name for batch in batches for name in batch["names"]]
-            raise FloatingPointError(
-                f"{error} at step {step}, on {', '.join(names)}. The last checkpoint is as it was: lower the learning"
-                " rate, or leave these recordings out"
-            ) from error
-        values: dict[str, float] = {}
-        if not losses:  # there are no gradients: a scaler of them would fail, and the optimiser itself does nothing
+        losses = training_step(self.student, self.teacher, batches, subnets, accelerator, share)
+        values: dict[str, torch.Tensor] = {}
+        if losses is None:  # without gradients a scaler of them would fail, and the optimiser itself does nothing
             self.optimizer.optimizer.step()
         else:
             grad_norm = accelerator.clip_grad_norm_(self.student.parameters(), arguments.max_grad_norm)
             self.optimizer.step()
-            values = {"loss": sum(losses) / len(losses), "grad_norm": float(grad_norm)}
+            values = {"loss": losses.mean(), "grad_norm": torch.as_tensor(grad_norm, device=losses.device)}
             ends = {} if space is None else {space.largest: "largest", space.smallest: "smallest"}
             by_class = defaultdict(list)
             for subnet, loss in zip(subnets, losses, strict=True):
                 if subnet is not None:
                     by_class[f"loss_{ends.get(subnet, 'random')}"].append(loss)
-            values |= {name: sum(of_class) / len(of_class) for name, of_class in by_class.items()}
+            values |= {name: torch.stack(of_class).mean() for name, of_class in by_class.items()}
         self.scheduler.step()
         self.optimizer.zero_grad()
-        samples = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        samples = sum(batch["num_samples"] for batch in batches)
         seconds = accelerator.num_processes * samples / self.loader.sampling_rate
-        return self.log.step(step + 1, values, seconds, float(self.scheduler.get_last_lr()[0]))
+        names = [name for batch in batches for name in batch["names"]]
+        return self.log.step(step + 1, values, seconds, float(self.scheduler.get_last_lr()[0]), names)
 
     def is_evaluated(self, step: int) -> bool:
         """Whether an evaluation is due after so many steps; one is at the end."""
@@ -179,6 +184,7 @@ class Distiller:
     def evaluate(self, step: int) -> float:
         """Measures the loss on held-out speech of every subnet of `evaluation_subnets`, and returns their mean."""
         assert self.eval_loader is not None
+        self.log.read()
         batches, share = self.eval_loader.readable(self.eval_loader), self.arguments.share_feature_encoder
         subnets = evaluation_subnets(self.student.search_space, self.arguments.num_eval_subnets)
         losses = evaluate(self.student, self.teacher, batches, subnets, self.accelerator, share)

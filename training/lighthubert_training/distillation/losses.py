@@ -20,7 +20,12 @@ def prediction_loss(
     loss = F.l1_loss(prediction, target, reduction="none").mean(dim=-1)
     if cosine_weight > 0:
         loss = loss - cosine_weight * F.logsigmoid(F.cosine_similarity(prediction, target, dim=-1))
-    return loss[frames].mean()
+    return mean_where(frames, loss)
+
+
+def mean_where(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Mean of the `values` where `mask` is set, of the same shape. Selecting them would wait for the device."""
+    return torch.where(mask, values, 0.0).sum() / mask.sum()
 
 
 def temporal_relation_loss(student: torch.Tensor, teacher: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
@@ -33,7 +38,7 @@ def temporal_relation_loss(student: torch.Tensor, teacher: torch.Tensor, frames:
     """
     pairs = frames[:, :, None] & frames[:, None, :]
     ours, theirs = (F.normalize(states.float(), dim=-1) for states in (student, teacher))
-    return F.mse_loss((ours @ ours.transpose(1, 2))[pairs], (theirs @ theirs.transpose(1, 2))[pairs])
+    return mean_where(pairs, (ours @ ours.transpose(1, 2) - theirs @ theirs.transpose(1, 2)).square())
 
 
 def matching_layers(student_layers: Sequence[int], student_depth: int, teacher_depth: int) -> list[int]:

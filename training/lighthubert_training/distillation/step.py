@@ -3,15 +3,15 @@ the evaluation, which computes the same losses without gradients."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from lighthubert_training.data.recordings import item_seed
 from lighthubert_training.distillation.losses import matching_layers, prediction_loss, temporal_relation_loss
 from lighthubert_training.distillation.teacher import Teacher, TeacherOutputs
-from lighthubert_training.models import computed_once, draw_time_mask, has_fixed_feature_encoder, true_lengths
-from lighthubert_training.runs.distributed import sum_gradients
+from lighthubert_training.models import computed_once, has_fixed_feature_encoder
+from lighthubert_training.runs.distributed import sum_gradients, sum_over_processes
 from modeling_lighthubert import LightHubertForPreTraining, Subnet
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.search_space import kept_layers
@@ -22,17 +22,15 @@ class PreparedBatch:
     """A batch and everything that is computed once per step for all subnets.
 
     Attributes:
-        batch: `input_values`, `attention_mask`, (batch_size, num_samples), and `items`, (batch_size, 2).
+        batch: of a `DistillationCollator`, on the device.
         outputs: of the teacher.
-        mask: frames that are masked for the student, bool (batch_size, num_frames).
         num_frames: number of frames that the loss is a mean over.
         conv_features: (batch_size, conv_dim, num_frames), of a frozen feature encoder; `None` if it learns, or if
             subnets choose their own part of it.
     """
 
-    batch: Mapping[str, torch.Tensor]
+    batch: Mapping[str, Any]
     outputs: TeacherOutputs
-    mask: torch.Tensor
     num_frames: int
     conv_features: torch.Tensor | None
 
@@ -41,10 +39,10 @@ class PreparedBatch:
         weight."""
         objective, batch, outputs = teacher.objective, self.batch, self.outputs
         wants_states = objective.temporal_relation_weight > 0
-        inputs = batch["input_values"], batch["attention_mask"], self.mask
+        inputs = batch["input_values"], batch["attention_mask"], batch["mask"]
         with computed_once(student.hubert.feature_extractor, self.conv_features):
             predicted = student(*inputs, output_hidden_states=wants_states)
-        frames = self.mask if objective.loss_frames == "masked" else outputs.frames
+        frames = batch["mask"] if objective.loss_frames == "masked" else outputs.frames
         losses = [
             prediction_loss(prediction, target, frames, objective.cosine_weight)
             for prediction, target in zip(predicted.predictions, outputs.targets, strict=True)
@@ -64,60 +62,53 @@ class PreparedBatch:
 def prepare_batch(
     student: LightHubertForPreTraining,
     teacher: Teacher,
-    batch: Mapping[str, torch.Tensor],
-    seed: int,
+    batch: Mapping[str, Any],
     accelerator: Accelerator,
     share_feature_encoder: bool = False,
 ) -> PreparedBatch:
-    """Runs the teacher, and draws the mask of each recording.
+    """Runs the teacher, and a frozen feature encoder.
 
     Args:
-        seed: of the masks.
         share_feature_encoder: use the output of the teacher's feature encoder as that of the student's.
     """
     objective = teacher.objective
     outputs = teacher(batch["teacher_input_values"], batch["attention_mask"])
-    num_frames = true_lengths(student, batch["attention_mask"]).tolist()
-    seeds = [item_seed(seed, *item) for item in batch["items"].tolist()]
-    mask = draw_time_mask(num_frames, objective.mask_time_prob, objective.mask_time_length, seeds)
     conv_features = None
     if share_feature_encoder:
         conv_features = outputs.conv_features.to(student.dtype)
     elif has_fixed_feature_encoder(student):
         with torch.no_grad(), accelerator.autocast():
             conv_features = student.hubert.feature_extractor(batch["input_values"])
-    count = int(mask.sum()) if objective.loss_frames == "masked" else sum(num_frames)
-    return PreparedBatch(batch, outputs, mask.to(batch["attention_mask"].device), count, conv_features)
+    num_frames = batch["num_masked" if objective.loss_frames == "masked" else "num_frames"]
+    return PreparedBatch(batch, outputs, num_frames, conv_features)
 
 
 def training_step(
     student: LightHubertForPreTraining,
     teacher: Teacher,
-    batches: Iterable[Mapping[str, torch.Tensor]],
+    batches: Iterable[Mapping[str, Any]],
     subnets: Sequence[Subnet | None],
     accelerator: Accelerator,
-    seed: int,
     share_feature_encoder: bool = False,
-) -> list[float]:
+) -> torch.Tensor | None:
     """Leaves in the student the gradient of the mean loss over `subnets`.
 
     A loss is a mean over the frames of all batches of all processes: how they are distributed changes nothing.
 
+    The device is not waited for: what is counted is counted on the CPU.
+
     Args:
         batches: of this process, accumulated.
-        seed, share_feature_encoder: of `prepare_batch`.
+        share_feature_encoder: of `prepare_batch`.
 
     Returns:
-        A loss for each subnet; nothing if there is not one recording in the batches of all processes.
-
-    Raises:
-        FloatingPointError: a loss is NaN or infinite on some process.
+        A loss for each subnet, float32 (num_subnets) on the device, which may be NaN or infinite; `None` if there is
+        not one recording in the batches of all processes.
     """
-    prepared = [prepare_batch(student, teacher, batch, seed, accelerator, share_feature_encoder) for batch in batches]
-    own_frames = torch.tensor(sum(batch.num_frames for batch in prepared), device=accelerator.device)
-    num_frames = int(accelerator.reduce(own_frames, "sum"))
+    prepared = [prepare_batch(student, teacher, batch, accelerator, share_feature_encoder) for batch in batches]
+    (num_frames,) = sum_over_processes([sum(batch.num_frames for batch in prepared)])
     if not num_frames:
-        return []
+        return None
     losses = torch.zeros(len(subnets), device=accelerator.device)
     for number, subnet in enumerate(subnets):
         if subnet is not None:
@@ -127,24 +118,22 @@ def training_step(
             accelerator.backward(loss / len(subnets))
             losses[number] += loss.detach()
     losses = accelerator.reduce(losses, "sum")
-    if not torch.isfinite(losses).all():
-        raise FloatingPointError(f"the loss is {float(losses.mean())}")
     sum_gradients(student.parameters(), accelerator)
-    return losses.tolist()
+    return losses
 
 
 @torch.no_grad()
 def evaluate(
     student: LightHubertForPreTraining,
     teacher: Teacher,
-    batches: Iterable[Mapping[str, torch.Tensor]],
+    batches: Iterable[Mapping[str, Any]],
     subnets: Mapping[str, Subnet | None],
     accelerator: Accelerator,
     share_feature_encoder: bool = False,
 ) -> dict[str, float]:
     """Loss of each of the named `subnets`, a mean over the frames that count in all processes' batches.
 
-    Masks are the same at every call. The selection and the training mode of the student, and torch's random numbers,
+    The selection and the training mode of the student, and torch's random numbers,
     are left as they were, also on an error.
 
     Raises:
@@ -157,7 +146,7 @@ def evaluate(
         student.eval()
         with torch.random.fork_rng(devices):  # HuBERT of older transformers draws one for each layer
             for batch in batches:
-                prepared = prepare_batch(student, teacher, batch, 0, accelerator, share_feature_encoder)
+                prepared = prepare_batch(student, teacher, batch, accelerator, share_feature_encoder)
                 for number, subnet in enumerate(subnets.values()):
                     if subnet is not None:
                         student.set_subnet(subnet)

@@ -27,7 +27,8 @@ from lighthubert_training.models import computed_once, has_fixed_feature_encoder
 from lighthubert_training.recognition.arguments import CTCArguments
 from lighthubert_training.recognition.data import StreamedSpeech, TranscribedSpeech
 from lighthubert_training.runs.checkpoints import PREFIX, FailedSaves, write_checkpoint
-from lighthubert_training.runs.distributed import require_whole_weights, sum_gradients
+from lighthubert_training.runs.distributed import require_whole_weights, sum_gradients, sum_over_processes
+from lighthubert_training.runs.log import UnreadValues
 from lighthubert_training.sampling import draw_subnets
 from modeling_lighthubert import Subnet
 from modeling_lighthubert.errors import UserError
@@ -97,7 +98,7 @@ class CTCTrainer(Trainer):
         self.args.logging_nan_inf_filter = False  # it hides what training_step stops at
         # gradients are summed by hand, so the model is not wrapped
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-        self.num_passes, self.is_step_empty = 1, False
+        self.num_passes, self.is_step_empty, self.unread = 1, False, UnreadValues()
         self.posteriors: torch.Tensor | None = None
         self.references: Sequence[str] = ()
         self.hypotheses: dict[str, list[str]] = {}
@@ -143,23 +144,19 @@ class CTCTrainer(Trainer):
         unreadable = [each for batch in batches for each in batch["unreadable"]]
         num_labels = sum(int(batch["labels"].ne(-100).sum()) for batch in readable)
         num_recordings = len(unreadable) + sum(len(batch["names"]) for batch in readable)
-        counts = torch.tensor([num_labels, num_recordings, len(unreadable)], device=device)
-        num_labels, num_recordings, num_unreadable = self.accelerator.reduce(counts, "sum").tolist()
+        counts = sum_over_processes([num_labels, num_recordings, len(unreadable)])
+        num_labels, num_recordings, num_unreadable = counts
         policy = self.train_dataset.unreadable
         if isinstance(self.train_dataset, StreamedSpeech):
             policy.num_recordings += num_recordings
         for name, reason in gather_object(unreadable) if num_unreadable else ():
             policy.add(name, reason)
         self.is_step_empty = num_labels == 0
-        return batches, torch.tensor(float(num_labels), device=device)
+        return batches, torch.full((), float(num_labels), device=device)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Gradients of the mean loss over the subnets of the step, on one batch; none of a batch of which no recording
-        can be read.
-
-        Raises:
-            FloatingPointError: the loss is NaN or infinite.
-        """
+        can be read."""
         loss = torch.zeros((), device=self.args.device)
         if "labels" in inputs:
             loss += self.loss_of_batch(model, self._prepare_inputs(inputs), num_items_in_batch)
@@ -171,12 +168,13 @@ class CTCTrainer(Trainer):
 
     def loss_of_batch(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         """Sum of the losses of the step's subnets on a batch, each of which leaves its gradients in the model."""
-        names, ctc, step = inputs.pop("names"), self.ctc, self.state.global_step
+        names, num_samples = inputs.pop("names"), inputs.pop("num_samples")
+        ctc, step = self.ctc, self.state.global_step
         del inputs["unreadable"]
         # what a step trains follows from seed and step, so accumulated batches and resumed runs agree
         subnets = draw_subnets(self.search_space, ctc.sampling, self.args.seed, step, ctc.num_random_subnets)
         sampling_rate = self.processing_class.feature_extractor.sampling_rate
-        self.audio_seconds += int(inputs["attention_mask"].sum()) * self.args.world_size / sampling_rate
+        self.audio_seconds += num_samples * self.args.world_size / sampling_rate
         self.num_passes, loss = len(subnets), torch.zeros((), device=self.args.device)
         with self.shared_feature_encoder(inputs["input_values"]):
             self.posteriors = self.posteriors_of_the_largest(inputs) if ctc.distillation_weight else None
@@ -184,12 +182,17 @@ class CTCTrainer(Trainer):
                 if subnet is not None:
                     self.model.set_subnet(subnet)
                 loss += super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {float(loss)} at step {step}, on {', '.join(names)}. The last"
-                " checkpoint is as it was: lower --learning_rate, or use bf16 in place of fp16"
-            )
+        self.unread.add(step + 1, {"loss": loss}, names)
         return loss
+
+    def require_finite_losses(self) -> None:
+        """Raises a `FloatingPointError` if a loss since the last call is NaN or infinite: where values are logged, and
+        before anything is measured or saved."""
+        try:
+            self.unread.read()
+        except FloatingPointError as error:
+            advice = "lower --learning_rate, or use bf16 in place of fp16"
+            raise FloatingPointError(f"{error}. The last checkpoint is as it was: {advice}") from error
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         return torch.zeros(()) if self.is_step_empty else super()._clip_grad_norm(model)
@@ -214,7 +217,8 @@ class CTCTrainer(Trainer):
             # Kullback-Leibler divergence from the largest's posteriors, a sum over true frames
             log_probs = F.log_softmax(outputs["logits"].float(), dim=-1)
             each = F.kl_div(log_probs, self.posteriors, reduction="none", log_target=True).sum(dim=-1)
-            divergence = each[true_frames(self.model, each.shape[1], inputs["attention_mask"])].sum()
+            frames = true_frames(self.model, each.shape[1], inputs["attention_mask"])
+            divergence = torch.where(frames, each, 0.0).sum()
             loss = loss + self.ctc.distillation_weight * divergence
         in_step = num_items_in_batch * self.num_passes if model.training else inputs["labels"].ne(-100).sum()
         loss = loss / in_step
@@ -239,7 +243,7 @@ class CTCTrainer(Trainer):
         """
         for name, reason in inputs["unreadable"]:
             raise UserError(f"{name} could be read when the run began, and cannot be any more: {reason}")
-        inputs = {name: value for name, value in inputs.items() if name not in ("names", "unreadable")}
+        inputs = {name: value for name, value in inputs.items() if name not in ("names", "num_samples", "unreadable")}
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if logits is None:
             return loss, logits, labels
@@ -258,6 +262,7 @@ class CTCTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """As Trainer does; of a supernet all of `eval_subnets`, and their mean."""
+        self.require_finite_losses()
         self.references = (eval_dataset or self.eval_dataset).texts
         if self.eval_subnets is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -277,12 +282,14 @@ class CTCTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self.require_finite_losses()
             logs["audio_seconds_per_second"] = self.audio_seconds / (time.perf_counter() - self.since)
             self.audio_seconds, self.since = 0.0, time.perf_counter()
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer does, but each file is whole or not there; a supernet with its largest subnet selected."""
+        self.require_finite_losses()
         if self.search_space is not None:
             self.model.set_subnet("largest")
         folder = output_dir or self._get_output_dir(None)
@@ -292,6 +299,7 @@ class CTCTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As Trainer does, but a checkpoint is there from the moment that it is whole, and older ones are deleted
         after that. A disk without room for it is outlived: see `FailedSaves`."""
+        self.require_finite_losses()
         output_dir = self._get_output_dir(trial)
         folder = Path(output_dir) / f"{PREFIX}{self.state.global_step}"
         best = self.state.best_model_checkpoint

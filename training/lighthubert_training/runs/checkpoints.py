@@ -56,7 +56,7 @@ class FailedSaves:
         Raises:
             UserError: it is the third save in a row that failed, on all processes.
         """
-        if not any_process(accelerator, error is not None):
+        if not any_process(error is not None):
             self.in_a_row = 0
             return True
         self.in_a_row += 1
@@ -114,7 +114,7 @@ def write_checkpoint(
         if not is_write_error(failure):
             raise
         error = failure
-    if not any_process(accelerator, error is not None) and accelerator.is_main_process:
+    if not any_process(error is not None) and accelerator.is_main_process:
         try:
             give_permissions(unfinished)
             write_manifest(unfinished)

@@ -6,8 +6,9 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -57,9 +58,24 @@ def require_whole_weights(accelerator: Accelerator) -> None:
         raise UserError("weights have to be whole on every process: use data parallelism, not FSDP or DeepSpeed")
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
+@cache
+def _group_of_cpus() -> Any:
+    """Of all processes: what they say to each other there waits for no GPU."""
+    return torch.distributed.new_group(backend="gloo")
+
+
+def sum_over_processes(counts: Sequence[int]) -> list[int]:
+    """Sums of what each process counted. All processes call it, with as many counts."""
+    if PartialState().num_processes == 1:
+        return list(counts)
+    sums = torch.tensor(counts)
+    torch.distributed.all_reduce(sums, group=_group_of_cpus())
+    return sums.tolist()
+
+
+def any_process(flag: bool) -> bool:
     """Whether `flag` is set on any process. All processes call it."""
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum") > 0)
+    return sum_over_processes([int(flag)]) != [0]
 
 
 def on_main_process(function: Callable[[], T]) -> T:
@@ -144,13 +160,22 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter], accelerator: Acceler
     if accelerator.num_processes == 1:
         return
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    uses = torch.tensor([float(parameter.grad is not None) for parameter in trained], device=accelerator.device)
-    uses = accelerator.reduce(uses, "sum").tolist()
-    gradients = []
-    for parameter, count in zip(trained, uses, strict=True):
+    uses = sum_over_processes([int(parameter.grad is not None) for parameter in trained])
+    bucket: list[torch.Tensor] = []
+    for number, (parameter, count) in enumerate(zip(trained, uses, strict=True), start=1):
         if count:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients.append(parameter.grad)
+            bucket.append(parameter.grad)
+        if number == len(trained) or sum(gradient.numel() for gradient in bucket) >= BUCKET_SIZE:
+            _sum_bucket(bucket, accelerator)
+            bucket = []
+
+
+BUCKET_SIZE = 2**22
+"""Numbers that processes sum at once: so many, and those of the last weight, are in memory a second time."""
+
+
+def _sum_bucket(gradients: Sequence[torch.Tensor], accelerator: Accelerator) -> None:
     if not gradients:
         return
     total = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
