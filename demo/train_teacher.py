@@ -33,7 +33,7 @@ from lighthubert_training.data.collators import pad
 from lighthubert_training.data.mfcc import HOP, WINDOW, mfcc
 from lighthubert_training.data.recordings import Item, item_seed
 from lighthubert_training.data.strings import SAMPLING_RATE, read_parquet
-from lighthubert_training.models import draw_time_mask, true_lengths
+from lighthubert_training.models import draw_time_mask
 from lighthubert_training.runs.checkpoints import FailedSaves, find_checkpoint, save_checkpoint
 from lighthubert_training.runs.distributed import build_accelerator, locked_by_main_process
 from lighthubert_training.runs.log import RunLog
@@ -280,7 +280,7 @@ class Iteration:
             for item, seed in zip(items, seeds, strict=True)
         ]
         batch = pad(self.extractor, [waveform for waveform, _ in pairs])
-        num_frames = true_lengths(self.learner.model, batch["attention_mask"]).tolist()
+        num_frames = [self.learner.model.config.num_frames(len(waveform)) for waveform, _ in pairs]
         mask = draw_time_mask(num_frames, arguments.mask_time_prob, arguments.mask_time_length, seeds)
         units = torch.full(mask.shape, -1, dtype=torch.int64)
         for row, (count, (_, targets)) in enumerate(zip(num_frames, pairs, strict=True)):
@@ -319,10 +319,11 @@ class Iteration:
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            values = {"loss": loss.item(), "accuracy": accuracy.item(), "grad_norm": float(norm)}
+            values = {"loss": loss, "accuracy": accuracy, "grad_norm": norm}
             seconds_of_audio = int(batch["attention_mask"].sum()) / SAMPLING_RATE
-            averages = log.step(step + 1, values, seconds_of_audio, float(scheduler.get_last_lr()[0]))
-            bar.set_postfix({name: f"{value:.3g}" for name, value in averages.items()}, refresh=False)
+            names = [f"piece {item.index}" for item in items]
+            if entry := log.step(step + 1, values, seconds_of_audio, float(scheduler.get_last_lr()[0]), names):
+                bar.set_postfix({name: f"{value:.3g}" for name, value in entry.items()}, refresh=False)
             if (step + 1) % arguments.save_steps == 0 or step + 1 == self.num_steps:
                 save_checkpoint(accelerator, self.output_dir, step + 1, {"log": log.state_dict()}, 1, failed)
         return log
