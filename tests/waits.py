@@ -24,7 +24,7 @@ CTC = {  # which reads the lengths
 
 class Waits(TorchDispatchMode):
     """Inside the block, everything that a GPU would be waited for is counted, and goes on with zeros, or with all
-    values where a mask selects some. Copies to the CPU fail, as they do on the meta device.
+    values where a mask selects some.
 
     Attributes:
         lines: how often each line of source code waits: the innermost one that is not torch's.
@@ -35,9 +35,13 @@ class Waits(TorchDispatchMode):
         self.lines: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
         if function is SCALAR and args[0].is_meta:
             self.count()
             return False if args[0].dtype == torch.bool else 0
+        if function is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
+            self.count()
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if function in SELECTIONS | CTC and args[0].is_meta:
             self.count()
             return (SELECTIONS | CTC)[function](*args)
@@ -47,7 +51,7 @@ class Waits(TorchDispatchMode):
             if masks and not is_fill:
                 self.count()
                 return args[0].flatten(0, masks[0].ndim - 1) if function is aten.index.Tensor else args[0]
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
     def count(self) -> None:
         for frame in reversed(traceback.extract_stack()):

@@ -7,13 +7,14 @@ import pytest
 import torch
 from conftest import NARROW, TWO_DEEP, tiny_model
 from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
+from waits import Waits
 
 from lighthubert_training.data.collators import padded_batches
 from lighthubert_training.error_rates import character_error_rate
 from lighthubert_training.probing import pooled_features, probe_accuracy
 from lighthubert_training.search.building import to_model
 from lighthubert_training.search.fitness import CTCError, MeanLoss, ProbeError, split_stages
-from modeling_lighthubert import LightHubertForCTC
+from modeling_lighthubert import LightHubertForCTC, LightHubertForPreTraining
 
 
 RNG = np.random.default_rng(0)
@@ -44,6 +45,15 @@ def test_a_mean_loss_is_weighted_by_frames_and_known_after_each_stage():
     assert fitness.num_stages == 3
     assert list(fitness.errors(TWO_DEEP.smallest)) == [4.0, (4 + 3 * 2) / 4, (4 + 3 * 2 + 4 * 9) / 8]
     assert set(widths.values()) == {TWO_DEEP.smallest.hidden_size}
+
+
+def test_the_device_is_waited_for_once_a_stage():
+    model = tiny_model(LightHubertForPreTraining, attn_implementation="eager").to("meta")
+    batches = [SimpleNamespace(num_frames=9, audio=torch.zeros(2, 3200, device="meta")) for _ in range(8)]
+    fitness = MeanLoss("loss", model, batches, lambda batch: model(batch.audio).predictions[0].mean())
+    with Waits() as waits:
+        assert list(fitness.errors(TWO_DEEP.smallest)) == [0.0] * 3
+    assert list(waits.lines.values()) == [3]
 
 
 @pytest.fixture

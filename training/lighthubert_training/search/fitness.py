@@ -69,8 +69,9 @@ class MeanLoss:
         self.model.set_subnet(subnet)
         total, num_frames = 0.0, 0
         for stage in self.stages:
-            for batch in stage:
-                total += float(self.loss(batch)) * batch.num_frames
+            losses = torch.stack([self.loss(batch) for batch in stage]).tolist()  # waits for the device once
+            for loss, batch in zip(losses, stage, strict=True):
+                total += loss * batch.num_frames
                 num_frames += batch.num_frames
             yield total / num_frames
 
@@ -103,13 +104,14 @@ class CTCError:
         encoder, blank = self.model.base_model.feature_extractor, self.processor.tokenizer.pad_token_id
         hypotheses: list[str] = []
         for stage in self.stages:
+            predicted = []
             for batch, features in stage:
+                audio, mask = batch["input_values"], batch["attention_mask"]
                 with computed_once(encoder, features):
-                    tokens = self.model(batch["input_values"], attention_mask=batch["attention_mask"]).logits.argmax(
-                        -1
-                    )
-                frames = true_frames(self.model, tokens.shape[1], batch["attention_mask"])
-                hypotheses += self.processor.batch_decode(tokens.masked_fill(~frames, blank).cpu())
+                    tokens = self.model(audio, attention_mask=mask).logits.argmax(-1)
+                predicted.append(tokens.masked_fill(~true_frames(self.model, tokens.shape[1], mask), blank))
+            for tokens in predicted:  # all of a stage are under way before the first is waited for
+                hypotheses += self.processor.batch_decode(tokens.cpu())
             yield character_error_rate(self.references[: len(hypotheses)], hypotheses)
 
     def loss(self, batch: Batch) -> torch.Tensor:
