@@ -47,8 +47,6 @@ class BenchArguments(MeasureArguments):
     output_dir: str = option(str(FOLDER / "output"), "Folder for runs.")
     results_file: str | None = option(None, "JSON file of results. Default: that of the benchmark in results/.")
     passes: int = option(1200, "Passes of a subnet that each distillation has.")
-    # at the rate of the recipe, at which wide subnets stay stable in long runs, a narrow one learns less
-    learning_rate_alone: float = option(2e-3, "Peak learning rate of a model that is distilled alone, of any size.")
     seeds: list[int] = option([0, 1, 2], "One run of each kind for each.")
     only: list[str] | None = option(None, "Runs to make, by name. Default: all.")
 
@@ -172,7 +170,7 @@ class Bench:
         elif kind == STAR:  # relations between the frames of every layer, no masks
             options = {"temporal_relation_weight": 1.0, "prediction_weight": 0.0}
             options |= {"mask_time_prob": 0.0, "loss_frames": "all"}
-        options |= {"search_space": None, "sampling": "largest", "learning_rate": self.arguments.learning_rate_alone}
+        options |= {"search_space": None, "sampling": "largest"}
         start = {"student_name_or_path": self.save(model)}
         return load_model(self.distil(seed, **start | options | changes), head=LightHubertModel)
 

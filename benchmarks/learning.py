@@ -30,13 +30,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": {},
     f"smallest, {ALONE}": {"alone": "smallest"},
     f"middle, {ALONE}": {"alone": "middle"},
-    f"smallest, {ALONE}, at the rate of the recipe": {"alone": "smallest", "learning_rate": RECIPE["learning_rate"]},
     "sampling uniform": {"sampling": "uniform"},
     "sampling sandwich": {"sampling": "sandwich"},
     "loss on masked frames, 65 % masked": {"loss_frames": "masked", "mask_time_prob": 0.65},
     "no masks": {"mask_time_prob": 0.0},
     "half the learning rate": {"learning_rate": RECIPE["learning_rate"] / 2},
     "twice the learning rate": {"learning_rate": RECIPE["learning_rate"] * 2},
+    "torch's moments of AdamW": {"adam_beta2": 0.999, "adam_epsilon": 1e-8},
+    "target of all layers": {"all_layers": True},
     "feature encoder learns": {"share_feature_encoder": False},
     "channels, heads and units in the teacher's order": {"student_name_or_path": None},
     "stage 1 first": {"stage1": True},
@@ -45,7 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random start, stage 1 first": RANDOM | {"stage1": True},
 }
 """What differs from the recipe, as options of the training script; besides, `stage1`: a quarter of the passes trains
-the largest subnet first; and `alone`: the subnet of that name is trained as one model."""
+the largest subnet first; `alone`: the subnet of that name is trained as one model; and `all_layers` of the teacher are
+the target."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +73,8 @@ class Learning(Table):
 
     def run(self, name: str, seed: int) -> dict[str, dict[str, Any]]:
         changes, passes = dict(VARIANTS[name]), self.arguments.passes
+        if changes.pop("all_layers", False):
+            changes["num_target_layers"] = self.space.largest.num_hidden_layers
         if alone := changes.pop("alone", None):
             return {alone: self.measure(self.distil_alone(ALONE, self.subnets[alone], seed, **changes), seed)}
         if changes.pop("stage1", False):

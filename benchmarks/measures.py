@@ -38,7 +38,7 @@ from modeling_lighthubert import LightHubertForCTC
 
 TEXT = TextArguments(text_case="lower", chars_to_ignore=list(".,;:!?¿¡\"'’()«»-–—…/|"))
 SECONDS_OF_GROUP = {"r2": 20, "probes": 20, "phones": 40, "recognition": 600, "superb": 600, "stand_ins": 600}
-"""About what each group of measures takes of a model, on one of two cores."""
+"""About what each group of measures takes of a model, on one of two cores; of the last two it is a guess."""
 GROUPS = tuple(SECONDS_OF_GROUP)
 
 

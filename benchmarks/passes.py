@@ -58,8 +58,8 @@ class Passes(Table):
         if kind == "recovered":
             steps = int(rest[0].split()[0])
             start = {"student_name_or_path": self.distil(seed), "subnet": shape, "search_space": None}
-            start |= {"learning_rate": self.arguments.learning_rate_alone, "sampling": "largest"}
-            return {shape: self.measure(load_model(self.distil(seed, **start, max_steps=steps)), seed)}
+            recovered = self.distil(seed, **start, sampling="largest", max_steps=steps)
+            return {shape: self.measure(load_model(recovered), seed)}
         passes = int(name.split()[-2])
         if shape == SUPERNET:
             supernet = load_model(self.distil(seed, max_steps=passes))
