@@ -17,11 +17,10 @@ from torch import nn
 from transformers import Wav2Vec2FeatureExtractor
 
 from lighthubert_training.data.audio import load_waveform
-from lighthubert_training.data.collators import Batch, pad
+from lighthubert_training.data.collators import Batch, masks_and_counts, pad
 from lighthubert_training.data.strings import SAMPLING_RATE, encode_flac, read_parquet
 from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.teacher import Teacher
-from lighthubert_training.models import draw_time_mask
 from lighthubert_training.runs.options import option
 from modeling_lighthubert import LightHubertConfig
 from modeling_lighthubert.errors import UserError
@@ -214,11 +213,9 @@ def to_distil(
 
     def complete(batch: Batch) -> dict[str, Any]:
         num_samples = batch["attention_mask"].sum(-1).tolist()
-        num_frames = list(map(config.num_frames, num_samples))
-        probability, length = objective.mask_time_prob, objective.mask_time_length
-        mask = draw_time_mask(num_frames, probability, length, seeds=range(len(num_frames)))
-        counts = {"num_samples": sum(num_samples), "num_frames": sum(num_frames), "num_masked": int(mask.sum())}
-        return {**batch, "teacher_input_values": batch["input_values"], "mask": mask, **counts}
+        masking = objective.mask_time_prob, objective.mask_time_length
+        completed = masks_and_counts(num_samples, config, *masking, seeds=range(len(num_samples)))
+        return {**batch, "teacher_input_values": batch["input_values"], **completed}
 
     return list(map(complete, batches))
 

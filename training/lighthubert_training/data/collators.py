@@ -54,6 +54,21 @@ def _split(recordings: Sequence[Recording]) -> tuple[list[Recording], list[np.nd
     return readable, waveforms, [(each.name, each.problem) for each in recordings if each.waveform is None]
 
 
+def masks_and_counts(
+    num_samples: Sequence[int],
+    config: LightHubertConfig,
+    mask_time_prob: float,
+    mask_time_length: int,
+    seeds: Sequence[int | str],
+) -> dict[str, Any]:
+    """What a distillation loss needs besides audio, of recordings of `num_samples`: `mask`, `num_samples`,
+    `num_frames` and `num_masked`, as in a batch of `DistillationCollator`. Masks are those of `draw_time_mask`."""
+    num_frames = list(map(config.num_frames, num_samples))
+    mask = draw_time_mask(num_frames, mask_time_prob, mask_time_length, seeds)
+    counts = {"num_samples": sum(num_samples), "num_frames": sum(num_frames), "num_masked": int(mask.sum())}
+    return {"mask": mask, **counts}
+
+
 @dataclass
 class DistillationCollator:
     """Pads a batch for student and teacher, each as its own feature extractor says (normalised or raw), and draws
@@ -83,9 +98,7 @@ class DistillationCollator:
             return {"unreadable": unreadable}
         least = self.config.samples_per_first_frame
         waveforms = [np.resize(waveform, max(len(waveform), least)) for waveform in waveforms]
-        num_frames = [self.config.num_frames(len(waveform)) for waveform in waveforms]
-        seeds = [item_seed(self.seed, *each.item) for each in readable]
-        mask = draw_time_mask(num_frames, self.mask_time_prob, self.mask_time_length, seeds)
+        seeds, lengths = [item_seed(self.seed, *each.item) for each in readable], list(map(len, waveforms))
         student = pad(self.student_feature_extractor, waveforms)
         same = self.teacher_feature_extractor is self.student_feature_extractor
         teacher = student if same else pad(self.teacher_feature_extractor, waveforms)
@@ -93,10 +106,7 @@ class DistillationCollator:
             "input_values": student["input_values"],
             "teacher_input_values": teacher["input_values"],
             "attention_mask": student["attention_mask"],
-            "mask": mask,
-            "num_samples": sum(map(len, waveforms)),
-            "num_frames": sum(num_frames),
-            "num_masked": int(mask.sum()),
+            **masks_and_counts(lengths, self.config, self.mask_time_prob, self.mask_time_length, seeds),
             "names": [each.name for each in readable],
             "unreadable": unreadable,
         }
