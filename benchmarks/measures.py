@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -48,8 +47,8 @@ class MeasureArguments(FolderArguments):
 
     measures: list[str] = option(list(GROUPS), f"Groups of measures: {', '.join(GROUPS)}.")
     label_minutes: list[float] = option([1.0, 10.0, 60.0], "Minutes of labels that recognition is fine-tuned with.")
-    steps_of_minutes: list[int] = option([100, 300, 600], "Steps of fine-tuning, for each.")
-    ctc_learning_rate: float = option(1e-3, "Peak learning rate of fine-tuning.")
+    steps_of_minutes: list[int] = option([300, 1000, 1000], "Steps of fine-tuning, for each.")
+    ctc_learning_rate: float = option(3e-3, "Peak learning rate of fine-tuning.")
     max_recordings: int = option(200, "Recordings of training, and of each held-out part, that R2 is measured on.")
     max_probe_recordings: int = option(400, "Training recordings of a probe.")
     phone_steps: int = option(600, "Steps of the phone probe.")
@@ -243,10 +242,14 @@ class Measures:
             accuracies.append(probe_accuracy(features[0], labels[0], features[1], labels[1]))
         return float(np.mean(accuracies))
 
-    def transcribed(self, part: str, language: str | None = None) -> list[int]:
-        """Numbers of the recordings of a part whose text and language are known."""
-        every = self.speech.select(part, "text", "language", held_out=(KNOWN, HELD_LANGUAGE))
-        return [n for n in every if language in (None, self.speech.recordings[n].labels["language"])]
+    def transcribed(self, part: str, *held_out: str) -> list[int]:
+        """Numbers of the recordings of a part whose text and language are known; of all languages by default."""
+        return self.speech.select(part, "text", "language", held_out=held_out or (KNOWN, HELD_LANGUAGE))
+
+    def transcribed_tests(self) -> dict[str, list[int]]:
+        """Test recordings whose text is known, of the languages that are held out and of the others."""
+        parts = {name: self.transcribed("test", name) for name in (KNOWN, HELD_LANGUAGE)}
+        return {name: numbers for name, numbers in parts.items() if numbers}
 
     @cached_property
     def phones(self) -> dict[int, list[str]]:
@@ -279,30 +282,28 @@ class Measures:
         batches = self.speech.batches(train, 60.0)
         train_ctc(logits, layer, batches, self.phones, alphabet, self.arguments.phone_steps, 0.1, seed)
         found, row = transcribe(logits, self.speech.batches(test), alphabet), {}
-        for name in self.test_frames:
-            tested = [number for number in test if self.speech.recordings[number].held_out == name]
-            if tested:
-                texts = [" ".join(self.phones[n]) for n in tested], [" ".join(found[n]) for n in tested]
-                row[f"per{name}"] = word_error_rate(*texts)
+        for name, numbers in self.transcribed_tests().items():
+            texts = [" ".join(self.phones[n]) for n in numbers], [" ".join(found[n]) for n in numbers]
+            row[f"per{name}"] = word_error_rate(*texts)
         return row
 
     def recognition(self, model: PreTrainedModel, seed: int) -> dict[str, float]:
-        """Word and character error rates of the model, fine-tuned with CTC on some minutes of labelled recordings: of
-        all languages, of which one that is held out is tested apart, and of English alone, if it is there."""
+        """Word and character error rates of the model, fine-tuned with CTC on some minutes of labelled recordings of
+        all languages; of all test recordings, of the English ones among them, and of those that are held out."""
         row = {}
-        budgets = list(zip(self.arguments.label_minutes, self.arguments.steps_of_minutes, strict=True))
-        for language, (minutes, steps) in product((None, "en"), budgets):
-            train, test = (self.transcribed(part, language) for part in ("train", "test"))
+        train, test, parts = self.transcribed("train"), self.transcribed("test"), self.transcribed_tests()
+        languages = self.speech.labels(test, "language")
+        if english := [number for number, language in zip(test, languages, strict=True) if language == "en"]:
+            parts[", en"] = english
+        for minutes, steps in zip(self.arguments.label_minutes, self.arguments.steps_of_minutes, strict=True):
             labelled = self.minutes_of(train, minutes, seed)
             if labelled is None or not test:
                 continue
             found = self.fine_tune(model, labelled, test, steps, seed)
-            for name in self.test_frames:
-                tested = [number for number in test if self.speech.recordings[number].held_out == name]
-                if tested:
-                    texts = ["".join(self.characters[n]) for n in tested], ["".join(found[n]) for n in tested]
-                    title = f"{f', {language}' if language else ''}, {minutes:g} min{name}"
-                    row |= {f"wer{title}": word_error_rate(*texts), f"cer{title}": character_error_rate(*texts)}
+            for name, numbers in parts.items():
+                texts = ["".join(self.characters[n]) for n in numbers], ["".join(found[n]) for n in numbers]
+                title = f", {minutes:g} min{name}"
+                row |= {f"wer{title}": word_error_rate(*texts), f"cer{title}": character_error_rate(*texts)}
         return row
 
     def minutes_of(self, numbers: Sequence[int], minutes: float, seed: int) -> list[int] | None:
