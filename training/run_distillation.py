@@ -10,6 +10,10 @@ A subnet may be cut out, and go on by itself:
     python training/run_distillation.py --config recovery --output_dir recovered --student_name_or_path supernet \\
         --subnet best.json
 
+What a run takes is told beforehand, from shapes alone:
+
+    python training/run_distillation.py --config stage2_small --estimate
+
 A recipe, one of ours by name or a YAML file, holds any of the options below; those on the command line have the last
 word. Two CPU processes:
 `python -m torch.distributed.run --standalone --nproc_per_node 2 training/run_distillation.py --device cpu ...`.
@@ -22,7 +26,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import Wav2Vec2FeatureExtractor, get_scheduler
+from transformers import PreTrainedConfig, Wav2Vec2FeatureExtractor, get_scheduler
 
 from lighthubert_training.cards.render import NUM_AVAILABLE, NUM_RECORDINGS
 from lighthubert_training.cards.supernet import write_supernet_card
@@ -30,6 +34,7 @@ from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.sources import DataArguments, count_recordings, load_speech
 from lighthubert_training.distillation.arguments import DistillationArguments, ObjectiveArguments
 from lighthubert_training.distillation.cache import CachedTeacher
+from lighthubert_training.distillation.estimate import estimate, report
 from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.loop import Distiller, compile_layers, prepare_output
 from lighthubert_training.distillation.teacher import (
@@ -46,25 +51,32 @@ from lighthubert_training.runs.log import RunLog
 from lighthubert_training.runs.options import OptionParser, parse_options
 from lighthubert_training.runs.plots import plot_losses
 from modeling_lighthubert import LightHubertConfig, LightHubertForPreTraining
-from modeling_lighthubert.errors import UserError, run
+from modeling_lighthubert.errors import UserError, run, user_error
 from modeling_lighthubert.files import whole_files, write_json
-from modeling_lighthubert.loading import is_supernet, load_config, load_cut_model, load_model, parse_search_space
+from modeling_lighthubert.loading import (
+    is_supernet,
+    load_config,
+    load_cut_model,
+    load_model,
+    parse_search_space,
+    parse_subnet,
+)
 
 
-def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHubertForPreTraining:
-    """The student with its initial weights: a supernet with the search space asked for and no more width than its
-    largest subnet, one model, or the subnet asked for, cut out with its part of the prediction heads.
+def build_config(
+    arguments: DistillationArguments, objective: ObjectiveArguments, teacher_config: PreTrainedConfig
+) -> LightHubertConfig:
+    """Configuration of the student, with the search space asked for.
 
     Raises:
-        UserError: no such checkpoint or subnet, or a subnet of what is no supernet.
+        UserError: no such checkpoint, or a subnet of what is no supernet.
     """
     space, start = parse_search_space(arguments.search_space), arguments.student_name_or_path
-    is_random = start == "random"
-    if start is None or is_random:
+    if start in (None, "random"):
         start = arguments.teacher_name_or_path
     options = {
-        "teacher_hidden_size": teacher.model.config.hidden_size,
-        "num_prediction_heads": teacher.objective.num_prediction_heads,
+        "teacher_hidden_size": teacher_config.hidden_size,
+        "num_prediction_heads": objective.num_prediction_heads,
         "layerdrop": 0.0,
         # the subnet that is selected where the student starts from may not be in another space
         **({} if space is None else {"search_space": space, "subnet": None}),
@@ -77,9 +89,21 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
             f"--subnet {arguments.subnet}: {start} is no supernet. Leave it out, or give a supernet as"
             " --student_name_or_path"
         )
-    if is_random:
+    return config
+
+
+def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHubertForPreTraining:
+    """The student with its initial weights: a supernet with the search space asked for and no more width than its
+    largest subnet, one model, or the subnet asked for, cut out with its part of the prediction heads.
+
+    Raises:
+        UserError: no such checkpoint or subnet, or a subnet of what is no supernet.
+    """
+    config, start = build_config(arguments, teacher.objective, teacher.model.config), arguments.student_name_or_path
+    if start == "random":
         student = LightHubertForPreTraining(config)
     else:
+        start = start or arguments.teacher_name_or_path
         load = load_model if arguments.subnet is None else load_cut_model
         student = load(start, arguments.subnet, head=LightHubertForPreTraining, dtype=torch.float32, config=config)
     if student.search_space is not None:
@@ -88,6 +112,25 @@ def build_student(arguments: DistillationArguments, teacher: Teacher) -> LightHu
     if arguments.freeze_feature_encoder or arguments.share_feature_encoder:
         student.freeze_feature_encoder()
     return student
+
+
+def print_estimate(arguments: DistillationArguments, objective: ObjectiveArguments) -> None:
+    """Prints memory and hours of the run. A checkpoint to start from that is not there yet is taken to be of the
+    teacher's shape."""
+    teacher_config = load_config(arguments.teacher_name_or_path)
+    try:
+        config = build_config(arguments, objective, teacher_config)
+    except UserError:
+        if arguments.subnet is not None or arguments.student_name_or_path in (None, "random"):
+            raise
+        config = build_config(replace(arguments, student_name_or_path=None), objective, teacher_config)
+        print(f"{arguments.student_name_or_path} cannot be read: taken to be of the teacher's shape")
+    if arguments.subnet is not None:
+        space = parse_search_space(config.search_space)
+        config = config.cut_to(space.resolve(parse_subnet(arguments.subnet)))
+    with user_error("--estimate: "):  # of a search space or layers that the models do not have
+        found = estimate(config, teacher_config, arguments, objective)
+    print(report(found, arguments))
 
 
 def build_optimizer(arguments: DistillationArguments, student: LightHubertForPreTraining) -> torch.optim.Optimizer:
@@ -197,6 +240,9 @@ def main() -> None:
     kinds = (DistillationArguments, ObjectiveArguments, DataArguments)
     parser = OptionParser(kinds, description=__doc__)
     arguments, objective, data_arguments = parsed = parse_options(parser, "distillation")
+    if arguments.estimate:
+        print_estimate(arguments, objective)
+        return
     recipe = {name: value for options in parsed for name, value in asdict(options).items()}
     tracker = None if arguments.report_to == "none" else arguments.report_to
     tracking = {"log_with": tracker, "project_dir": arguments.output_dir}

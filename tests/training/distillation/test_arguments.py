@@ -30,7 +30,7 @@ from modeling_lighthubert.errors import UserError
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        DistillationArguments("output", "teacher", **options)
+        DistillationArguments("teacher", "output", **options)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_each_layer_that_is_named_has_a_prediction_head():
 
 
 def recipe(**changes) -> dict:
-    parts = (DistillationArguments("output", "teacher"), ObjectiveArguments(), DataArguments())
+    parts = (DistillationArguments("teacher", "output"), ObjectiveArguments(), DataArguments())
     return {name: value for part in parts for name, value in asdict(part).items()} | changes
 
 

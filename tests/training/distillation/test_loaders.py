@@ -37,7 +37,7 @@ def tones(count: int = 10):
 
 
 def arguments(**options) -> DistillationArguments:
-    return DistillationArguments("output", "teacher", dataloader_num_workers=0, **options)
+    return DistillationArguments("teacher", "output", dataloader_num_workers=0, **options)
 
 
 def build(accelerator, start: int | None, max_unreadable_share: float = 0.0, data=None, **options) -> SpeechLoader:

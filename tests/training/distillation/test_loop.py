@@ -38,7 +38,7 @@ def accelerator() -> Accelerator:
 def distiller(accelerator, tmp_path) -> Distiller:
     """Four recordings, two in a batch; student and optimiser as a run begins."""
     arguments = DistillationArguments(
-        *(str(tmp_path), "teacher"),
+        *("teacher", str(tmp_path)),
         **{"sampling": "sandwich", "max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2},
         **{"eval_steps": 3, "logging_steps": 1, "dataloader_num_workers": 0},
     )

@@ -26,8 +26,8 @@ from modeling_lighthubert.errors import UserError
 class DistillationArguments:
     """Teacher, student and training. Defaults are the paper's where it gives them."""
 
-    output_dir: str = option(help="Folder for the trained student.")
     teacher_name_or_path: str = option(help="HuBERT-like model to distil.")
+    output_dir: str = option("", "Folder for the trained student. Required, but with --estimate.")
     teacher_dtype: str = option(
         "auto",
         "Precision of the teacher; auto: its weights', which is slow on a CPU if it is half.",
@@ -91,12 +91,15 @@ class DistillationArguments:
     resume_from_checkpoint: str | None = option(
         None, "Checkpoint to go on from: a folder, or 'latest', the newest in output_dir, if any."
     )
+    estimate: bool = option(False, "Print what memory and how many hours of GPUs the run will take, and end.")
     push_to_hub: bool = option(False, "Upload the trained student to the Hub.")
     hub_model_id: str | None = option(None, "Repository to upload to. Default: the name of output_dir.")
     seed: int = option(0, "Random seed.")
     device: str | None = option(None, DEVICE_HELP)
 
     def __post_init__(self) -> None:
+        if not (self.output_dir or self.estimate):
+            raise ValueError("the following arguments are required: --output_dir")
         counts = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps")
         for name in (*counts, "logging_steps", "save_total_limit", "eval_steps"):
             if (count := getattr(self, name)) is not None and count < 1:
@@ -162,7 +165,7 @@ class ObjectiveArguments:
 FREE_TO_CHANGE = {
     "output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "dataloader_num_workers", "device",
     "validation_file", "eval_split_name", "max_eval_samples", "eval_steps", "num_eval_subnets", "logging_steps",
-    "report_to", "push_to_hub", "hub_model_id", "max_unreadable_share", "preprocessing_num_workers",
+    "report_to", "estimate", "push_to_hub", "hub_model_id", "max_unreadable_share", "preprocessing_num_workers",
 }  # fmt: skip
 """Options that do not change what a run computes."""
 
