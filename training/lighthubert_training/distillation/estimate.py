@@ -152,8 +152,8 @@ def estimate(
     config = config if config.search_space is None else config.trimmed()
     number, seconds = batch_shape(arguments)
     num_samples = int(seconds * SAMPLING_RATE)
-    masking = {"mask_time_prob": objective.mask_time_prob, "mask_time_length": objective.mask_time_length}
-    batch = masks_and_counts([num_samples] * number, config, **masking, seeds=range(number))
+    masking = objective.mask_time_prob, objective.mask_time_length
+    batch = masks_and_counts([num_samples] * number, config, *masking, seeds=range(number))
     # a CPU has no fp16, of which tensors are as large as of bf16
     accelerator = Accelerator(cpu=True, mixed_precision="no" if arguments.mixed_precision == "no" else "bf16")
     with shapes_only(on_gpu) as live:
@@ -181,8 +181,8 @@ def estimate(
         number * sum(student_flops(student, subnet, seconds, arguments) for subnet in subnets)
         for subnets in _draws(student, arguments)
     )
-    parameters = [sum(weight.numel() for weight in model.parameters()) for model in (teacher.model, student)]
-    return Estimate(number, seconds, *parameters, weights, live.peak, flops_of_teacher + flops)
+    theirs, ours = (sum(weight.numel() for weight in model.parameters()) for model in (teacher.model, student))
+    return Estimate(number, seconds, theirs, ours, weights, live.peak, flops_of_teacher + flops)
 
 
 def _draws(student: LightHubertForPreTraining, arguments: DistillationArguments) -> Iterator[list[Subnet | None]]:
@@ -214,8 +214,8 @@ def report(found: Estimate, arguments: DistillationArguments) -> str:
     for gpus in GPUS:
         batches = max(1, math.ceil(step_seconds / gpus / seconds))
         each = step_seconds / gpus / batches
-        flops = found.flops * step_seconds / seconds / gpus
-        hours = [f"{steps * flops / (share * PEAK_FLOPS) / 3600:.1f}" for share in SHARES]
+        of_gpu = found.flops * step_seconds / seconds / gpus
+        hours = [f"{steps * of_gpu / (share * PEAK_FLOPS) / 3600:.1f}" for share in SHARES]
         memory = found.weights + (found.peak - found.weights) * each / seconds
         fits = ["yes" if memory < 0.9 * size * 1e9 else "no" for size in MEMORIES]
         rows.append([str(gpus), f"{gpus} x {batches} x {each:g} s", f"{memory / 1e9:.1f}", *fits, *hours])
