@@ -189,7 +189,8 @@ def distil(
         extractor = teacher_extractor
     check_frame_rates(student, teacher, (extractor, teacher_extractor))
     masking = {"mask_time_prob": objective.mask_time_prob, "mask_time_length": objective.mask_time_length}
-    collator = DistillationCollator(extractor, teacher_extractor, student.config, **masking, seed=arguments.seed)
+    kept = {"seed": arguments.seed, "keep_waveforms": arguments.teacher_cache_dir is not None}
+    collator = DistillationCollator(extractor, teacher_extractor, student.config, **masking, **kept)
     with accelerator.main_process_first():
         train_data, eval_data = (load_speech(data_arguments, training) for training in (True, False))
 

@@ -70,6 +70,13 @@ def test_student_and_teacher_get_what_their_feature_extractors_say():
         assert float(values.std()) == pytest.approx(1, abs=1e-2)
 
 
+def test_a_teacher_whose_outputs_are_kept_gets_each_recording_without_padding():
+    batch = DistillationCollator(RAW, NORMALISED, LightHubertConfig(), keep_waveforms=True)(recordings())
+    for waveform, kept in zip(WAVEFORMS, batch["waveforms"], strict=True):
+        (alone,) = NORMALISED(waveform, sampling_rate=RATE, return_tensors="np")["input_values"]
+        assert np.array_equal(kept, alone)
+
+
 def test_recordings_shorter_than_a_frame_are_repeated():
     batch = DistillationCollator(RAW, RAW, LightHubertConfig())([Recording("short", TONE[:150])])
     repeated = np.concatenate([TONE[:150], TONE[:150], TONE[:100]])

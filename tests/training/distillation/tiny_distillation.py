@@ -29,9 +29,11 @@ def padded_batch(mask_time_prob: float = 0.65) -> dict[str, Any]:
     attention_mask = torch.ones(2, 6000, dtype=torch.long)
     attention_mask[1, 3200:] = 0
     mask = draw_time_mask([18, 9], mask_time_prob, 10, seeds=[0, 1])
+    teacher_input_values = noise(2, 6000, seed=1)
     return {
         "input_values": noise(2, 6000),
-        "teacher_input_values": noise(2, 6000, seed=1),
+        "teacher_input_values": teacher_input_values,
+        "waveforms": [teacher_input_values[0].numpy(), teacher_input_values[1, :3200].numpy()],
         "attention_mask": attention_mask,
         "mask": mask,
         "num_samples": 9200,

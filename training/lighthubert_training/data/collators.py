@@ -79,6 +79,8 @@ class DistillationCollator:
 
     Args:
         config: of the student.
+        keep_waveforms: batches have `waveforms` as well, of each recording as the teacher takes it, float32
+            (num_samples): a `CachedTeacher` finds what it has kept by them.
     """
 
     student_feature_extractor: Wav2Vec2FeatureExtractor
@@ -87,6 +89,7 @@ class DistillationCollator:
     mask_time_prob: float = 0.0
     mask_time_length: int = 10
     seed: int = 0
+    keep_waveforms: bool = False
 
     def __call__(self, recordings: Sequence[Recording]) -> dict[str, Any]:
         """Tensors `input_values`, `teacher_input_values` and `attention_mask`, each (batch_size, num_samples), and
@@ -102,7 +105,9 @@ class DistillationCollator:
         student = pad(self.student_feature_extractor, waveforms)
         same = self.teacher_feature_extractor is self.student_feature_extractor
         teacher = student if same else pad(self.teacher_feature_extractor, waveforms)
+        kept = [row[:length].numpy() for row, length in zip(teacher["input_values"], lengths, strict=True)]
         return {
+            **({"waveforms": kept} if self.keep_waveforms else {}),
             "input_values": student["input_values"],
             "teacher_input_values": teacher["input_values"],
             "attention_mask": student["attention_mask"],

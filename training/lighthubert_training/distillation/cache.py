@@ -6,8 +6,9 @@ other, may use one folder: files are whole from the moment they are there.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
 from lighthubert_training.distillation.teacher import Teacher, TeacherOutputs
+from lighthubert_training.models import frame_mask
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.files import whole_file
 
@@ -43,33 +45,41 @@ class CachedTeacher(Teacher):
             digest.update(name.encode() + weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         self.folder, self.max_samples = folder / digest.hexdigest()[:16], max_samples
 
-    @torch.no_grad()
-    def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> TeacherOutputs:
-        """As `Teacher.forward`, to the precision of float16."""
-        lengths = attention_mask.sum(-1).tolist()
-        kept = [self.of_recording(row[:length]) for row, length in zip(input_values, lengths, strict=True)]
-        names, device = list(kept[0]), input_values.device
-        padded = {
-            name: pad_sequence([each[name].to(device).float() for each in kept], batch_first=True) for name in names
-        }
-        counts = torch.tensor([len(each["conv_features"]) for each in kept], device=device)
-        frames = torch.arange(int(counts.max()), device=device) < counts[:, None]
+    def outputs(self, batch: Mapping[str, Any]) -> TeacherOutputs:
+        """As of the teacher, to the precision of float16. The device is waited for only by recordings that are new.
+
+        Args:
+            batch: with the `waveforms` of its recordings.
+        """
+        device = batch["attention_mask"].device
+        kept = [self.of_recording(torch.from_numpy(waveform), device) for waveform in batch["waveforms"]]
+        names = list(kept[0])
+        padded = {name: pad_sequence([each[name] for each in kept], batch_first=True) for name in names}
+        padded = {name: tensor.to(device, non_blocking=True).float() for name, tensor in padded.items()}
+        counts = torch.tensor([len(each["conv_features"]) for each in kept])
+        frames = frame_mask(counts, int(counts.max())).to(device, non_blocking=True)
         of_kind = {kind: tuple(padded[name] for name in names if name.startswith(f"{kind}.")) for kind in KINDS}
         conv_features = padded["conv_features"].transpose(1, 2).to(self.model.dtype)
         return TeacherOutputs(of_kind["targets"], of_kind["hidden_states"], conv_features, frames)
 
-    def of_recording(self, waveform: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Outputs for one recording by name, float16 (num_frames, size), kept or computed.
+    @torch.no_grad()
+    def of_recording(self, waveform: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+        """Outputs for one recording by name, float16 (num_frames, size) on the CPU, kept or computed.
+
+        Args:
+            waveform: (num_samples), on the CPU.
+            device: of the teacher.
 
         Raises:
             UserError: they cannot be written.
         """
-        content = hashlib.sha256(waveform.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        content = hashlib.sha256(waveform.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
         file = self.folder / content[:2] / f"{content}.safetensors"
         try:
             return load_file(file)
         except (FileNotFoundError, SafetensorError):  # it is not there, or damaged
-            outputs = super().forward(waveform[None], torch.ones_like(waveform, dtype=torch.int64)[None])
+            mask = torch.ones_like(waveform, dtype=torch.int64)
+            outputs = self(waveform[None].to(device), mask[None].to(device))
         parts: dict[str, torch.Tensor] = {"conv_features": outputs.conv_features[0].T}
         lists: Sequence[Sequence[torch.Tensor]] = [getattr(outputs, kind) for kind in KINDS]
         for kind, tensors in zip(KINDS, lists, strict=True):

@@ -72,7 +72,7 @@ def prepare_batch(
         share_feature_encoder: use the output of the teacher's feature encoder as that of the student's.
     """
     objective = teacher.objective
-    outputs = teacher(batch["teacher_input_values"], batch["attention_mask"])
+    outputs = teacher.outputs(batch)
     conv_features = None
     if share_feature_encoder:
         conv_features = outputs.conv_features.to(student.dtype)

@@ -66,6 +66,10 @@ class Teacher(nn.Module):
         """Stays in evaluation mode."""
         return super().train(False)
 
+    def outputs(self, batch: Mapping[str, Any]) -> TeacherOutputs:
+        """Of a batch of a `DistillationCollator`, on the teacher's device."""
+        return self(batch["teacher_input_values"], batch["attention_mask"])
+
     @torch.no_grad()
     def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> TeacherOutputs:
         """The targets of a batch.
