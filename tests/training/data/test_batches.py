@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 
 import datasets
@@ -88,11 +91,11 @@ def stream(num_sources: int = 2, broken: Sequence[int] = ()):
     return concatenate_datasets(sources)
 
 
-def stream_sampler(source=None, pool: int = 14, unreadable: Unreadable | None = None, **settings) -> StreamSampler:
+def stream_sampler(
+    source=None, pool: int = 14, unreadable: Unreadable | None = None, kind=StreamSampler, **settings
+) -> StreamSampler:
     defaults = {"batch_size": 3, "max_batch_seconds": None, "crop_seconds": 40.0, "seed": 0}
-    drawn = StreamSampler(
-        stream() if source is None else source, "audio", unreadable or Unreadable(1.0), **defaults | settings
-    )
+    drawn = kind(stream() if source is None else source, "audio", unreadable or Unreadable(1.0), **defaults | settings)
     drawn.pool_size = pool
     return drawn
 
@@ -147,23 +150,68 @@ def test_a_stream_of_parquet_files_goes_on_where_it_stopped(tmp_path, monkeypatc
     assert list(itertools.islice(resumed, 5)) == expected[5:]
 
 
-def test_processes_share_the_recordings_of_a_streamed_step():
-    together = list(itertools.islice(stream_sampler(batch_size=4), 8))
-    slices = [
-        list(itertools.islice(stream_sampler(batch_size=2, slices=[number], num_slices=2), 8)) for number in (0, 1)
-    ]
-    for step, batch in enumerate(together):
-        assert sorted(names(batch)) == sorted(names(slices[0][step]) + names(slices[1][step]))
+@pytest.mark.parametrize("num_processes", [2, 3, 4, 8], ids=lambda number: f"{number}-processes-4-shards")
+def test_a_streamed_recording_is_read_by_one_process(num_processes):
+    epochs = []
+    for process in range(num_processes):
+        part = stream_sampler(batch_size=1, process_index=process, num_processes=num_processes)
+        own = itertools.takewhile(lambda batch: not batch[0].epoch, part)
+        epochs.append([item for batch in own for item in batch])
+    assert sorted(names(sum(epochs, []))) == sorted(f"{number}.wav" for number in range(40))
+    assert all(epochs)
+    assert len({item.index for epoch in epochs for item in epoch}) == 40, "crops and masks follow from it"
 
 
-def test_streamed_recordings_without_a_header_are_named_and_too_many_stop_the_run(caplog):
-    few = stream_sampler(stream(broken=[7]), unreadable=Unreadable(0.1))
-    read = {name for batch in itertools.islice(few, 14) for name in names(batch)}
-    assert "7.wav" not in read
-    assert "left out, because it cannot be read: 7.wav" in caplog.text
-    many = stream_sampler(stream(broken=range(12)), unreadable=Unreadable(0.1))
-    with pytest.raises(ValueError, match="recordings cannot be read, more than a share of 0.1"):
-        list(itertools.islice(many, 14))
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({"pool": 3}, 3), ({"max_batch_seconds": 1.0}, 9), ({"POOL_BYTES": 20_000}, 5)],
+    ids=["recordings", "seconds", "bytes"],
+)
+def test_a_pool_of_a_stream_is_bounded(options, most):
+    """Recordings are of 0.06 to 0.3 s, and of 2 to 9.6 KB."""
+
+    class Small(StreamSampler):
+        NUM_BATCHES_SORTED = 2
+        POOL_BYTES = options.pop("POOL_BYTES", StreamSampler.POOL_BYTES)
+
+    sampler = stream_sampler(kind=Small, **{"pool": 100} | options)
+    pools = list(itertools.takewhile(lambda pool: not pool.position["epoch"], sampler._pools(**sampler.positions[0])))
+    assert sum(len(pool.audio) for pool in pools) == 40
+    assert most / 2 < max(len(pool.audio) for pool in pools) <= 2 * most
+
+
+def test_a_process_ends_while_a_stream_is_read():
+    """The next pool, which takes minutes, is not waited for, but for the row that datasets is reading."""
+    program = """
+import time
+from datasets import IterableDataset
+from lighthubert_training.data.batches import StreamSampler
+from lighthubert_training.data.recordings import Unreadable
+from speech import TONE, encoded
+
+def rows():
+    audio = encoded(TONE, format="WAV")
+    for number in range(800):
+        time.sleep(0.0 if number < 200 else 1.0)
+        yield {"audio": {"bytes": audio, "path": f"{number}.wav"}}
+
+options = {"batch_size": 2, "max_batch_seconds": None, "crop_seconds": 10.0, "seed": 0}
+sampler = StreamSampler(IterableDataset.from_generator(rows), "audio", Unreadable(0.1), **options)
+sampler.pool_size = 200
+print(len(next(iter(sampler))))
+"""
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | paths, capture_output=True, timeout=60)
+    assert done.stdout.split() == [b"2"], done.stderr
+
+
+def test_streamed_recordings_without_a_header_reach_the_batch_which_names_them():
+    read = {name for batch in itertools.islice(stream_sampler(stream(broken=[7])), 14) for name in names(batch)}
+    assert "7.wav" in read
+    unreadable = Unreadable(0.1)
+    parts = stream_sampler(unreadable=unreadable, process_index=1, num_processes=2)
+    next(iter(parts))
+    assert unreadable.num_recordings == 28, "a pool of each process"
 
 
 def test_an_empty_stream_is_refused():
@@ -302,18 +350,19 @@ def test_any_recordings_are_each_in_one_batch_of_an_epoch_however_it_is_split_an
 @settings(max_examples=25)
 @given(splits())
 def test_any_streamed_recordings_are_each_in_one_batch_of_an_epoch_however_it_is_split_and_resumed(split):
-    seconds, options = [length for length in split["seconds"] if length], split["options"]
+    seconds, processes = [length for length in split["seconds"] if length], len(split["slices"])
     accumulated, drawn = len(split["slices"][0]), list[list[Item]]()
-    assume(len(seconds) >= options["num_slices"])
+    options = split["options"] | {"slices": range(accumulated), "num_slices": accumulated}
+    assume(len(seconds) >= processes * accumulated)
 
-    def sampler(slices: Sequence[int], **start) -> StreamSampler:
+    def sampler(process: int, **start) -> StreamSampler:
         rows = [{"audio": {"path": str(number)}} for number in range(len(seconds))]
         drawn = StreamSampler(
-            Dataset.from_list(rows).to_iterable_dataset(num_shards=min(3, len(rows))),
+            Dataset.from_list(rows).to_iterable_dataset(),
             *("audio", Unreadable(1.0)),
-            **({"slices": slices} | options | start),
+            **{"process_index": process, "num_processes": processes} | options | start,
         )
-        drawn.pool_size = 2 * options["batch_size"] * options["num_slices"]
+        drawn.pool_size = 2 * options["batch_size"] * accumulated
         return drawn
 
     def first_epoch(sampler: StreamSampler) -> Iterator[list[Item]]:
@@ -325,13 +374,13 @@ def test_any_streamed_recordings_are_each_in_one_batch_of_an_epoch_however_it_is
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches_module, "duration", lambda audio: seconds[int(audio["path"])])
-        for slices in split["slices"]:
-            own = list(first_epoch(sampler(slices)))
-            stopped = sampler(slices)
+        for process in range(processes):
+            own = list(first_epoch(sampler(process)))
+            stopped = sampler(process)
             start = min(split["stop"], len(own) // accumulated)
             list(itertools.islice(stopped, start * accumulated))
             state = json.loads(json.dumps(stopped.state_dict(start)))
-            assert list(first_epoch(sampler(slices, state=state, start=start))) == own[start * accumulated :]
+            assert list(first_epoch(sampler(process, state=state, start=start))) == own[start * accumulated :]
             drawn += own
     check_batches(
         [[int(name) for name in names(batch)] for batch in drawn], seconds, set(range(len(seconds))), options

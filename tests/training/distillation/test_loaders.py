@@ -126,3 +126,25 @@ def test_recordings_without_a_header_are_counted_before_the_first_batch(accelera
     assert unreadable.num_recordings == 10
     with pytest.raises(UserError, match="1 of 10 recordings cannot be read"):
         build(accelerator, start, 0.05, broken_speech().audio)
+
+
+def test_streamed_recordings_that_cannot_be_read_are_named_and_too_many_end_the_run(accelerator, caplog):
+    stream = broken_speech().audio.to_iterable_dataset()
+    loader = build(accelerator, 0, 0.2, stream, per_device_train_batch_size=10)
+    batches = list(loader.readable(batch for batch, _ in zip(loader, range(1))))
+    assert len(batches[0]["names"]) == 8
+    assert loader.unreadable.names == {"tone-3.flac", "tone-7.flac"}
+    assert "left out, because it cannot be read: tone-7.flac" in caplog.text
+    loader = build(accelerator, 0, 0.1, stream, per_device_train_batch_size=10)
+    with pytest.raises(UserError, match="2 of 10 recordings cannot be read"):
+        list(loader.readable(batch for batch, _ in zip(loader, range(1))))
+
+
+def test_a_stream_goes_on_with_as_many_processes(accelerator):
+    stream = tones().to_iterable_dataset()
+    state = {"step": 1, "sampler": [{"first_step": 0, "epoch": 0, "num_read": 0, "stream": None}] * 2}
+    with pytest.raises(UserError, match="the checkpoint is of 2 processes, .* go on with as many"):
+        SpeechLoader(arguments(), DataArguments(), stream, COLLATOR, accelerator, state)
+    state["sampler"] = build(accelerator, 0, data=stream).states(0)
+    resumed = SpeechLoader(arguments(), DataArguments(), stream, COLLATOR, accelerator, state)
+    assert next(iter(resumed))["names"]

@@ -1,8 +1,9 @@
 """Samplers: which recordings make up a training step, and in which order.
 
 A step is one list of items, which is cut into slices, a batch each, for processes and for accumulation: how many there
-are of either changes nothing. What is random about an item follows from its epoch and index (see `Item`); the order of
-items follows from the seed and, in a stream, from the position at which reading went on.
+are of either changes nothing. Of a stream, every process reads a part of its own, and cuts its steps for accumulation.
+What is random about an item follows from its epoch and index (see `Item`); the order of items follows from the seed
+and, in a stream, from the position at which reading went on.
 """
 
 import itertools
@@ -11,14 +12,17 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from threading import Thread
 from typing import Any
 
 import torch
 from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
 
 from lighthubert_training.data.audio import duration
-from lighthubert_training.data.recordings import Item, Unreadable, recording_name, why_unreadable
+from lighthubert_training.data.recordings import Item, Unreadable
 from modeling_lighthubert.errors import UserError
 
 
@@ -41,7 +45,7 @@ class BatchSampler(ABC, torch.utils.data.Sampler[list[Item]]):
     """
 
     NUM_BATCHES_SORTED = 50
-    """Recordings are drawn at random, this many batches at a time, and those are sorted by length."""
+    """Recordings are drawn at random, about this many batches at a time, and those are sorted by length."""
 
     def __init__(
         self,
@@ -132,22 +136,37 @@ class RandomAccessSampler(BatchSampler):
         return steps
 
 
-Pool = tuple[dict[str, Any], list[dict[str, Any]]]
-"""Recordings that are read from a stream together, to be sorted by length and put into batches: where they begin, as
-JSON (`epoch`, the number of rows of that epoch before them, `num_read`, and `stream`, the state of the dataset there,
-`None` at the beginning of an epoch), and the rows, still encoded."""
+@dataclass
+class Pool:
+    """Recordings that are read from a stream together, to be sorted by length and put into batches.
+
+    Attributes:
+        position: where they begin, as JSON: `epoch`, the number of rows of that epoch before them, `num_read`, and
+            `stream`, the state of the dataset there, `None` at the beginning of an epoch.
+        audio: the rows, still encoded.
+        seconds: of each; 0 where there is no header. Whoever decodes it finds out why.
+    """
+
+    position: dict[str, Any]
+    audio: list[dict[str, Any]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
 
 class StreamSampler(BatchSampler):
     """Batches of a streamed dataset: its shards are read in random order, a pool of recordings at a time, and the next
-    pool while the batches of one are used.
+    pool while the batches of one are used. Every process reads recordings of its own, in epochs of its own.
 
     Args:
         stream: rows with undecoded audio in the column `audio_column_name`.
-        unreadable: is told of recordings without a header, and how many recordings were read.
+        unreadable: is told how many recordings were read.
         state: what `state_dict` returned for `start`.
-        options: of `BatchSampler`.
+        process_index, num_processes: which part of the stream is read. With as many shards as processes, or more,
+            each reads shards of its own; with fewer, all read everything and take every so many-th row.
+        options: of `BatchSampler`; slices are those of this process.
     """
+
+    POOL_BYTES = 2**28
+    """Of the encoded recordings of a pool, at most, but for the last. Two pools are held at a time."""
 
     def __init__(
         self,
@@ -155,13 +174,20 @@ class StreamSampler(BatchSampler):
         audio_column_name: str,
         unreadable: Unreadable,
         state: Mapping[str, Any] | None = None,
+        process_index: int = 0,
+        num_processes: int = 1,
         **options: Any,
     ):
         super().__init__(**options)
         logging.getLogger("datasets.iterable_dataset").addFilter(_is_no_shuffle_warning)
+        if stream.num_shards >= num_processes:
+            stream = stream.shard(num_processes, process_index)
+        else:
+            stream = split_dataset_by_node(stream, process_index, num_processes)
         # with a buffer of one row only shards are shuffled, and the state of the dataset is all there is to keep
         self.stream = stream.shuffle(seed=self.seed, buffer_size=1)
         self.audio_column_name, self.unreadable = audio_column_name, unreadable
+        self.process_index, self.num_processes = process_index, num_processes
         self.positions = [dict(state or {"first_step": 0, "epoch": 0, "num_read": 0, "stream": None})]
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -172,10 +198,10 @@ class StreamSampler(BatchSampler):
 
     def steps(self) -> Iterator[list[Item]]:
         at = self.positions[0]["first_step"]
-        for position, rows in read_ahead(self._pools(**self.positions[0])):
-            steps = self._steps_of_pool(position["epoch"], position["num_read"], rows)
+        for pool in read_ahead(self._pools(**self.positions[0])):
+            position, steps = pool.position, self._steps_of_pool(pool)
             if position["num_read"] == 0:
-                self.require(steps, len(rows))
+                self.require(steps, len(pool.audio))
             if any(position[name] != self.positions[-1][name] for name in ("epoch", "num_read")):
                 self.positions.append({"first_step": at, **position})
             yield from steps[max(0, self.start - at) :]
@@ -187,36 +213,59 @@ class StreamSampler(BatchSampler):
             self.stream.set_epoch(epoch)
             if stream is not None:
                 self.stream.load_state_dict(stream)
-            rows = iter(self.stream)
-            while pool := [row[self.audio_column_name] for row in itertools.islice(rows, self.pool_size)]:
-                yield {"epoch": epoch, "num_read": num_read, "stream": stream}, pool
-                num_read, stream = num_read + len(pool), self.stream.state_dict()
+            rows = (row[self.audio_column_name] for row in self.stream)
+            while (pool := self._fill(Pool({"epoch": epoch, "num_read": num_read, "stream": stream}), rows)).audio:
+                yield pool
+                num_read, stream = num_read + len(pool.audio), self.stream.state_dict()
             if not num_read:
                 raise UserError("no recordings in the streamed data, or none that the filters leave")
             epoch, num_read, stream = epoch + 1, 0, None
 
-    def _steps_of_pool(self, epoch: int, first: int, rows: list[dict[str, Any]]) -> list[list[Item]]:
-        self.unreadable.num_recordings = max(self.unreadable.num_recordings, first + len(rows))
-        items, seconds = [], []
-        for index, audio in enumerate(rows, start=first):
-            if length := duration(audio):
-                items.append(Item(epoch, index, audio))
-                seconds.append(length)
-            else:
-                self.unreadable.add(recording_name(audio, index), why_unreadable(audio))
-        steps = self.group(items, seconds)
+    def _fill(self, pool: Pool, rows: Iterator[dict[str, Any]]) -> Pool:
+        """Takes rows until there are enough for so many batches, or bytes."""
+        num_batches, num_bytes, seconds = self.NUM_BATCHES_SORTED * self.num_slices, 0, 0.0
+        for audio in rows:
+            pool.audio.append(audio)
+            pool.seconds.append(duration(audio))
+            num_bytes += len(audio.get("bytes") or b"")
+            seconds += min(pool.seconds[-1], self.crop_seconds)
+            enough = self.max_batch_seconds and seconds >= num_batches * self.max_batch_seconds
+            if enough or len(pool.audio) >= self.pool_size or num_bytes >= self.POOL_BYTES:
+                break
+        return pool
+
+    def _steps_of_pool(self, pool: Pool) -> list[list[Item]]:
+        epoch, first = pool.position["epoch"], pool.position["num_read"]
+        num_read = self.num_processes * (first + len(pool.audio))
+        self.unreadable.num_recordings = max(self.unreadable.num_recordings, num_read)
+        items = [
+            Item(epoch, self.process_index + self.num_processes * index, audio)
+            for index, audio in enumerate(pool.audio, start=first)
+        ]
+        steps = self.group(items, pool.seconds)
         random.Random(f"{self.seed}-{epoch}-{first}").shuffle(steps)
         return steps
 
 
 def read_ahead(pools: Iterator[Pool]) -> Iterator[Pool]:
-    """Prefetches the next pool in a background thread."""
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = reader.submit(next, pools)
-        while True:
-            pool = coming.result()
-            coming = reader.submit(next, pools)
-            yield pool
+    """Prefetches the next pool in a background thread, for which the end of the process does not wait."""
+
+    def read(coming: Future[Pool]) -> None:
+        try:
+            coming.set_result(next(pools))
+        except BaseException as error:
+            coming.set_exception(error)
+
+    def begin() -> Future[Pool]:
+        coming: Future[Pool] = Future()
+        Thread(target=read, args=(coming,), daemon=True).start()
+        return coming
+
+    coming = begin()
+    while True:
+        pool = coming.result()
+        coming = begin()
+        yield pool
 
 
 class EpochSampler(torch.utils.data.Sampler[list[int]]):

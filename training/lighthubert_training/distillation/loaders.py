@@ -1,18 +1,19 @@
 """Batches of a distillation: of training without end, from any step on, and of held-out speech."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
-from lighthubert_training.data.batches import RandomAccessSampler, StreamSampler
+from lighthubert_training.data.batches import BatchSampler, RandomAccessSampler, StreamSampler
 from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.recordings import CroppedRecordings, Item, SpeechDataset, Unreadable, durations
 from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.distillation.arguments import DistillationArguments
+from modeling_lighthubert.errors import UserError
 
 
 class SpeechLoader(DataLoader):
@@ -20,8 +21,8 @@ class SpeechLoader(DataLoader):
     every recording once, the same batches every time, with the same bounds.
 
     Args:
-        start: the `step` to begin with, the state of the `sampler` there, and what was `unreadable` before; `None` for
-            held-out speech.
+        start: the `step` to begin with, the states of the `sampler` there, of each process, and what was `unreadable`
+            before; `None` for held-out speech.
 
     Attributes:
         sampling_rate: of the audio in batches, in Hz.
@@ -61,7 +62,10 @@ class SpeechLoader(DataLoader):
             steps = bounds.group(list(readable), list(readable.values()))
             sampler = [batch for step in steps for batch in bounds.own_batches(step) if batch]
         elif isinstance(data, IterableDataset):
-            sampler = StreamSampler(data, column, self.unreadable, start["sampler"], start=start["step"], **options)
+            options |= {"slices": range(accumulated), "num_slices": accumulated}
+            options |= {"process_index": process, "num_processes": num_processes}
+            state = own_state(start["sampler"], process, num_processes)
+            sampler = StreamSampler(data, column, self.unreadable, state, start=start["step"], **options)
         else:
             sampler = RandomAccessSampler(seconds, start=start["step"], **options)
         super().__init__(
@@ -72,6 +76,12 @@ class SpeechLoader(DataLoader):
             pin_memory=accelerator.device.type == "cuda",
         )
 
+    def states(self, step: int) -> list[dict[str, Any]]:
+        """Of the samplers of all processes, with which loaders that start with `step` begin. All processes call it."""
+        sampler = self.batch_sampler
+        assert isinstance(sampler, BatchSampler)
+        return gather_object([sampler.state_dict(step)])
+
     def readable(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Of `batches` of this loader, those that have a recording, on the device. What any process cannot read is
         counted at the end, to which all have to come."""
@@ -81,3 +91,21 @@ class SpeechLoader(DataLoader):
             if "input_values" in batch:
                 yield send_to_device(batch, self.accelerator.device, non_blocking=True)
         self.unreadable.add_together(unreadable, self.accelerator)
+
+
+def own_state(
+    states: Sequence[dict[str, Any]] | None, process_index: int, num_processes: int
+) -> dict[str, Any] | None:
+    """The state of the sampler of this process, of those that a checkpoint of a stream has.
+
+    Raises:
+        UserError: it was read by another number of processes.
+    """
+    if states is None:
+        return None
+    if len(states) != num_processes:
+        raise UserError(
+            f"the checkpoint is of {len(states)} processes, each with its part of the stream, not of {num_processes}:"
+            " go on with as many, or with data that are not streamed"
+        )
+    return states[process_index]

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from tqdm.auto import tqdm
 
-from lighthubert_training.data.batches import BatchSampler
 from lighthubert_training.distillation.arguments import DistillationArguments, check_same_recipe
 from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.step import evaluate, training_step
@@ -192,10 +191,8 @@ class Distiller:
 
     def save(self, step: int, eval_loss: float | None) -> None:
         """Writes a checkpoint after so many steps."""
-        sampler = self.loader.batch_sampler
-        assert isinstance(sampler, BatchSampler)
         state = {"recipe": self.recipe, "eval_loss": eval_loss}
-        state |= {"log": self.log.state_dict(), "sampler": sampler.state_dict(step)}
+        state |= {"log": self.log.state_dict(), "sampler": self.loader.states(step)}
         state |= {"unreadable": self.loader.unreadable.state_dict()}
         output_dir, limit = Path(self.arguments.output_dir), self.arguments.save_total_limit
         save_checkpoint(self.accelerator, output_dir, step, state, limit, self.failed_saves)
