@@ -5,12 +5,15 @@ import pickle
 
 import numpy as np
 import pytest
-from speech import RATE, TONE, at_hand, broken_speech, encoded
+from speech import RATE, TONE, at_hand, broken_speech, encoded, undecoded
 
+from lighthubert_training.data import recordings
+from lighthubert_training.data.audio import duration
 from lighthubert_training.data.recordings import (
     CroppedRecordings,
     Item,
     Recording,
+    SpeechDataset,
     Unreadable,
     durations,
     read_recording,
@@ -74,6 +77,27 @@ def test_durations_come_from_headers_alone_and_what_has_none_says_why(caplog):
     assert durations(broken_speech()) == [0.5] * 7 + [0.0] + [0.5] * 2
     durations(broken_speech(), Unreadable(0.1))
     assert "cannot be read: tone-7.flac (not in a format that libsndfile reads: convert it" in caplog.text
+
+
+def test_durations_of_files_are_kept_until_one_of_them_changes(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(recordings, "DURATIONS", tmp_path / "kept")
+    monkeypatch.setattr(recordings, "duration", lambda audio: read.append(audio["path"]) or duration(audio))
+    files = [tmp_path / f"{number}.wav" for number in range(3)]
+    for file in files:
+        file.write_bytes(encoded(TONE[:4000], format="WAV"))
+
+    def seconds() -> list[float]:
+        rows = [{"audio": {"bytes": None, "path": str(file)}} for file in files]
+        return durations(SpeechDataset(undecoded(rows), "audio", RATE))
+
+    assert seconds() == seconds() == [0.25] * 3
+    assert len(read) == 3
+    files[1].write_bytes(encoded(TONE, format="WAV"))
+    assert seconds() == [0.25, 0.5, 0.25]
+    files[2].unlink()
+    assert seconds() == seconds() == [0.25, 0.5, 0.0], "what may come back is looked for each time"
+    assert len(read) == 12
 
 
 # What is drawn in training

@@ -1,11 +1,16 @@
 """From an item of data to a `Recording`: a waveform, or why there is none; one policy for what cannot be read."""
 
+import hashlib
+import json
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -14,10 +19,14 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from lighthubert_training.data.audio import UNREADABLE, duration, load_waveform
+from lighthubert_training.runs.distributed import on_main_process
 from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.files import write_json
 
 
 logger = logging.getLogger(__name__)
+DURATIONS = Path(datasets.config.HF_DATASETS_CACHE) / "lighthubert-durations"
+"""Where durations of recordings are kept, beside what datasets keeps."""
 
 
 @dataclass(frozen=True, order=True)
@@ -195,11 +204,40 @@ class CroppedRecordings(torch.utils.data.Dataset):
 
 
 def durations(speech: SpeechDataset, unreadable: Unreadable | None = None) -> list[float]:
-    """Seconds of each recording, 0 of one without a header: those are added to `unreadable`, which counts all."""
-    rows = tqdm(speech.audio, desc="reading headers", disable=len(speech) < 10_000)
-    seconds = [duration(row[speech.audio_column_name]) for row in rows]
+    """Seconds of each recording, 0 of one without a header: those are added to `unreadable`, which counts all. The
+    main process reads them, and all call it."""
+    seconds = on_main_process(lambda: _kept_durations(speech))
     if unreadable is not None:
         unreadable.num_recordings = len(speech)
         for index in (index for index, length in enumerate(seconds) if length == 0):
             unreadable.add(speech.name(index), why_unreadable(speech.encoded(index)))
     return seconds
+
+
+def _kept_durations(speech: SpeechDataset) -> list[float]:
+    """Those of an earlier run if all recordings are files, of which none has another size or time of change."""
+    kept = None if (files := _described_files(speech)) is None else DURATIONS / f"{files}.json"
+    if kept is not None:
+        with suppress(OSError, ValueError):
+            return json.loads(kept.read_text())
+    rows = tqdm(speech.audio, desc="reading headers", disable=len(speech) < 10_000)
+    seconds = [duration(row[speech.audio_column_name]) for row in rows]
+    if kept is not None:
+        with suppress(OSError):  # they are read again next time
+            write_json(kept, seconds)
+    return seconds
+
+
+def _described_files(speech: SpeechDataset) -> str | None:
+    """A digest of names, sizes and times of all recordings; `None` if one of them is no file."""
+    digest = hashlib.sha256()
+    for row in speech.audio:
+        audio = row[speech.audio_column_name] or {}
+        if audio.get("path") is None or audio.get("bytes") is not None:
+            return None
+        try:
+            file = Path(audio["path"]).resolve(strict=True)
+            digest.update(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode(errors="replace"))
+        except OSError:
+            return None
+    return digest.hexdigest()
