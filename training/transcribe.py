@@ -11,7 +11,7 @@ A run that was killed goes on where it stopped when it is started again: see `Jo
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,13 +109,15 @@ def choose_format(arguments: TranscriptionArguments) -> str:
     return chosen
 
 
-def transcribe(recognizer: Recognizer, encoded: Mapping[str, Any], unreadable: Unreadable) -> Iterator[list[dict]]:
-    """Entries of the journal for recordings by name, batch by batch. A progress bar shows the speed."""
+def transcribe(
+    recognizer: Recognizer, encoded: Mapping[str, Any], names: Sequence[str], unreadable: Unreadable
+) -> Iterator[list[dict]]:
+    """Entries of the journal for recordings of these names, batch by batch. A progress bar shows the speed."""
     max_seconds = recognizer.batch_size * recognizer.chunk * recognizer.seconds_per_frame
     begin, seconds = time.monotonic(), 0.0
     loggers = [logging.getLogger("lighthubert_training")]
-    with logging_redirect_tqdm(loggers), tqdm(total=len(encoded), unit="recording") as progress:
-        for batch in load_batches(encoded, recognizer.sampling_rate, recognizer.batch_size, max_seconds):
+    with logging_redirect_tqdm(loggers), tqdm(total=len(names), unit="recording") as progress:
+        for batch in load_batches(encoded, names, recognizer.sampling_rate, recognizer.batch_size, max_seconds):
             readable = {each.name: each.waveform for each in unreadable.readable(batch)}
             transcripts = dict(zip(readable, recognizer.transcribe(list(readable.values())), strict=True))
             found = {name: transcript.as_json() for name, transcript in transcripts.items()}
@@ -146,8 +148,7 @@ def transcribe_all(
     if journal is not None and done:
         print(f"{journal.path} has {len(done)} recordings already, which are left as they are", file=sys.stderr)
         unreadable.names |= journal.errors & encoded.keys()
-    left = {name: audio for name, audio in encoded.items() if name not in done}
-    for entries in transcribe(recognizer, left, unreadable):
+    for entries in transcribe(recognizer, [name for name in encoded if name not in done], unreadable):
         if journal is not None:
             journal.add(entries)
             continue

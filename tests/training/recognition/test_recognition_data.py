@@ -1,5 +1,8 @@
 """Transcribed recordings: their labels, and which are left out, and recordings to transcribe in batches."""
 
+import tracemalloc
+
+import datasets
 import numpy as np
 import pytest
 from conftest import tiny_model
@@ -114,9 +117,26 @@ def test_recordings_to_transcribe_are_found_once(tmp_path):
     (tmp_path / "one.flac").write_bytes(WHOLE)
     undecoded([{"audio": {"path": "same.flac", "bytes": WHOLE}}] * 2).to_parquet(tmp_path / "two.PARQUET")
     one, two = str(tmp_path / "one.flac"), str(tmp_path / "two.PARQUET")
-    assert list(find_recordings([one, two, str(tmp_path), one], DataArguments())) == [one, f"{two}#0", f"{two}#1"]
+    found = find_recordings([one, two, str(tmp_path), one], DataArguments())
+    assert list(found) == [one, f"{two}#0", f"{two}#1"]
+    assert found[one]["path"] == one
+    assert found[f"{two}#1"]["bytes"] == WHOLE
     with pytest.raises(UserError, match="gone.wav does not exist"):
         find_recordings([str(tmp_path / "gone.wav")], DataArguments())
+
+
+def test_recordings_of_a_large_table_stay_on_disk_until_they_are_asked_for(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).standard_normal(30_000).astype(np.float32)
+    audio = {"path": None, "bytes": encoded(noise, format="WAV", subtype="FLOAT")}
+    undecoded([{"audio": audio}] * 400).to_parquet(tmp_path / "large.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tracemalloc.start()
+    found = find_recordings([str(tmp_path / "large.parquet")], DataArguments())
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found) == 400
+    assert held < 400 * len(audio["bytes"]) / 10
+    assert found[f"{tmp_path / 'large.parquet'}#399"]["bytes"] == audio["bytes"]
 
 
 def test_batches_are_bounded_in_recordings_and_in_seconds():
@@ -124,6 +144,6 @@ def test_batches_are_bounded_in_recordings_and_in_seconds():
         return {"array": np.zeros(int(seconds * RATE), dtype=np.float32), "sampling_rate": RATE}
 
     recordings = {str(number): silence(seconds) for number, seconds in enumerate((1, 1, 1, 1, 5, 30, 1, 0))}
-    batches = list(load_batches(recordings, RATE, batch_size=3, max_seconds=6.0))
+    batches = list(load_batches(recordings, recordings, RATE, batch_size=3, max_seconds=6.0))
     assert [[each.name for each in batch] for batch in batches] == [["0", "1", "2"], ["3", "4"], ["5"], ["6", "7"]]
     assert batches[-1][1].waveform is None

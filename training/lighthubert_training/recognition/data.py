@@ -2,10 +2,12 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import Wav2Vec2Processor
@@ -210,7 +212,45 @@ def build_speech(
     return speech
 
 
-def find_recordings(inputs: Sequence[str], data: DataArguments) -> dict[str, Any]:
+class EncodedRecordings(Mapping[str, Any]):
+    """Encoded recordings by name, of which each is read when it is asked for.
+
+    Args:
+        column: with the audio.
+    """
+
+    def __init__(self, column: str):
+        self.column = column
+        self.rows: dict[str, tuple[Sequence[Any] | Dataset, int]] = {}
+
+    def add(self, name: str, rows: Sequence[Any] | Dataset) -> None:
+        """Names every recording of `rows`, by its path, or by the `name` of its table and the number of its row. One
+        that has a name already is not added."""
+        for index, path in enumerate(_paths(rows, self.column)):
+            self.rows.setdefault(f"{name}#{index}" if path is None else path, (rows, index))
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        rows, index = self.rows[name]
+        return rows[index][self.column]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def _paths(rows: Sequence[Any] | Dataset, column: str) -> Iterator[str | None]:
+    """The path of each recording that is a file, without reading those that are not."""
+    if not isinstance(rows, Dataset):
+        yield from (row[column]["path"] for row in rows)
+        return
+    for table in rows.select_columns([column]).with_format("arrow").iter(1000):
+        contents, paths = (pc.struct_field(table.column(column), name) for name in ("bytes", "path"))
+        yield from pc.if_else(pc.is_valid(contents), pa.scalar(None, paths.type), paths).to_pylist()
+
+
+def find_recordings(inputs: Sequence[str], data: DataArguments) -> EncodedRecordings:
     """Encoded recordings to transcribe by name, each once: files by their paths, those inside tables by the table and
     the number of the row.
 
@@ -221,30 +261,26 @@ def find_recordings(inputs: Sequence[str], data: DataArguments) -> dict[str, Any
     Raises:
         UserError: an input that is not there, or has no recordings.
     """
-    column, recordings = data.audio_column_name, dict[str, Any]()
-    tables: list[tuple[str, Any]] = []
+    recordings = EncodedRecordings(data.audio_column_name)
     for path in map(Path, inputs):
         is_recording = path.is_file() and path.suffix.lower() not in TABLES
-        table = DataArguments(validation_file=[str(path)], audio_column_name=column)
-        rows = [{column: {"path": str(path), "bytes": None}}] if is_recording else load_speech(table, False)
-        tables.append((str(path), rows))
-    tables.append((", ".join(data.dataset_name or ()), load_speech(data, False) or ()))
-    for name, rows in tables:
-        for index, row in enumerate(rows):
-            audio = row[column]
-            is_path = audio.get("bytes") is None and audio.get("path")
-            recordings.setdefault(str(audio["path"]) if is_path else f"{name}#{index}", audio)
+        table = DataArguments(validation_file=[str(path)], audio_column_name=recordings.column)
+        row = {recordings.column: {"path": str(path), "bytes": None}}
+        recordings.add(str(path), [row] if is_recording else load_speech(table, False))
+    if (rows := load_speech(data, False)) is not None:
+        recordings.add(", ".join(data.dataset_name or ()), rows)
     return recordings
 
 
 def load_batches(
-    encoded: Mapping[str, Any], sampling_rate: int, batch_size: int, max_seconds: float
+    encoded: Mapping[str, Any], names: Iterable[str], sampling_rate: int, batch_size: int, max_seconds: float
 ) -> Iterator[list[Recording]]:
-    """Recordings by name, decoded, at most `batch_size` and, unless one alone has more, `max_seconds` at a time."""
+    """Recordings of these names, decoded, at most `batch_size` and, unless one alone has more, `max_seconds` at a
+    time."""
     batch: list[Recording] = []
     seconds = 0.0
-    for name, audio in encoded.items():
-        recording = read_recording(audio, sampling_rate, name)
+    for name in names:
+        recording = read_recording(encoded[name], sampling_rate, name)
         length = 0.0 if recording.waveform is None else len(recording.waveform) / sampling_rate
         if batch and (len(batch) == batch_size or seconds + length > max_seconds):
             yield batch
