@@ -148,7 +148,8 @@ def transcribe_all(
     if journal is not None and done:
         print(f"{journal.path} has {len(done)} recordings already, which are left as they are", file=sys.stderr)
         unreadable.names |= journal.errors & encoded.keys()
-    for entries in transcribe(recognizer, [name for name in encoded if name not in done], unreadable):
+    left = [name for name in encoded if name not in done]
+    for entries in transcribe(recognizer, encoded, left, unreadable):
         if journal is not None:
             journal.add(entries)
             continue

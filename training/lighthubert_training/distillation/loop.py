@@ -191,7 +191,7 @@ class Distiller:
 
     def save(self, step: int, eval_loss: float | None) -> None:
         """Writes a checkpoint after so many steps."""
-        state = {"recipe": self.recipe, "eval_loss": eval_loss}
+        state: dict[str, Any] = {"recipe": self.recipe, "eval_loss": eval_loss}
         state |= {"log": self.log.state_dict(), "sampler": self.loader.states(step)}
         state |= {"unreadable": self.loader.unreadable.state_dict()}
         output_dir, limit = Path(self.arguments.output_dir), self.arguments.save_total_limit
