@@ -1,10 +1,18 @@
 """Compiled models answer like those that are not: the compiler is slow."""
 
+import random
+from functools import partialmethod
+
 import pytest
 import torch
-from conftest import TWO_DEEP, answer, assert_close, noise, tiny_model
+from conftest import TWO_DEEP, answer, assert_close, noise, stock_settings, tiny_model
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from transformers import HubertConfig, HubertModel
 
-from modeling_lighthubert import LightHubertForCTC
+from lighthubert_training.distillation.arguments import ObjectiveArguments
+from lighthubert_training.distillation.loop import compile_layers, compiling
+from lighthubert_training.distillation.teacher import Teacher
+from modeling_lighthubert import LightHubertForCTC, LightHubertForPreTraining, SearchSpace
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +48,41 @@ def test_a_compiled_supernet_answers_for_the_subnet_selected_since(waveform):
         expected = answer(model, waveform)
         compiled.set_subnet(subnet)
         assert_close(answer(compiled, waveform), expected)
+
+
+TEACHER = Teacher(
+    HubertModel(HubertConfig(**stock_settings(num_hidden_layers=2))), ObjectiveArguments(num_target_layers=1)
+)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list:
+    """What is compiled, traced in full and run without code of its own."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    return compiled
+
+
+def test_two_hundred_subnets_compile_each_combination_of_sizes_once(graphs):
+    space = SearchSpace((16, 24, 32), (2, 3, 4), (2, 2.5, 3), (1, 2), head_dim=4)
+    student, rng = tiny_model(LightHubertForPreTraining, space, teacher_hidden_size=48).train(), random.Random(0)
+    compile_layers(student, TEACHER)
+    with compiling(space):
+        for number in range(200):
+            student.set_subnet(space.sample(rng))
+            student(noise(1, 4000 + 320 * (number % 5))).predictions[0].sum().backward()
+    assert len(graphs) == 27
+
+
+def test_what_cannot_be_compiled_any_more_is_an_error(graphs):
+    student = tiny_model(LightHubertForPreTraining, TWO_DEEP, teacher_hidden_size=48)
+    compile_layers(student, TEACHER)
+    with compiling(None), torch._dynamo.config.patch(recompile_limit=1), pytest.raises(FailOnRecompileLimitHit):
+        for subnet in (TWO_DEEP.largest, TWO_DEEP.smallest):
+            student.set_subnet(subnet)
+            student(noise(1, 4000))

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lighthubert_training.runs.distributed import any_process
 from lighthubert_training.runs.log import RunLog
 from lighthubert_training.runs.options import save_options
 from lighthubert_training.sampling import draw_subnets, evaluation_subnets
-from modeling_lighthubert import LightHubertForPreTraining
+from modeling_lighthubert import LightHubertForPreTraining, SearchSpace
 from modeling_lighthubert.errors import UserError
 
 
@@ -78,10 +78,22 @@ def prepare_output(
 def compile_layers(student: LightHubertForPreTraining, teacher: Teacher) -> None:
     """Compiles the encoder layers, each on its own: subnets differ in which they run, and in their sizes.
 
-    Every combination of sizes is compiled when it first comes: 27 of a layer in the small space.
+    Layers of the same sizes share what is compiled; every combination of sizes is compiled when it first comes.
     """
     for layer in [*student.hubert.encoder.layers, *teacher.model.encoder.layers]:
         layer.compile(dynamic=True)
+
+
+def compiling(space: SearchSpace | None) -> AbstractContextManager[None]:
+    """Inside the block, `compile_layers` may compile each combination of a layer's sizes, 27 in the small space, in
+    training and in evaluation. More are an error: torch would go on without compiling, and say nothing."""
+    sizes = 1
+    if space is not None:
+        windows = space.attention_window or (None,)
+        sizes = len(space.hidden_size) * len(space.num_attention_heads) * len(space.ffn_ratio) * len(windows)
+    limit = 4 * sizes + 16
+    limits = {"recompile_limit": limit, "accumulated_recompile_limit": 4 * limit, "fail_on_recompile_limit_hit": True}
+    return torch._dynamo.config.patch(**limits)
 
 
 @dataclass
@@ -121,8 +133,8 @@ class Distiller:
         batches = iter(self.loader)
         steps, is_hidden = range(start, arguments.max_steps), not self.accelerator.is_main_process
         bar = tqdm(steps, desc="distilling", initial=start, total=arguments.max_steps, disable=is_hidden)
-        limit = torch._dynamo.config.patch(recompile_limit=64) if arguments.torch_compile else nullcontext()
-        with stop_on_sigterm() as stop, bar, limit, advising_on_divergence():
+        compiled = compiling(self.student.search_space) if arguments.torch_compile else nullcontext()
+        with stop_on_sigterm() as stop, bar, compiled, advising_on_divergence():
             if start == 0 and arguments.subnet is not None and self.eval_loader is not None:
                 self.evaluate(0)  # what the subnet was worth in its supernet
             for step in bar:
