@@ -92,7 +92,11 @@ def compiling(space: SearchSpace | None) -> AbstractContextManager[None]:
         windows = space.attention_window or (None,)
         sizes = len(space.hidden_size) * len(space.num_attention_heads) * len(space.ffn_ratio) * len(windows)
     limit = 4 * sizes + 16
-    limits = {"recompile_limit": limit, "accumulated_recompile_limit": 4 * limit, "fail_on_recompile_limit_hit": True}
+    limits: dict[str, Any] = {
+        "recompile_limit": limit,
+        "accumulated_recompile_limit": 4 * limit,
+        "fail_on_recompile_limit_hit": True,
+    }
     return torch._dynamo.config.patch(**limits)
 
 
