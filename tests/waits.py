@@ -28,19 +28,24 @@ class Waits(TorchDispatchMode):
 
     Attributes:
         lines: how often each line of source code waits: the innermost one that is not torch's.
+        to_device, to_host: bytes that are copied.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: Counter[str] = Counter()
+        self.to_device = self.to_host = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if function is SCALAR and args[0].is_meta:
             self.count()
             return False if args[0].dtype == torch.bool else 0
+        if function is aten._to_copy.default and not args[0].is_meta and kwargs.get("device") == torch.device("meta"):
+            self.to_device += args[0].nbytes
         if function is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
             self.count()
+            self.to_host += args[0].nbytes
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if function in SELECTIONS | CTC and args[0].is_meta:
             self.count()

@@ -54,6 +54,7 @@ class Process:
     """One of two, which are threads here: as much of Accelerate as the scores need."""
 
     num_processes, barrier, shards = 2, threading.Barrier(2, timeout=60), [torch.zeros(0)] * 2
+    device = torch.device("cpu")
 
     def __init__(self, rank: int):
         self.process_index, self.is_main_process = rank, rank == 0

@@ -9,8 +9,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import noise, small_disk
+from speech import TONE, encoded, undecoded
+from superb_toys import EXTRACTOR, SETTINGS
+from transformers import HubertConfig, HubertModel
+from waits import Waits
 
 from lighthubert_training.superb.data import Part, TaskData
+from lighthubert_training.superb.features import FeatureDataset, Upstream
 from lighthubert_training.superb.recipes import TaskSettings
 from lighthubert_training.superb.tasks import TASKS
 from lighthubert_training.superb.training import STATE_FILE, HeadTraining, epoch_order
@@ -65,7 +70,7 @@ def test_the_head_that_is_best_on_the_dev_part_is_kept_the_first_of_equals(train
     for step in range(4):
         training.step = step
         training.downstream.weighted_sum.weights.data.fill_(step)
-        training.evaluate(loss=0.0)
+        training.evaluate(torch.zeros(()))
     assert (training.best["step"], training.best["scores"]["first"]) == (1, values[1])
     assert training.best["head"]["weighted_sum.weights"].tolist() == [1, 1]
 
@@ -94,3 +99,22 @@ def test_a_damaged_state_is_named_and_the_head_trained_from_the_beginning(traini
     training.load_state()
     assert training.step == 0
     assert "state.pt is damaged" in caplog.text
+
+
+def test_a_step_copies_audio_to_the_device_and_no_hidden_states_back(tmp_path, monkeypatch):
+    """Of HuBERT Base, 32 recordings of 12.3 s, they were 790 MB each way."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator.state, "device", torch.device("meta"))
+    upstream = Upstream(HubertModel(HubertConfig(**SETTINGS)).to("meta"), EXTRACTOR, "meta")
+    rows = [{"audio": {"bytes": encoded(TONE, format="WAV"), "path": None}} for _ in range(4)]
+    part = Part("train", [{"label": "a"}, {"label": "b"}] * 2, undecoded(rows))
+    task = TASKS["ks"](TaskData(settings := TaskSettings("ks", "", batch_size=3)), {"train": part}, upstream)
+    features = {"train": FeatureDataset(part.audio, upstream)}
+    training = HeadTraining(task, features, tmp_path, accelerator, {"seed": 0})
+    with Waits() as waits:
+        loss, seconds = training.train_step(0)
+    assert loss.is_meta
+    assert seconds == pytest.approx(settings.batch_size * 0.5, rel=0.05)
+    assert waits.to_device == pytest.approx(settings.batch_size * len(TONE) * 4, rel=0.01), "samples in fp32"
+    assert waits.to_host == 0
+    assert not waits.lines

@@ -74,7 +74,7 @@ class Upstream:
 
     @torch.no_grad()
     def __call__(self, waveform: np.ndarray) -> torch.Tensor:
-        """Hidden states (num_layers, num_frames, hidden_size) of mono samples (num_samples), in fp32 on the CPU."""
+        """Hidden states (num_layers, num_frames, hidden_size) of mono samples (num_samples), in fp32 on the device."""
         inputs = self.feature_extractor(waveform, sampling_rate=self.sampling_rate, return_tensors="pt")
         name = self.feature_extractor.model_input_names[0]
         try:
@@ -86,7 +86,7 @@ class Upstream:
             raise UserError(
                 f"{self.name}, a {type(self.model).__name__}, returns no hidden states, which are what is scored"
             )
-        return torch.stack(hidden_states)[:, 0].float().cpu()
+        return torch.stack(hidden_states)[:, 0].float()
 
 
 class FeatureCache:
@@ -133,7 +133,7 @@ class FeatureCache:
         return hidden_states.float() if checksum == _checksum(hidden_states) else None
 
     def write(self, key: str, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Keeps features, and returns them as `read` will.
+        """Keeps features, and returns them as `read` will, on the CPU.
 
         Raises:
             UserError: they are too large for the dtype, or the file cannot be written.
@@ -143,7 +143,7 @@ class FeatureCache:
                 f"{self.upstream.name} has features of {largest:.3g}, more than {self.dtype} can hold: choose"
                 " --features_dtype float32"
             )
-        hidden_states = hidden_states.to(self.dtype).contiguous()
+        hidden_states = hidden_states.to(self.dtype).cpu().contiguous()
         try:
             with whole_file(self.file(key)) as unfinished:
                 save_file({"hidden_states": hidden_states}, unfinished, metadata={"crc32": _checksum(hidden_states)})
@@ -164,7 +164,8 @@ def _checksum(tensor: torch.Tensor) -> str:
 
 
 class FeatureDataset(torch.utils.data.Dataset):
-    """Features of a part of the data: item i is (num_layers, num_frames, hidden_size), fp32.
+    """Features of a part of the data: item i is (num_layers, num_frames, hidden_size), fp32; on the CPU if it is kept,
+    else where it is computed, on the device of the model.
 
     Args:
         audio: encoded, in the column `audio`.

@@ -6,7 +6,8 @@ As in s3prl: features are normalised over all recordings; the cost of two frames
 and by 0 to 2 in the document; scores are normalised for each query.
 """
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,26 +72,31 @@ def detection_scores(
         queries: hidden states, each (all layers, num_frames, hidden_size). All of them are kept in memory.
         documents: likewise, but each is read twice, and few are kept at a time. They are split among processes.
     """
-    chosen = list(layers)
-    mean, deviation = moments(part[at][chosen] for part in (queries, documents) for at in range(len(part)))
+    device = accelerator.device
+
+    def read(states: States) -> Iterator[torch.Tensor]:
+        return (states[at][list(layers)].to(device) for at in range(len(states)))
+
+    mean, deviation = moments(itertools.chain(read(queries), read(documents)))
 
     def unit_vectors(states: torch.Tensor) -> torch.Tensor:
-        return F.normalize((states[chosen] - mean) / deviation, dim=-1)
+        return F.normalize((states - mean) / deviation, dim=-1)
 
-    query_vectors = [unit_vectors(queries[at]) for at in range(len(queries))]
+    query_vectors = list(map(unit_vectors, read(queries)))
     shards = np.array_split(np.arange(len(documents)), accelerator.num_processes)
     shard = shards[accelerator.process_index].tolist()
-    scores = torch.zeros(len(chosen), len(queries), len(shard))
+    scores = torch.zeros(len(layers), len(queries), len(shard), device=device)
     starts = range(0, len(shard), DOCUMENTS_AT_ONCE)
     for start in tqdm(starts, desc="aligning", leave=False, disable=not accelerator.is_main_process):
-        vectors = [unit_vectors(documents[at]) for at in shard[start : start + DOCUMENTS_AT_ONCE]]
+        at_once = [documents[at] for at in shard[start : start + DOCUMENTS_AT_ONCE]]
+        vectors = list(map(unit_vectors, read(at_once)))
         padded = pad_sequence([each.transpose(0, 1) for each in vectors], batch_first=True)
-        frames = frame_mask(torch.tensor([each.shape[1] for each in vectors]), padded.shape[1])
+        frames = frame_mask(torch.tensor([each.shape[1] for each in vectors], device=device), padded.shape[1])
         for number, query in enumerate(query_vectors):
-            for layer in range(len(chosen)) if query.shape[1] >= SHORTEST_QUERY else ():
+            for layer in range(len(layers)) if query.shape[1] >= SHORTEST_QUERY else ():
                 cost = subsequence_cost(query[layer], padded[:, :, layer], frames)
                 scores[layer, number, start : start + len(vectors)] = -cost
-    scores = torch.cat(gather_object([scores]), dim=-1)
+    scores = torch.cat(gather_object([scores.cpu()]), dim=-1)
     centred = scores - scores.mean(dim=-1, keepdim=True)
     return (centred / scores.std(dim=-1, keepdim=True, correction=0).clamp(min=1e-9)).numpy()
 

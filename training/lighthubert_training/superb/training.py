@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from lighthubert_training.runs.checkpoints import FailedSaves, is_write_error
-from lighthubert_training.runs.distributed import sum_gradients
+from lighthubert_training.runs.distributed import on_main_process, sum_gradients
 from lighthubert_training.superb.features import Features
 from lighthubert_training.superb.heads import Downstream, spans_masked
 from lighthubert_training.superb.tasks import Task
@@ -28,6 +28,8 @@ from modeling_lighthubert.files import whole_file
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "state.pt"
+LOGGING_STEPS = 20
+"""Between the losses that the progress bar shows."""
 
 
 @lru_cache(maxsize=1)
@@ -70,45 +72,47 @@ class HeadTraining:
         self.load_state()
         max_steps, is_main = self.settings.max_steps, self.accelerator.is_main_process
         bar = tqdm(total=max_steps, initial=self.step, desc=self.settings.task, leave=False, disable=not is_main)
+        start, seconds = time.perf_counter(), 0.0
         while self.step < max_steps:
-            start = time.perf_counter()
-            loss, seconds = self.train_step(self.step)
-            self.step += 1
+            loss, of_step = self.train_step(self.step)
+            self.step, seconds = self.step + 1, seconds + of_step
             bar.update()
-            rate = seconds / (time.perf_counter() - start)
-            bar.set_postfix({"loss": f"{loss:.3g}", "audio s/s": f"{rate:.0f}"}, refresh=False)
+            if self.step % LOGGING_STEPS == 0:  # reading the loss waits for the device
+                rate = seconds / (time.perf_counter() - start)
+                bar.set_postfix({"loss": f"{float(loss):.3g}", "audio s/s": f"{rate:.0f}"}, refresh=False)
+                start, seconds = time.perf_counter(), 0.0
             if self.step % self.settings.eval_steps == 0 or self.step == max_steps:
-                error = None
-                if is_main:
-                    self.evaluate(loss)
-                    error = self.save_state()
+                self.evaluate(loss)
+                error = self.save_state() if is_main else None
                 self.failed_saves.note(self.folder / STATE_FILE, error, self.accelerator)
         bar.close()
+        self.downstream.load_state_dict(on_main_process(lambda: self.best["head"]))
+        outputs = self.outputs("test")
         if not is_main:
             return {}
-        self.downstream.load_state_dict(self.best["head"])
-        test = self.task.scores(self.outputs("test"), self.task.parts["test"])
+        test = self.task.scores(outputs, self.task.parts["test"])
         return {"test": test, "dev": self.best["scores"], "step": self.best["step"], "history": self.history}
 
-    def train_step(self, step: int) -> tuple[float, float]:
-        """One optimiser step of all processes. Returns the loss, and the seconds of audio, of this process."""
+    def train_step(self, step: int) -> tuple[torch.Tensor, float]:
+        """One optimiser step of all processes. Returns the loss, on the device, and the seconds of audio, of this
+        process."""
         indices = self.indices(step)
         ours = indices[self.accelerator.process_index :: self.accelerator.num_processes]
         set_seed(random.Random(f"{self.seed}-{step}-{self.accelerator.process_index}").getrandbits(32))
         self.downstream.train()
         self.optimizer.zero_grad()
-        loss_value, num_frames = 0.0, 0
+        loss_value, num_frames = torch.zeros(()), 0
         if ours:
             rngs = [random.Random(f"{self.seed}-{step}-{index}") for index in ours]
             crops = [self.crop(index, rng) for index, rng in zip(ours, rngs, strict=True)]
             hidden_states, lengths = self.pad([states for states, _ in crops])
             features = self.downstream.weighted_sum(hidden_states)
             if self.settings.spec_augment:
-                features = spans_masked(features, lengths.tolist(), rngs)
+                features = spans_masked(features, [states.shape[1] for states, _ in crops], rngs)
             outputs = self.downstream.head(features, lengths)
             loss = self.task.loss(self.downstream.head, outputs, lengths, [row for _, row in crops])
             (loss * (len(ours) / len(indices))).backward()
-            loss_value, num_frames = float(loss.detach()), int(lengths.sum())
+            loss_value, num_frames = loss.detach(), sum(states.shape[1] for states, _ in crops)
         sum_gradients(self.downstream.parameters(), self.accelerator)
         clip_grad_norm_(self.downstream.parameters(), 1.0)
         self.optimizer.step()
@@ -138,22 +142,28 @@ class HeadTraining:
 
     @torch.no_grad()
     def outputs(self, part: str) -> list[torch.Tensor]:
-        """Outputs of the head for each recording of a part, without padding, on the CPU."""
+        """Outputs of the head for each recording of a part, without padding, on the CPU. Processes split them, and all
+        get all."""
         self.downstream.eval()
-        features, batch_size, found = self.features[part], self.settings.batch_size, []
-        for start in range(0, len(features), batch_size):
-            indices = range(start, min(start + batch_size, len(features)))
-            hidden_states, lengths = self.pad([features[index] for index in indices])
-            outputs = self.downstream(hidden_states, lengths).cpu()
-            framewise = outputs.ndim == 3
-            found += [each[:length] if framewise else each for each, length in zip(outputs, lengths.tolist())]
-        return found
+        features, batch_size, own = self.features[part], self.settings.batch_size, dict[int, torch.Tensor]()
+        ours = range(self.accelerator.process_index, len(features), self.accelerator.num_processes)
+        for start in range(0, len(ours), batch_size):
+            indices = ours[start : start + batch_size]
+            states = [features[index] for index in indices]
+            outputs = self.downstream(*self.pad(states)).cpu()
+            for index, state, output in zip(indices, states, outputs, strict=True):
+                own[index] = output[: state.shape[1]].clone() if outputs.ndim == 3 else output
+        found = {index: output for of_process in gather_object([own]) for index, output in of_process.items()}
+        return [found[index] for index in range(len(features))]
 
-    def evaluate(self, loss: float) -> None:
-        """Scores the head on the dev part, and keeps it if it is better than all before. `loss` is that of the last
-        step."""
-        scores = self.task.scores(self.outputs("dev"), self.task.parts["dev"])
-        self.history.append({"step": self.step, "loss": loss, **scores})
+    def evaluate(self, loss: torch.Tensor) -> None:
+        """Scores the head on the dev part, and keeps it, on the main process, if it is better than all before. `loss`
+        is that of the last step."""
+        outputs = self.outputs("dev")
+        if not self.accelerator.is_main_process:
+            return
+        scores = self.task.scores(outputs, self.task.parts["dev"])
+        self.history.append({"step": self.step, "loss": float(loss), **scores})
         if not self.best or self.task.selection_score(scores) > self.task.selection_score(self.best["scores"]):
             head = {name: tensor.detach().cpu().clone() for name, tensor in self.downstream.state_dict().items()}
             self.best = {"scores": scores, "step": self.step, "head": head}
