@@ -43,7 +43,9 @@ class SuperbArguments:
         " learning rates), stand_in (small data).",
     )
     cache_dir: str | None = option(None, "Folder that keeps features. Default: they are computed whenever needed.")
-    features_dtype: str = option("float32", "Dtype of kept features.", choices=("float32", "float16"))
+    features_dtype: str | None = option(
+        None, "Dtype of kept features. Default: float16.", choices=("float32", "float16")
+    )
     max_unreadable_share: float = option(
         0.0, "Share of each part that may be unreadable, and is left out. Default: none may."
     )
@@ -54,7 +56,7 @@ class SuperbArguments:
     device: str | None = option(None, DEVICE_HELP)
 
     def __post_init__(self) -> None:
-        if self.cache_dir is None and self.features_dtype != "float32":
+        if self.cache_dir is None and self.features_dtype is not None:
             raise ValueError(f"--features_dtype {self.features_dtype} is of features that are kept: give --cache_dir")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"--max_steps has to be 1 or more, not {self.max_steps}")
@@ -80,7 +82,8 @@ def main() -> None:
     for upstream in load_upstreams(arguments, accelerator.device):
         cache = None
         if arguments.cache_dir is not None:
-            cache = FeatureCache(upstream, Path(arguments.cache_dir), getattr(torch, arguments.features_dtype))
+            dtype = getattr(torch, arguments.features_dtype or "float16")
+            cache = FeatureCache(upstream, Path(arguments.cache_dir), dtype)
         scoring = Scoring(
             upstream, accelerator, output_dir, arguments.data_dir, arguments.max_unreadable_share, cache,
             seeds=arguments.seeds, sweep=arguments.sweep, variant=arguments.variant,

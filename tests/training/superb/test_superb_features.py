@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from conftest import assert_close, small_disk, tiny_model
 from safetensors.torch import load_file
-from speech import RATE, encoded, undecoded
+from speech import RATE, TONE, encoded, undecoded
 from superb_toys import EXTRACTOR, SETTINGS, STOCK, noise_of, stock
 from transformers import HubertConfig, HubertModel
 
@@ -222,7 +222,7 @@ def test_features_that_do_not_fit_on_the_disk_are_not_begun(tmp_path, monkeypatc
 
 def test_processes_fill_one_cache_at_the_same_time(tmp_path):
     waveforms = [noise_of(4000 + 400 * number) for number in range(12)]
-    features = recordings_of(*waveforms, cache=FeatureCache(stock(), tmp_path))
+    features = recordings_of(*waveforms, cache=FeatureCache(stock(), tmp_path, torch.float32))
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=lambda: [features[at] for at in range(12)]) for _ in range(3)]
     for process in processes:
@@ -260,3 +260,20 @@ def test_a_recording_without_features_ends_the_run_by_name(tmp_path, content, me
         features = FeatureDataset(audio, upstream, FeatureCache(upstream, tmp_path) if kept else None)
         assert features[0].shape == (3, 24, 48)
         features[1]
+
+
+def test_a_file_is_known_by_its_size_and_time_and_not_read_for_it(tmp_path):
+    file = tmp_path / "tone.wav"
+    file.write_bytes(encoded(TONE, format="WAV"))
+    rows = undecoded([{"audio": {"bytes": None, "path": str(file)}}])
+
+    def key() -> str:
+        return FeatureDataset(rows, upstream, FeatureCache(upstream, tmp_path / "cache")).keys[0]
+
+    upstream = stock()
+    first = key()
+    file.chmod(0)
+    assert key() == first
+    file.chmod(0o600)
+    os.utime(file, ns=(0, 0))
+    assert key() != first

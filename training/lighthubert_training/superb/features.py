@@ -10,6 +10,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,10 @@ class FeatureCache:
 
     Args:
         folder: of all caches; each model, subnet and dtype has a folder in it.
-        dtype: of kept features: fp32, or fp16, half the size.
+        dtype: of kept features: fp16, or fp32, twice the size.
     """
 
-    def __init__(self, upstream: Upstream, folder: Path, dtype: torch.dtype = torch.float32):
+    def __init__(self, upstream: Upstream, folder: Path, dtype: torch.dtype = torch.float16):
         self.upstream, self.dtype = upstream, dtype
         self.folder = folder / f"{upstream.key}-{str(dtype).removeprefix('torch.')}"
 
@@ -210,11 +211,13 @@ class FeatureDataset(torch.utils.data.Dataset):
             ) from error
 
     def _digest(self, index: int) -> str:
+        """Of a file, by its name, size and time of change, without reading it; of bytes, by what they are."""
         audio = self.speech.encoded(index) or {}
-        try:
-            content = audio.get("bytes") or Path(audio.get("path") or "").read_bytes()
-        except OSError:  # is named when its features are to be computed
-            content = b""
+        content = audio.get("bytes") or b""
+        if not content:
+            with suppress(OSError, TypeError):  # what is missing is named when its features are to be computed
+                file = Path(audio["path"]).resolve(strict=True)
+                content = f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}".encode(errors="replace")
         return hashlib.sha256(content).hexdigest()
 
 
