@@ -157,10 +157,10 @@ def test_a_run_that_was_stopped_anywhere_ends_as_one_that_was_not(models, data, 
     whole = score(models / "hubert", data, tmp_path / "whole", *more)
     train_step = HeadTraining.train_step
 
-    def stopping(training: HeadTraining, step: int):
+    def stopping(training: HeadTraining, step: int, stored: list):
         if remaining and not remaining.pop():
             raise Stopped
-        return train_step(training, step)
+        return train_step(training, step, stored)
 
     monkeypatch.setattr(HeadTraining, "train_step", stopping)
     for stop in (1, 4, 0, 3):
@@ -210,10 +210,10 @@ def test_a_state_of_another_model_is_not_gone_on_from(models, data, tmp_path, mo
         run_superb, "read_settings", lambda *words, **changes: read_settings(*words, eval_steps=2, **changes)
     )
 
-    def stopping(training: HeadTraining, step: int):
+    def stopping(training: HeadTraining, step: int, stored: list):
         if step == 6:
             raise Stopped
-        return train_step(training, step)
+        return train_step(training, step, stored)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(HeadTraining, "train_step", stopping)

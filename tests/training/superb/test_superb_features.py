@@ -16,6 +16,7 @@ from speech import RATE, TONE, encoded, undecoded
 from superb_toys import EXTRACTOR, SETTINGS, STOCK, noise_of, stock
 from transformers import HubertConfig, HubertModel
 
+from lighthubert_training.superb import features as features_module
 from lighthubert_training.superb.features import FeatureCache, FeatureDataset, Upstream, fill_cache
 from modeling_lighthubert import LightHubertModel
 from modeling_lighthubert.errors import UserError
@@ -277,3 +278,21 @@ def test_a_file_is_known_by_its_size_and_time_and_not_read_for_it(tmp_path):
     file.chmod(0o600)
     os.utime(file, ns=(0, 0))
     assert key() != first
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_recordings_have_the_same_features_in_a_batch(norm):
+    torch.manual_seed(0)
+    model = HubertModel(HubertConfig(**SETTINGS | {"feat_extract_norm": norm}))
+    upstream, calls = Upstream(model, EXTRACTOR, "hubert"), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    waveforms = [noise_of(8000), noise_of(4000), noise_of(6000)]
+    found = upstream.batch(waveforms)
+    assert len(calls) == (1 if norm == "layer" else 3)
+    for states, waveform in zip(found, waveforms, strict=True):
+        assert_close(states, upstream(waveform))
+
+
+def test_batches_are_bounded_in_seconds(monkeypatch):
+    monkeypatch.setattr(features_module, "BATCH_SECONDS", 1.0)
+    assert stock()._batches([8000, 2000, 16_000, 3000, 40_000]) == [[1, 3], [0], [2], [4]]

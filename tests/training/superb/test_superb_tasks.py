@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import noise
-from superb_toys import stock, write_data, write_lines
+from superb_toys import Kept, stock, write_data, write_lines
 
 from lighthubert_training.superb.data import Part, TaskData
 from lighthubert_training.superb.recipes import TaskSettings
@@ -80,7 +80,7 @@ def train(task: str, folder, informed: bool = True) -> tuple[dict[str, float], H
         rows, frames = zip(*(TOYS[task](rng) for _ in range(size)))
         ids = [{"id": number} for number in range(size)]
         parts[name] = Part(name, [row | each for row, each in zip(rows, ids)], audio=None)
-        features[name] = [features_of(each, next(numbers), informed) for each in frames]
+        features[name] = Kept(features_of(each, next(numbers), informed) for each in frames)
         trials = [
             f"{one},{other},{int(rows[one] == rows[other])}" for one, other in itertools.combinations(range(size), 2)
         ]

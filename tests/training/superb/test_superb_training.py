@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from conftest import noise, small_disk
 from speech import TONE, encoded, undecoded
-from superb_toys import EXTRACTOR, SETTINGS
+from superb_toys import EXTRACTOR, SETTINGS, Kept
 from transformers import HubertConfig, HubertModel
 from waits import Waits
 
 from lighthubert_training.superb.data import Part, TaskData
-from lighthubert_training.superb.features import FeatureDataset, Upstream
+from lighthubert_training.superb.features import FeatureDataset, Upstream, read_ahead
 from lighthubert_training.superb.recipes import TaskSettings
 from lighthubert_training.superb.tasks import TASKS
 from lighthubert_training.superb.training import STATE_FILE, HeadTraining, epoch_order
@@ -33,7 +33,7 @@ def training(tmp_path) -> HeadTraining:
     part = Part("train", [{"label": str(number)} for number in range(10)], None)
     settings = TaskSettings("ks", "", batch_size=3, max_seconds=0.4)
     task = TASKS["ks"](TaskData(settings), {"train": part}, UPSTREAM)
-    features = {"train": [noise(2, 30, 4, seed=number) for number in range(10)]}
+    features = {"train": Kept(noise(2, 30, 4, seed=number) for number in range(10))}
     return HeadTraining(task, features, tmp_path, Accelerator(cpu=True), {"seed": 5})
 
 
@@ -52,7 +52,7 @@ def test_an_epoch_is_in_an_order_of_its_own_that_is_drawn_once(training):
 
 def test_recordings_are_cropped_alike_whatever_process_they_fall_to(training):
     whole = training.features["train"][3]
-    crops = [training.crop(3, random.Random(seed)) for seed in ("0-0-3", "0-0-3", "0-1-3")]
+    crops = [training.crop(3, whole, random.Random(seed)) for seed in ("0-0-3", "0-0-3", "0-1-3")]
     firsts = [row["first_frame"] for _, row in crops]
     assert firsts[0] == firsts[1] != firsts[2]
     for states, row in crops:
@@ -112,7 +112,8 @@ def test_a_step_copies_audio_to_the_device_and_no_hidden_states_back(tmp_path, m
     features = {"train": FeatureDataset(part.audio, upstream)}
     training = HeadTraining(task, features, tmp_path, accelerator, {"seed": 0})
     with Waits() as waits:
-        loss, seconds = training.train_step(0)
+        (stored,) = read_ahead(features["train"], [training.own_indices(0)])
+        loss, seconds = training.train_step(0, stored)
     assert loss.is_meta
     assert seconds == pytest.approx(settings.batch_size * 0.5, rel=0.05)
     assert waits.to_device == pytest.approx(settings.batch_size * len(TONE) * 4, rel=0.01), "samples in fp32"

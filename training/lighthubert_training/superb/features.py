@@ -1,7 +1,7 @@
 """Features: the hidden states of a frozen model for recordings, computed once and kept on disk, or each time anew.
 
-A recording is encoded alone, so that its features do not depend on a batch, and kept ones are those that would be
-computed.
+Features of a recording do not depend on others: in a batch, those of models that take padding for audio are encoded
+alone.
 """
 
 import hashlib
@@ -9,7 +9,8 @@ import json
 import shutil
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,16 @@ from lighthubert_training.data.recordings import SpeechDataset, Unreadable
 from modeling_lighthubert.errors import UserError, user_error
 from modeling_lighthubert.files import whole_file
 from modeling_lighthubert.loading import SubnetLike, load_cut_model, load_processor
+
+
+BATCH_SECONDS = 160.0
+"""Of a padded batch that goes through the model at once."""
+RECORDINGS_READ = 32
+"""At a time, to fill the cache."""
+NUM_READERS = 4
+"""Threads that read what is kept, or decode audio."""
+Stored = torch.Tensor | np.ndarray
+"""Of a recording: kept features, in the dtype in which they are kept, or its waveform."""
 
 
 class Upstream:
@@ -73,13 +84,45 @@ class Upstream:
             digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    @torch.no_grad()
+    @property
+    def pads(self) -> bool:
+        """Whether padding changes nothing: the model is told of it, and its convolutions have no group norm."""
+        masks = getattr(self.feature_extractor, "return_attention_mask", False)
+        return bool(masks) and getattr(self.model.config, "feat_extract_norm", "group") == "layer"
+
     def __call__(self, waveform: np.ndarray) -> torch.Tensor:
         """Hidden states (num_layers, num_frames, hidden_size) of mono samples (num_samples), in fp32 on the device."""
-        inputs = self.feature_extractor(waveform, sampling_rate=self.sampling_rate, return_tensors="pt")
-        name = self.feature_extractor.model_input_names[0]
+        return self.batch([waveform])[0]
+
+    def batch(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """The same of several recordings, which go through the model together if padding changes nothing, at most
+        `BATCH_SECONDS` at a time."""
+        found: dict[int, torch.Tensor] = {}
+        for batch in self._batches(list(map(len, waveforms))):
+            found |= dict(zip(batch, self._run([waveforms[at] for at in batch]), strict=True))
+        return [found[at] for at in range(len(waveforms))]
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Recordings by their numbers, the shortest first."""
+        most = BATCH_SECONDS * self.sampling_rate if self.pads else 0
+        batches: list[list[int]] = []
+        for at in sorted(range(len(lengths)), key=lambda at: lengths[at]):
+            if not batches or (len(batches[-1]) + 1) * lengths[at] > most:
+                batches.append([])
+            batches[-1].append(at)
+        return batches
+
+    @torch.no_grad()
+    def _run(self, waveforms: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        is_padded = len(set(map(len, waveforms))) > 1
+        options = {"padding": True, "return_attention_mask": True} if is_padded else {}
+        inputs = self.feature_extractor(
+            list(waveforms), sampling_rate=self.sampling_rate, return_tensors="pt", **options
+        )
+        name, device = self.feature_extractor.model_input_names[0], self.model.device
+        masks = {"attention_mask": inputs["attention_mask"].to(device)} if is_padded else {}
         try:
-            outputs = self.model(inputs[name].to(self.model.device, self.model.dtype), output_hidden_states=True)
+            outputs = self.model(inputs[name].to(device, self.model.dtype), output_hidden_states=True, **masks)
         except TypeError as error:
             raise UserError(f"{self.name} cannot be scored: {error}") from error
         hidden_states = getattr(outputs, "hidden_states", None)
@@ -87,7 +130,12 @@ class Upstream:
             raise UserError(
                 f"{self.name}, a {type(self.model).__name__}, returns no hidden states, which are what is scored"
             )
-        return torch.stack(hidden_states)[:, 0].float()
+        states = torch.stack(hidden_states, dim=1).float()
+        if not is_padded:
+            return list(states)
+        model: Any = self.model
+        lengths = (int(model._get_feat_extract_output_lengths(len(waveform))) for waveform in waveforms)
+        return [state[:, :length] for state, length in zip(states, lengths, strict=True)]
 
 
 class FeatureCache:
@@ -118,7 +166,7 @@ class FeatureCache:
             raise UserError(f"kept features may not be read ({error}): choose another --cache_dir") from error
 
     def read(self, key: str) -> torch.Tensor | None:
-        """The features that are kept of a recording; `None` if there is no whole file.
+        """The features that are kept of a recording, in their dtype, on the CPU; `None` if there is no whole file.
 
         Raises:
             UserError: the file is there, and may not be read.
@@ -131,10 +179,10 @@ class FeatureCache:
             raise UserError(f"kept features may not be read ({error}): choose another --cache_dir") from error
         except (FileNotFoundError, SafetensorError, KeyError, TypeError):
             return None
-        return hidden_states.float() if checksum == _checksum(hidden_states) else None
+        return hidden_states if checksum == _checksum(hidden_states) else None
 
     def write(self, key: str, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Keeps features, and returns them as `read` will, on the CPU.
+        """Keeps features, and returns them as `read` will.
 
         Raises:
             UserError: they are too large for the dtype, or the file cannot be written.
@@ -152,7 +200,7 @@ class FeatureCache:
             raise UserError(
                 f"features cannot be kept in {self.folder} ({error}): make room, or choose another --cache_dir"
             ) from error
-        return hidden_states.float()
+        return hidden_states
 
     def bytes_for(self, seconds: float) -> int:
         """Size of the features of that much audio."""
@@ -165,8 +213,8 @@ def _checksum(tensor: torch.Tensor) -> str:
 
 
 class FeatureDataset(torch.utils.data.Dataset):
-    """Features of a part of the data: item i is (num_layers, num_frames, hidden_size), fp32; on the CPU if it is kept,
-    else where it is computed, on the device of the model.
+    """Features of a part of the data: item i is (num_layers, num_frames, hidden_size), fp32, on the device of the
+    model.
 
     Args:
         audio: encoded, in the column `audio`.
@@ -188,26 +236,47 @@ class FeatureDataset(torch.utils.data.Dataset):
         return duration(self.speech.encoded(index))
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if self.cache is None:
-            return self._compute(index)
-        kept = self.cache.read(self.keys[index])
-        return self.cache.write(self.keys[index], self._compute(index)) if kept is None else kept
+        return self.states([index], [self.read(index)])[0]
 
-    def _compute(self, index: int) -> torch.Tensor:
-        """
+    def read(self, index: int) -> Stored:
+        """What is kept of a recording, or else its waveform.
+
         Raises:
-            UserError: the recording cannot be read, or is shorter than a frame.
+            UserError: the recording cannot be read.
         """
+        if self.cache is not None and (kept := self.cache.read(self.keys[index])) is not None:
+            return kept
         recording = self.speech[index]
         if recording.waveform is None:
             Unreadable(0.0, len(self)).add(recording.name, recording.problem)
         assert recording.waveform is not None  # a share of 0 allows no other
+        return recording.waveform
+
+    def states(self, indices: Sequence[int], stored: Sequence[Stored]) -> list[torch.Tensor]:
+        """Features of recordings, from what `read` returned for them.
+
+        Raises:
+            UserError: a recording is shorter than a frame.
+        """
+        new = [at for at, each in enumerate(stored) if isinstance(each, np.ndarray)]
         try:
-            return self.upstream(recording.waveform)
+            states = self.upstream.batch([np.asarray(stored[at]) for at in new])
         except (ValueError, RuntimeError) as error:
+            states = [self._alone(indices[at], np.asarray(stored[at]), error) for at in new]
+        if self.cache is not None:
+            states = [self.cache.write(self.keys[indices[at]], each) for at, each in zip(new, states, strict=True)]
+        found = dict(enumerate(stored)) | dict(zip(new, states, strict=True))
+        device = self.upstream.model.device
+        return [torch.as_tensor(each).to(device, non_blocking=True).float() for each in found.values()]
+
+    def _alone(self, index: int, waveform: np.ndarray, error: Exception) -> torch.Tensor:
+        """Features of a recording of a batch that failed; it is named if it is at fault."""
+        try:
+            return self.upstream(waveform)
+        except (ValueError, RuntimeError) as own:
             raise UserError(
-                f"{recording.name} ({self.seconds(index):.3f} s) gives no features: {error}. Mend it, or leave it out"
-                " of the data"
+                f"{self.speech.name(index)} ({self.seconds(index):.3f} s) gives no features: {own}. Mend it, or leave"
+                " it out of the data"
             ) from error
 
     def _digest(self, index: int) -> str:
@@ -219,6 +288,17 @@ class FeatureDataset(torch.utils.data.Dataset):
                 file = Path(audio["path"]).resolve(strict=True)
                 content = f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}".encode(errors="replace")
         return hashlib.sha256(content).hexdigest()
+
+
+def read_ahead(features: FeatureDataset, batches: Iterable[Sequence[int]]) -> Iterator[list[Stored]]:
+    """What is stored of the recordings of each batch, read by threads while the batch before is used."""
+    with ThreadPoolExecutor(NUM_READERS) as readers:
+        coming: list[Future[Stored]] = []
+        for number, batch in enumerate(batches):
+            before, coming = coming, [readers.submit(features.read, index) for index in batch]
+            if number:
+                yield [each.result() for each in before]
+        yield [each.result() for each in coming]
 
 
 Features = dict[str, FeatureDataset]
@@ -249,6 +329,12 @@ def fill_cache(parts: Sequence[FeatureDataset], accelerator: Accelerator) -> Non
                 f" {cache.folder}: choose another --cache_dir, --features_dtype float16, or leave --cache_dir out"
             )
         ours = missing[accelerator.process_index :: accelerator.num_processes]
-        for part, at in tqdm(ours, desc="features", disable=not accelerator.is_main_process or not missing):
-            part[at]
+        is_hidden = not accelerator.is_main_process or not missing
+        with tqdm(total=len(ours), desc="features", disable=is_hidden) as progress:
+            for part in parts:
+                own = [at for other, at in ours if other is part]
+                batches = [own[start : start + RECORDINGS_READ] for start in range(0, len(own), RECORDINGS_READ)]
+                for batch, stored in zip(batches, read_ahead(part, batches)):
+                    part.states(batch, stored)
+                    progress.update(len(batch))
     accelerator.wait_for_everyone()

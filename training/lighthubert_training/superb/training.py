@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from lighthubert_training.runs.checkpoints import FailedSaves, is_write_error
 from lighthubert_training.runs.distributed import on_main_process, sum_gradients
-from lighthubert_training.superb.features import Features
+from lighthubert_training.superb.features import Features, Stored, read_ahead
 from lighthubert_training.superb.heads import Downstream, spans_masked
 from lighthubert_training.superb.tasks import Task
 from modeling_lighthubert.files import whole_file
@@ -73,8 +73,10 @@ class HeadTraining:
         max_steps, is_main = self.settings.max_steps, self.accelerator.is_main_process
         bar = tqdm(total=max_steps, initial=self.step, desc=self.settings.task, leave=False, disable=not is_main)
         start, seconds = time.perf_counter(), 0.0
+        own = (self.own_indices(step) for step in range(self.step, max_steps))
+        stored = read_ahead(self.features["train"], own)
         while self.step < max_steps:
-            loss, of_step = self.train_step(self.step)
+            loss, of_step = self.train_step(self.step, next(stored))
             self.step, seconds = self.step + 1, seconds + of_step
             bar.update()
             if self.step % LOGGING_STEPS == 0:  # reading the loss waits for the device
@@ -93,25 +95,31 @@ class HeadTraining:
         test = self.task.scores(outputs, self.task.parts["test"])
         return {"test": test, "dev": self.best["scores"], "step": self.best["step"], "history": self.history}
 
-    def train_step(self, step: int) -> tuple[torch.Tensor, float]:
-        """One optimiser step of all processes. Returns the loss, on the device, and the seconds of audio, of this
-        process."""
-        indices = self.indices(step)
-        ours = indices[self.accelerator.process_index :: self.accelerator.num_processes]
+    def train_step(self, step: int, stored: Sequence[Stored]) -> tuple[torch.Tensor, float]:
+        """One optimiser step of all processes.
+
+        Args:
+            stored: what is read of the recordings of this process.
+
+        Returns:
+            The loss, on the device, and the seconds of audio, of this process.
+        """
+        ours = self.own_indices(step)
         set_seed(random.Random(f"{self.seed}-{step}-{self.accelerator.process_index}").getrandbits(32))
         self.downstream.train()
         self.optimizer.zero_grad()
         loss_value, num_frames = torch.zeros(()), 0
         if ours:
             rngs = [random.Random(f"{self.seed}-{step}-{index}") for index in ours]
-            crops = [self.crop(index, rng) for index, rng in zip(ours, rngs, strict=True)]
+            states = self.features["train"].states(ours, stored)
+            crops = [self.crop(*each) for each in zip(ours, states, rngs, strict=True)]
             hidden_states, lengths = self.pad([states for states, _ in crops])
             features = self.downstream.weighted_sum(hidden_states)
             if self.settings.spec_augment:
                 features = spans_masked(features, [states.shape[1] for states, _ in crops], rngs)
             outputs = self.downstream.head(features, lengths)
             loss = self.task.loss(self.downstream.head, outputs, lengths, [row for _, row in crops])
-            (loss * (len(ours) / len(indices))).backward()
+            (loss * (len(ours) / len(self.indices(step)))).backward()
             loss_value, num_frames = loss.detach(), sum(states.shape[1] for states, _ in crops)
         sum_gradients(self.downstream.parameters(), self.accelerator)
         clip_grad_norm_(self.downstream.parameters(), 1.0)
@@ -125,9 +133,13 @@ class HeadTraining:
         epoch, at = divmod(step, count // size)
         return epoch_order(self.seed, epoch, count)[at * size : (at + 1) * size]
 
-    def crop(self, index: int, rng: random.Random) -> tuple[torch.Tensor, dict[str, Any]]:
+    def own_indices(self, step: int) -> list[int]:
+        """Those of this process."""
+        return self.indices(step)[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def crop(self, index: int, states: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, dict[str, Any]]:
         """Hidden states and labels of a training recording, cropped at random if it is longer than `max_seconds`."""
-        states, row = self.features["train"][index], self.task.parts["train"].rows[index]
+        row = self.task.parts["train"].rows[index]
         if self.settings.max_seconds is None:
             return states, row
         most = int(self.settings.max_seconds * self.upstream.sampling_rate / self.upstream.samples_per_frame)
@@ -147,9 +159,9 @@ class HeadTraining:
         self.downstream.eval()
         features, batch_size, own = self.features[part], self.settings.batch_size, dict[int, torch.Tensor]()
         ours = range(self.accelerator.process_index, len(features), self.accelerator.num_processes)
-        for start in range(0, len(ours), batch_size):
-            indices = ours[start : start + batch_size]
-            states = [features[index] for index in indices]
+        batches = [ours[start : start + batch_size] for start in range(0, len(ours), batch_size)]
+        for indices, stored in zip(batches, read_ahead(features, batches)):
+            states = features.states(indices, stored)
             outputs = self.downstream(*self.pad(states)).cpu()
             for index, state, output in zip(indices, states, outputs, strict=True):
                 own[index] = output[: state.shape[1]].clone() if outputs.ndim == 3 else output
