@@ -253,29 +253,31 @@ class FeatureDataset(torch.utils.data.Dataset):
         return recording.waveform
 
     def states(self, indices: Sequence[int], stored: Sequence[Stored]) -> list[torch.Tensor]:
-        """Features of recordings, from what `read` returned for them.
+        """Features of recordings, from what `read` returned for them. Those that are kept are computed one by one, so
+        that they do not depend on which are kept already.
 
         Raises:
             UserError: a recording is shorter than a frame.
         """
-        new = [at for at, each in enumerate(stored) if isinstance(each, np.ndarray)]
-        try:
-            states = self.upstream.batch([np.asarray(stored[at]) for at in new])
-        except (ValueError, RuntimeError) as error:
-            states = [self._alone(indices[at], np.asarray(stored[at]), error) for at in new]
-        if self.cache is not None:
-            states = [self.cache.write(self.keys[indices[at]], each) for at, each in zip(new, states, strict=True)]
-        found = dict(enumerate(stored)) | dict(zip(new, states, strict=True))
+        new = {at: each for at, each in enumerate(stored) if isinstance(each, np.ndarray)}
+        found = dict(enumerate(stored))
+        if self.cache is None:
+            try:
+                found |= dict(zip(new, self.upstream.batch(list(new.values())), strict=True))
+            except (ValueError, RuntimeError):  # one of them has no features
+                found |= {at: self._alone(indices[at], each) for at, each in new.items()}
+        else:
+            for at, each in new.items():
+                found[at] = self.cache.write(self.keys[indices[at]], self._alone(indices[at], each))
         device = self.upstream.model.device
         return [torch.as_tensor(each).to(device, non_blocking=True).float() for each in found.values()]
 
-    def _alone(self, index: int, waveform: np.ndarray, error: Exception) -> torch.Tensor:
-        """Features of a recording of a batch that failed; it is named if it is at fault."""
+    def _alone(self, index: int, waveform: np.ndarray) -> torch.Tensor:
         try:
             return self.upstream(waveform)
-        except (ValueError, RuntimeError) as own:
+        except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"{self.speech.name(index)} ({self.seconds(index):.3f} s) gives no features: {own}. Mend it, or leave"
+                f"{self.speech.name(index)} ({self.seconds(index):.3f} s) gives no features: {error}. Mend it, or leave"
                 " it out of the data"
             ) from error
 
