@@ -277,8 +277,8 @@ class FeatureDataset(torch.utils.data.Dataset):
             return self.upstream(waveform)
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"{self.speech.name(index)} ({self.seconds(index):.3f} s) gives no features: {error}. Mend it, or leave"
-                " it out of the data"
+                f"{self.speech.name(index)} ({self.seconds(index):.3f} s) gives no features: {error}. Mend it, or"
+                " leave it out of the data"
             ) from error
 
     def _digest(self, index: int) -> str:
