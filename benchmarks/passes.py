@@ -102,6 +102,8 @@ def plot(results: Results, arguments: PassesArguments, path: Any) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
         axes.set(xlabel="passes of a subnet", ylabel="R2 of the target", xscale="log")
+        axes.set_xticks(arguments.all_passes, labels=map(str, arguments.all_passes), minor=False)
+        axes.minorticks_off()
         axes.legend(fontsize="small")
     save_figure(figure, path)
 
