@@ -144,7 +144,7 @@ def transcribe(folder: Path, until: int) -> tuple[float, float]:
     journal, first, most = folder / "transcripts.jsonl", 0.0, 0.0
     command = [sys.executable, ROOT / "training/transcribe.py", *words, f"--output_file={journal}"]
     begun = num_lines(journal)
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and num_lines(journal) < until:
             with contextlib.suppress(psutil.Error):
                 held = psutil.Process(process.pid).memory_info().rss / 2**20
