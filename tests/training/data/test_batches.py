@@ -214,6 +214,13 @@ def test_streamed_recordings_without_a_header_reach_the_batch_which_names_them()
     assert unreadable.num_recordings == 28, "a pool of each process"
 
 
+def test_a_streamed_row_without_audio_reaches_the_batch_as_one_that_cannot_be_read():
+    rows = Dataset.from_list([{"audio": {"bytes": encoded(TONE, format="WAV"), "path": "0.wav"}}, {"audio": None}])
+    batch = next(iter(stream_sampler(rows.to_iterable_dataset(), batch_size=2)))
+    recordings = [CroppedRecordings(None, RATE, 1.0, seed=0)[item] for item in batch]
+    assert sorted(each.waveform is None for each in recordings) == [False, True]
+
+
 def test_an_empty_stream_is_refused():
     with pytest.raises(ValueError, match="no recordings in the streamed data"):
         next(iter(stream_sampler(stream().filter(lambda row: False))))

@@ -213,7 +213,7 @@ class StreamSampler(BatchSampler):
             self.stream.set_epoch(epoch)
             if stream is not None:
                 self.stream.load_state_dict(stream)
-            rows = (row[self.audio_column_name] for row in self.stream)
+            rows = (row[self.audio_column_name] or {} for row in self.stream)
             while (pool := self._fill(Pool({"epoch": epoch, "num_read": num_read, "stream": stream}), rows)).audio:
                 yield pool
                 num_read, stream = num_read + len(pool.audio), self.stream.state_dict()

@@ -19,7 +19,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from lighthubert_training.data.audio import UNREADABLE, duration, load_waveform
-from lighthubert_training.runs.distributed import on_main_process
+from lighthubert_training.runs.distributed import on_main_process, sum_over_processes
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.files import write_json
 
@@ -125,8 +125,8 @@ class Unreadable:
             UserError: they are more than `max_share`.
         """
         if accelerator.num_processes > 1:
-            count = accelerator.reduce(torch.tensor(len(found), device=accelerator.device), "sum")
-            found = gather_object(list(found)) if int(count) else ()
+            (count,) = sum_over_processes([len(found)])  # which waits for no device
+            found = gather_object(list(found)) if count else ()
         for name, reason in found:
             self.add(name, reason)
 
