@@ -11,7 +11,6 @@ model on 15 s of audio.
 """
 
 import argparse
-import dataclasses
 import multiprocessing
 import statistics
 import tempfile
@@ -24,52 +23,18 @@ import numpy as np
 import torch
 from processes import process_memory
 from recordings import noise
+from shapes import REFERENCE, ROWS, build, gigamacs
 from tqdm.auto import tqdm
-from transformers import HubertConfig, HubertModel
-from transformers.models.hubert.modeling_hubert import HubertPreTrainedModel
 from transformers.utils import logging
 
 from lighthubert_training.runs.tables import markdown_table
-from modeling_lighthubert import LightHubertConfig, LightHubertModel, SearchSpace, Subnet
 from modeling_lighthubert.errors import run
 from modeling_lighthubert.onnx_export import onnx_session, to_onnx
-from modeling_lighthubert.profiling import macs_per_second, median_ratio, time_in_turns
+from modeling_lighthubert.profiling import median_ratio, time_in_turns
 
 
 FORMS = ("fp32", "bf16", "compiled", "onnx", "int8")
-REFERENCE, TWO_LAYERS = "stock HuBERT Base", "DistilHuBERT's shape"
-A_SMALL = SearchSpace.small().named["a_small"]
-SUBNETS = {
-    "largest": SearchSpace.tiny_to_base().largest,
-    "a_base": Subnet.uniform(hidden_size=640, num_hidden_layers=12, num_attention_heads=10, intermediate_size=2560),
-    "a_small": A_SMALL,
-    "smallest of the small space": SearchSpace.small().smallest,
-    "a_small, half the channels": dataclasses.replace(A_SMALL, conv_dim=(256,) * 7),
-    "384 wide, narrow below": Subnet.uniform(384, 10, 4, 768, conv_dim=(128, 128, 128, 256, 256, 256, 384)),
-    "smallest of tiny_to_base": SearchSpace.tiny_to_base().smallest,
-}
-ROWS = (REFERENCE, TWO_LAYERS, *SUBNETS)
-
 Runner = Callable[[np.ndarray], None]
-
-
-def build(row: str) -> HubertPreTrainedModel:
-    """A model with random weights."""
-    torch.manual_seed(0)
-    if row in SUBNETS:
-        return LightHubertModel(cut_config(SUBNETS[row])).eval()
-    return HubertModel(HubertConfig(num_hidden_layers=12 if row == REFERENCE else 2)).eval()
-
-
-def cut_config(subnet: Subnet) -> LightHubertConfig:
-    return LightHubertConfig(search_space=SearchSpace.tiny_to_base()).cut_to(subnet)
-
-
-def gigamacs(row: str, seconds: float) -> float:
-    """MACs for a second of audio, in clips of `seconds`. They depend on the shape alone."""
-    stock = Subnet.uniform(768, 12 if row == REFERENCE else 2, 12, 3072)
-    with torch.device("meta"):
-        return macs_per_second(LightHubertModel(cut_config(SUBNETS.get(row, stock))), seconds=seconds) / 1e9
 
 
 def onnx_file(row: str, form: str, folder: Path) -> Path:

@@ -25,12 +25,12 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import psutil
 import soundfile
 import torch
 from datasets import Features, IterableDataset, Value
 from processes import ROOT, parse, prepare_process, process_memory
+from recordings import librispeech_like
 from tqdm.auto import tqdm
 from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
@@ -78,11 +78,8 @@ class Reading:
 
 
 def write_files(folder: Path) -> None:
-    """Encoded noise of 1.5 to 16 s, as long as LibriSpeech's recordings are: most near the top."""
-    rng = np.random.default_rng(0)
-    for number, share in enumerate(rng.beta(4, 1.5, NUM_FILES)):
-        samples = np.cumsum(rng.standard_normal(int((1.5 + 14.5 * share) * SAMPLING_RATE)))
-        soundfile.write(folder / f"{number}.flac", 0.1 * samples / np.abs(samples).max(), SAMPLING_RATE)
+    for number, audio in enumerate(librispeech_like(NUM_FILES)):
+        soundfile.write(folder / f"{number}.flac", audio, SAMPLING_RATE)
 
 
 def rows(shards: Sequence[Sequence[int]], folder: str) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,10 @@
 """The process of a benchmark, and the scripts that it runs in others."""
 
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +66,35 @@ def run_script(script: str, **options: Any) -> None:
         log.write(finished.stdout + finished.stderr)
 
 
-def process_memory(kind: str) -> float:
-    """Mebibytes that this process holds (`VmRSS`), or held at most (`VmHWM`), on Linux. `getrusage` would count what
-    its parent held as well."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+def process_memory(kind: str, pid: int | str = "self") -> float:
+    """Mebibytes that a process, by default this one, holds (`VmRSS`), or held at most (`VmHWM`), on Linux. `getrusage`
+    would count what its parent held as well."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return int(status[kind].split()[0]) / 2**10
+
+
+def synchronizer(device: torch.device) -> Callable[[], None] | None:
+    """Waits for the device, if there is anything to wait for."""
+    return torch.cuda.synchronize if device.type == "cuda" else None
+
+
+def device_name(device: torch.device) -> str:
+    """Of a GPU what its maker calls it, of the CPU the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors that `run` holds at most above what is held before it. It is run twice, on a CPU slowly."""
+    run()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    memory = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = (event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from datasets import Audio, Dataset
+from processes import peak_memory, synchronizer
 from recordings import noise, to_distil
 from torch.utils.data import DataLoader
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
@@ -51,7 +52,7 @@ class Bench:
         batch = {"input_values": audio, "attention_mask": torch.ones(audio.shape, dtype=torch.long)}
         (batch,) = to_distil([batch], LightHubertConfig(), self.teacher.objective)
         self.batch = send_to_device(batch, device)
-        self.synchronize = torch.cuda.synchronize if device.type == "cuda" else None
+        self.synchronize = synchronizer(device)
 
     def supernet(self) -> LightHubertForPreTraining:
         """A student as stage 2 of the small space has it, with the convolutions of the teacher."""
@@ -97,20 +98,6 @@ class Bench:
     def time(self, steps: dict[str, Step]) -> dict[str, list[float]]:
         return time_in_turns(steps, self.options.repeats, synchronize=self.synchronize)
 
-    def peak_memory(self, step: Step) -> int:
-        """Bytes that `step` holds at most above what is held before it."""
-        step()
-        if self.synchronize is not None:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step()
-            return torch.cuda.max_memory_allocated() - before
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            step()
-        memory = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-        changes = (event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns()))
-        return max(itertools.accumulate(changes))
-
 
 def selected_against_cut(bench: Bench) -> None:
     """A selected subnet costs what its cut model costs, and a small one less than a large one."""
@@ -121,7 +108,7 @@ def selected_against_cut(bench: Bench) -> None:
         cut, cut_optimizer = bench.prepare(supernet.extract_subnet())
         steps = [bench.student_step(supernet, optimizer), bench.student_step(cut, cut_optimizer)]
         times = bench.time(dict(zip(("selected", "cut"), steps, strict=True)))
-        selected, of_cut = (bench.peak_memory(step) / 2**30 for step in steps)
+        selected, of_cut = (peak_memory(step, bench.accelerator.device) / 2**30 for step in steps)
         ratios = [f"{median_ratio(times['selected'], times['cut']):.3f}", f"{selected / of_cut:.3f}"]
         print(f"| {name}, selected / cut | {ratios[0]} | {selected:.2f} / {of_cut:.2f} = {ratios[1]} |", flush=True)
 
@@ -166,7 +153,7 @@ def feature_encoders(bench: Bench) -> float:
     return rate
 
 
-def librispeech_like(num_recordings: int) -> SpeechDataset:
+def recordings_of_many_lengths(num_recordings: int) -> SpeechDataset:
     """Noise in FLAC, of lengths drawn between 1 and 35 s."""
     rng = np.random.default_rng(0)
     lengths = rng.uniform(1, 35, num_recordings) * SAMPLING_RATE
@@ -177,7 +164,7 @@ def librispeech_like(num_recordings: int) -> SpeechDataset:
 def data_pipeline(rate: float, num_batches: int = 100) -> None:
     """Decoding, normalising and padding alone, in one worker, against the `rate` of a step; and how much of a batch is
     padding."""
-    speech = librispeech_like(400)
+    speech = recordings_of_many_lengths(400)
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     sampler = RandomAccessSampler(durations(speech), batch_size=32, max_batch_seconds=160.0, crop_seconds=35.0, seed=0)
     crops = CroppedRecordings(speech, SAMPLING_RATE, 35.0, seed=0)

@@ -101,7 +101,7 @@ def test_operations_are_those_that_torch_counts():
 
 
 def test_hours_follow_from_the_operations():
-    found = Estimate(10, 10.0, 2_000_000, 1_000_000, weights=10**9, peak=38 * 10**9, flops=989e12)
+    found = Estimate(10, 10.0, 2_000_000, 1_000_000, 10**9, peak=38 * 10**9, flops=989e12, teacher_flops=400e12)
     arguments = replace(ARGUMENTS, max_steps=3600, gradient_accumulation_steps=2)
     lines = report(found, arguments).splitlines()
     one, eight, many = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[7:10])

@@ -51,6 +51,7 @@ class Estimate:
         weights, peak: bytes of weights and moments of AdamW; and of all tensors at the peak of a step, with the
             largest subnet. What CUDA and its libraries take besides, about 1 GB, is not in it.
         flops: of a batch, in the mean over the subnets that are drawn.
+        teacher_flops: of the teacher alone.
     """
 
     num_recordings: int
@@ -60,6 +61,7 @@ class Estimate:
     weights: int
     peak: int
     flops: float
+    teacher_flops: float
 
 
 class LiveBytes(TorchDispatchMode):
@@ -182,7 +184,7 @@ def estimate(
         for subnets in _draws(student, arguments)
     )
     theirs, ours = (sum(weight.numel() for weight in model.parameters()) for model in (teacher.model, student))
-    return Estimate(number, seconds, theirs, ours, weights, live.peak, flops_of_teacher + flops)
+    return Estimate(number, seconds, theirs, ours, weights, live.peak, flops_of_teacher + flops, flops_of_teacher)
 
 
 def _draws(student: LightHubertForPreTraining, arguments: DistillationArguments) -> Iterator[list[Subnet | None]]:
