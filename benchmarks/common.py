@@ -49,6 +49,8 @@ class BenchArguments(MeasureArguments):
     passes: int = option(1200, "Passes of a subnet that each distillation has.")
     seeds: list[int] = option([0, 1, 2], "One run of each kind for each.")
     only: list[str] | None = option(None, "Runs to make, by name. Default: all.")
+    num_processes: int = option(2, "Runs that are made at a time.")
+    num_workers: int = option(0, "Processes that decode audio for each distillation.")
 
 
 class Bench:
@@ -79,7 +81,8 @@ class Bench:
         for name in [folders[group] for group in self.arguments.measures if group in folders]:
             data, folder = self.superb_data(name), self.save(model)
             scores, tasks = folder / f"{name}-{seed}", [task for task in ("ks", "sf") if (data / task).exists()]
-            options = {"model_name_or_path": folder, "data_dir": data, "tasks": tasks, "seeds": seed, "device": "cpu"}
+            options = {"model_name_or_path": folder, "data_dir": data, "tasks": tasks, "seeds": seed}
+            options["device"] = self.arguments.device
             with TemporaryDirectory(dir=self.output) as features:
                 options |= {"cache_dir": features, "features_dtype": "float16", "variant": "stand_in"}
                 run_script("training/run_superb.py", output_dir=scores, **options)
@@ -151,6 +154,7 @@ class Bench:
         described = [weights_digest(self.untrained), *sorted((options | {"search_space": space}).items(), key=str)]
         digest = hashlib.sha256(repr(described).encode()).hexdigest()[:12]
         folder, options["teacher_cache_dir"] = self.output / "distilled" / digest, self.output / "teacher"
+        options |= {"device": self.arguments.device, "dataloader_num_workers": self.arguments.num_workers}
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not (folder / "model.safetensors").exists():
@@ -188,7 +192,7 @@ class Bench:
         with FileLock(folder.with_suffix(".lock")):
             if not folder.exists():
                 options = {"model_name_or_path": self.arguments.teacher_name_or_path, "search_space": search_space}
-                options |= {"train_file": self.train_files, "device": "cpu"}
+                options |= {"train_file": self.train_files, "device": self.arguments.device}
                 run_script("training/order_channels.py", output_dir=folder, **options)
         return folder
 
@@ -227,8 +231,8 @@ class Table(Bench, ABC):
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Twelve hexadecimal digits that stand for the weights of a model on the CPU, compared in float32."""
+    """Twelve hexadecimal digits that stand for the weights of a model, compared in float32."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode() + weight.float().numpy().tobytes())
+        digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -37,7 +37,7 @@ class Alphabet:
             lengths: frames of each recording.
         """
         targets = [[self.numbers[unit] for unit in text] for text in texts]
-        flat, sizes = torch.tensor(sum(targets, [])), torch.tensor(list(map(len, targets)))
+        flat, sizes = torch.tensor(sum(targets, []), device=logits.device), torch.tensor(list(map(len, targets)))
         log_probs = logits.log_softmax(dim=-1).transpose(0, 1)
         return F.ctc_loss(log_probs, flat, lengths, sizes, reduction="sum", zero_infinity=True) / len(flat)
 

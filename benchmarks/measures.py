@@ -31,8 +31,10 @@ from lighthubert_training.models import computed_once, draw_time_mask, frame_mas
 from lighthubert_training.probing import linear_probe, probe_accuracy
 from lighthubert_training.recognition.text import TextArguments
 from lighthubert_training.recognition.trainer import begin_with_blanks
+from lighthubert_training.runs.distributed import DEVICE_HELP
 from lighthubert_training.runs.options import option
 from modeling_lighthubert import LightHubertForCTC
+from modeling_lighthubert.loading import parse_device
 
 
 TEXT = TextArguments(text_case="lower", chars_to_ignore=list(".,;:!?¿¡\"'’()«»-–—…/|"))
@@ -52,6 +54,7 @@ class MeasureArguments(FolderArguments):
     max_recordings: int = option(200, "Recordings of training, and of each held-out part, that R2 is measured on.")
     max_probe_recordings: int = option(400, "Training recordings of a probe.")
     phone_steps: int = option(600, "Steps of the phone probe.")
+    device: str = option("cpu", DEVICE_HELP.replace("a GPU if there is one", "cpu"))
 
     def __post_init__(self) -> None:
         if unknown := set(self.measures) - set(GROUPS):
@@ -78,6 +81,7 @@ class Features(ABC):
     @torch.no_grad()
     def frames(self, batch: Sequence[int], mask: torch.Tensor | None = None) -> torch.Tensor:
         """Features of all true, or of all masked frames, (num_frames, hidden_size)."""
+        mask = mask if mask is None else mask.to(self.speech.device)
         states, lengths = self(batch, mask)
         return states[frame_mask(lengths, states.shape[1]) if mask is None else mask]
 
@@ -89,7 +93,7 @@ class Features(ABC):
             padded, lengths = self(batch)
             for number, state, length in zip(batch, padded, lengths.tolist(), strict=True):
                 states[number] = state[:length].half()
-                self.means[number] = state[:length].mean(dim=0)
+                self.means[number] = state[:length].mean(dim=0).cpu()
         return states
 
     def pooled(self, numbers: Sequence[int]) -> np.ndarray:
@@ -104,7 +108,7 @@ class ModelFeatures(Features):
 
     def __init__(self, model: PreTrainedModel, speech: Speech):
         super().__init__(speech)
-        self.model: Any = model.eval()
+        self.model: Any = model.eval().to(speech.device)
         self.shares_encoder = has_encoder_of(self.model, speech.teacher)
 
     def __call__(self, batch: Sequence[int], mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,7 +123,8 @@ def has_encoder_of(model: Any, teacher: Teacher) -> bool:
     """Whether a model has the weights of the teacher's feature encoder."""
     ours, theirs = (each.feature_extractor.state_dict() for each in (model.base_model, teacher.model))
     return ours.keys() == theirs.keys() and all(
-        ours[name].shape == theirs[name].shape and torch.equal(ours[name].float(), theirs[name].float())
+        ours[name].shape == theirs[name].shape
+        and torch.equal(ours[name].float(), theirs[name].to(ours[name].device).float())
         for name in ours
     )
 
@@ -142,6 +147,7 @@ class Measures:
         recordings: Sequence[Recording] | None = None,
     ):
         self.arguments = arguments
+        teacher.to(parse_device(arguments.device))
         self.speech = Speech(recordings or read_speech(arguments), teacher, extractor)
         rng, most = random.Random(0), arguments.max_recordings
         self.train_frames = draw(self.speech.select("train"), most, rng)
@@ -177,7 +183,8 @@ class Measures:
         targets = {}
         for number in [*self.train_frames, *sum(self.test_frames.values(), [])]:
             audio = self.speech.audio([number])
-            targets[number] = self.speech.teacher(audio["input_values"], audio["attention_mask"]).targets[0][0].half()
+            outputs = self.speech.teacher(audio["input_values"], audio["attention_mask"])
+            targets[number] = outputs.targets[0][0].half().cpu()
         return targets
 
     def _frames(self, model: Features, numbers: Sequence[int], masked: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -191,7 +198,7 @@ class Measures:
                 kept = [each[row[: len(each)]] for each, row in zip(kept, mask, strict=True)]
             features.append(model.frames(batch, mask))
             targets += kept
-        return torch.cat(features).double().numpy(), torch.cat(targets).double().numpy()
+        return torch.cat(features).double().cpu().numpy(), torch.cat(targets).double().numpy()
 
     def explained_variance(self, model: Features) -> dict[str, float]:
         """R2: the share of the target's variance that a ridge regression, fitted to frames of training recordings,
@@ -274,6 +281,7 @@ class Measures:
         alphabet = Alphabet(self.phones.values())
         layer = nn.Linear(whitening.shape[1], len(alphabet))
         begin_with_blanks(layer, 0)
+        layer.to(self.speech.device)
 
         def logits(batch: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
             kept = [(states[number].float() - mean) @ whitening for number in batch]

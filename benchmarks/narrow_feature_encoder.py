@@ -21,7 +21,7 @@ import comparisons
 import torch
 from common import ORDERED, RANDOM, RECIPE, SLICE, SUBNETS, BenchArguments, Table
 from comparisons import Results
-from processes import parse
+from processes import parse, synchronizer
 from recordings import noise, to_distil
 from runner import Runner
 from transformers import set_seed
@@ -158,7 +158,8 @@ class NarrowFeatureEncoders(Table):
         batches = [speech.audio(each) for each in speech.batches(self.measures.train_frames)[::4]]
         batches = to_distil(batches, trained.config, self.teacher.objective)
         candidates = {str(number): subnet for number, subnet in enumerate(self.candidates(trained.search_space))}
-        losses = evaluate(trained, self.teacher, batches, candidates, build_accelerator("cpu"))
+        trained.to(self.teacher.model.device)
+        losses = evaluate(trained, self.teacher, batches, candidates, build_accelerator(self.arguments.device))
         return candidates[min(losses, key=losses.__getitem__)]
 
 
@@ -181,11 +182,13 @@ def mean(results: Results, variant: str, subnet: str, measure: str = "r2") -> fl
 
 def speed_ups(narrow: NarrowFeatureEncoders, rows: Mapping[str, Any]) -> dict[str, float]:
     """How many times faster than the teacher each cut subnet is on a clip of 5 s, taking turns with all the others."""
-    audio, supernet = torch.from_numpy(noise(1, 5)), narrow.elastic
+    device, supernet = narrow.teacher.model.device, narrow.elastic
+    audio = torch.from_numpy(noise(1, 5)).to(device)
     models = {"reference": narrow.teacher.model}
-    models |= {name: supernet.extract_subnet(row["subnet"]).eval() for name, row in rows.items()}
+    models |= {name: supernet.extract_subnet(row["subnet"]).eval().to(device) for name, row in rows.items()}
     with torch.inference_mode():
-        times = time_in_turns({name: partial(model, audio) for name, model in models.items()}, repeats=30)
+        runs = {name: partial(model, audio) for name, model in models.items()}
+        times = time_in_turns(runs, repeats=30, synchronize=synchronizer(device))
     return {name: median_ratio(times["reference"], times[name]) for name in rows}
 
 

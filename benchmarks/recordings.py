@@ -123,12 +123,14 @@ def distillation_files(arguments: FolderArguments, folder: Path) -> list[Path]:
 
 
 class Speech:
-    """Recordings as padded batches, and the output of the teacher's feature encoder for each, computed once."""
+    """Recordings as padded batches on the teacher's device, and the output of its feature encoder for each, computed
+    once."""
 
     BATCH_SECONDS = 40.0
 
     def __init__(self, recordings: Sequence[Recording], teacher: Teacher, extractor: Wav2Vec2FeatureExtractor):
         self.recordings, self.teacher, self.extractor = recordings, teacher, extractor
+        self.device = teacher.model.device
         self.conv_features: dict[int, torch.Tensor] = {}
 
     def select(
@@ -156,7 +158,8 @@ class Speech:
 
     def audio(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
         """`input_values` and `attention_mask`, (batch_size, num_samples)."""
-        return dict(pad(self.extractor, [self.recordings[number].waveform.astype(np.float32) for number in batch]))
+        waveforms = [self.recordings[number].waveform.astype(np.float32) for number in batch]
+        return {name: tensor.to(self.device) for name, tensor in pad(self.extractor, waveforms).items()}
 
     @torch.no_grad()
     def encoded(self, batch: Sequence[int]) -> torch.Tensor:
@@ -215,6 +218,7 @@ def to_distil(
         num_samples = batch["attention_mask"].sum(-1).tolist()
         masking = objective.mask_time_prob, objective.mask_time_length
         completed = masks_and_counts(num_samples, config, *masking, seeds=range(len(num_samples)))
+        completed["mask"] = completed["mask"].to(batch["input_values"].device)
         return {**batch, "teacher_input_values": batch["input_values"], **completed}
 
     return list(map(complete, batches))

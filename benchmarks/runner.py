@@ -1,4 +1,4 @@
-"""Makes the runs of a benchmark, two at a time, and keeps their results."""
+"""Makes the runs of a benchmark, several at a time, and keeps their results."""
 
 import json
 import time
@@ -25,7 +25,7 @@ SECONDS_OF_PASS = 0.8
 
 
 class Runner:
-    """Makes the runs of a benchmark that have no result yet, two at a time in processes with one thread each, and
+    """Makes the runs of a benchmark that have no result yet, some at a time in processes with one thread each, and
     keeps each result as soon as it is there. A group of measures may be asked for later: what was distilled is kept.
 
     Attributes:
@@ -34,7 +34,7 @@ class Runner:
         seconds: by run and seed: what each part of it took, by the groups of measures that were taken in it.
     """
 
-    FREE = ("output_dir", "results_file", "seeds", "only", "measures")
+    FREE = ("output_dir", "results_file", "seeds", "only", "measures", "device", "num_processes", "num_workers")
     """Options that change no result."""
 
     def __init__(self, kind: type[Table], arguments: BenchArguments):
@@ -64,7 +64,7 @@ class Runner:
             raise UserError(f"--only {' '.join(sorted(unknown))}: choose from {', '.join(map(repr, known))}")
         jobs = [job for seed in self.arguments.seeds for name in only or known if (job := self.job(name, seed))]
         if jobs:
-            print(f"{len(jobs)} runs, about {self.hours(jobs):.1f} hours on two cores", flush=True)
+            print(f"{len(jobs)} runs, about {self.hours(jobs):.1f} hours on two cores of a CPU", flush=True)
             run_all(self.kind, self.arguments, jobs, self.keep)
         return self.results
 
@@ -128,9 +128,9 @@ def run_all(
     jobs: Sequence[Job],
     keep: Callable[[Job, float, dict[str, dict[str, Any]]], None],
 ) -> None:
-    """Makes runs, two at a time, and hands each result to `keep` as soon as it is there. The first that fails ends the
-    others that have not begun; one that has begun is finished and kept."""
-    context, count = get_context("spawn"), min(2, len(jobs))
+    """Makes runs, `num_processes` at a time, and hands each result to `keep` as soon as it is there. The first that
+    fails ends the others that have not begun; one that has begun is finished and kept."""
+    context, count = get_context("spawn"), min(arguments.num_processes, len(jobs))
     with (
         tqdm(total=len(jobs), desc="runs") as bar,
         ProcessPoolExecutor(count, context, initializer=_start, initargs=(kind, arguments)) as workers,

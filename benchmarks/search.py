@@ -70,7 +70,7 @@ class Searching(Bench):
     def __init__(self, arguments: SearchingArguments):
         super().__init__(arguments)
         self.output = self.output / "search"
-        self.student = load_model(self.distil(0), head=LightHubertForPreTraining)
+        self.student = load_model(self.distil(0), head=LightHubertForPreTraining, device=arguments.device)
         self.student.freeze_feature_encoder()
         speech, measures = self.measures.speech, self.measures
         parts = [measures.train_frames, sum(measures.test_frames.values(), [])]
@@ -80,7 +80,7 @@ class Searching(Bench):
 
     def mean_loss(self, batches: Sequence[Batch]) -> MeanLoss:
         """The distillation loss on these batches."""
-        student, teacher, accelerator = self.student, self.teacher, build_accelerator("cpu")
+        student, teacher, accelerator = self.student, self.teacher, build_accelerator(self.arguments.device)
         with torch.no_grad():
             batches = to_distil(batches, student.config, teacher.objective)
             prepared = [prepare_batch(student, teacher, batch, accelerator) for batch in batches]
