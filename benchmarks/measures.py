@@ -83,7 +83,7 @@ class Features(ABC):
         """Features of all true, or of all masked frames, (num_frames, hidden_size)."""
         mask = mask if mask is None else mask.to(self.speech.device)
         states, lengths = self(batch, mask)
-        return states[frame_mask(lengths, states.shape[1]) if mask is None else mask]
+        return states[frame_mask(lengths.to(states.device), states.shape[1]) if mask is None else mask]
 
     @torch.no_grad()
     def states(self, numbers: Sequence[int]) -> dict[int, torch.Tensor]:

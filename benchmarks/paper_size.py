@@ -1,4 +1,4 @@
-"""The paper's size on the device at hand: steps of a published recipe, plain and compiled, and inference.
+"""The paper's size on the device at hand: steps of a published recipe, plain and compiled; inference; and a search.
 
     python benchmarks/paper_size.py
     python benchmarks/paper_size.py --device cpu --batch_seconds 17.5 --batch_sizes 1
@@ -7,9 +7,11 @@ Teacher and student have the shapes of the recipe and random weights, and audio 
 What is compared takes turns within each repeat, and a large matrix product in the precision of the rows is among it;
 times are medians. FLOP are counted as `lighthubert distill --estimate` does, and a share is that of the rate of the
 product. Compiled are the encoder layers, each on its own, as `--torch_compile` does. Memory is what
-torch's allocator counts at most, beside what the estimate tells. Waits are the times that a step waits for a GPU.
+torch's allocator counts at most, beside what the estimate tells. Waits are the times that a GPU is waited for. A
+search measures the recipe's loss of random subnets, in fp32, in stages, on a quarter, half and all of the audio.
 """
 
+import random
 import tempfile
 import time
 import warnings
@@ -34,12 +36,13 @@ from lighthubert_training.distillation.arguments import DistillationArguments, O
 from lighthubert_training.distillation.building import build_config, build_optimizer
 from lighthubert_training.distillation.estimate import PEAK_FLOPS, batch_shape, estimate, student_flops
 from lighthubert_training.distillation.loop import compile_layers, compiling
-from lighthubert_training.distillation.step import training_step
+from lighthubert_training.distillation.step import prepare_batch, training_step
 from lighthubert_training.distillation.teacher import Teacher
 from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator
 from lighthubert_training.runs.options import OptionParser, option, parse_options
 from lighthubert_training.runs.tables import markdown_table
 from lighthubert_training.sampling import draw_subnets
+from lighthubert_training.search.fitness import MeanLoss
 from modeling_lighthubert import LightHubertForPreTraining, Subnet
 from modeling_lighthubert.errors import run
 from modeling_lighthubert.files import write_json
@@ -47,6 +50,8 @@ from modeling_lighthubert.profiling import median_ratio, time_in_turns
 
 
 MODELS = (REFERENCE, "a_small", "a_small, half the channels", "smallest of tiny_to_base")
+PARTS = ("training", "inference", "search")
+NUM_EVALUATIONS = 200
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPILED = ", compiled"
 PRODUCT = {"cuda": 8192, "cpu": 2048}
@@ -66,7 +71,9 @@ class PaperSizeArguments:
     batch_sizes: list[int] = option([1, 8, 64], "Numbers of clips in a batch of inference.")
     clip_seconds: float = option(10.0, "Seconds of a clip of inference.")
     dtypes: list[str] = option(["float32", "bfloat16"], "Precisions of inference.")
+    search_minutes: float = option(10.0, "Minutes of audio that a search measures subnets on.")
     repeats: int = option(10, "Timed rounds.")
+    parts: list[str] = option(list(PARTS), f"What to measure: {', '.join(PARTS)}.")
     results_file: str | None = option(None, "JSON file to write all figures to.")
 
 
@@ -231,6 +238,43 @@ def measure_inference(options: PaperSizeArguments, device: torch.device, dtype: 
     return found
 
 
+def measure_search(options: PaperSizeArguments) -> dict[str, Any]:
+    """Figures of evaluations of random subnets: seconds of the first stage and of all, and waits."""
+    arguments, objective = read_recipe(
+        replace(options, batch_seconds=80.0, mixed_precision="no", teacher_dtype="float32")
+    )
+    training = Training(arguments, objective, build_accelerator(options.device))
+    student, teacher, device = training.student, training.teacher, training.device
+    student.freeze_feature_encoder()
+    count = max(1, round(60 * options.search_minutes / 80.0))
+    with torch.no_grad():
+        prepared = [prepare_batch(student, teacher, training.batch, training.accelerator) for _ in range(count)]
+    fitness = MeanLoss("loss", student, prepared, lambda batch: batch.loss(student, teacher))
+    rng, space = random.Random(0), student.search_space
+    drawn = iter([space.sample(rng) for _ in range(options.repeats + 2)])
+    waits = count_waits(lambda: list(fitness.errors(next(drawn))), device)
+    firsts, wholes = [], []
+    next(drawn)
+    for subnet in drawn:
+        begin, errors = time.perf_counter(), fitness.errors(subnet)
+        next(errors)
+        firsts.append(time.perf_counter() - begin)
+        list(errors)
+        wholes.append(time.perf_counter() - begin)
+    return {"waits": waits, "num_batches": count, "first_stage": firsts, "all_stages": wholes}
+
+
+def search_report(found: dict[str, Any], minutes: float) -> str:
+    """What an evaluation takes, and the hours of a search whose subnets all end at the first stage, or none."""
+    first, whole = median(found["first_stage"]), median(found["all_stages"])
+    hours = [f"{NUM_EVALUATIONS * each / 3600:.2g}" for each in (first, whole)]
+    waits = "" if found["waits"] is None else f" {found['waits']} waits for the GPU, {found['num_batches']} batches."
+    return (
+        f"An evaluation on {minutes:g} min of audio: {first:.3g} s for the first stage, {whole:.3g} s for all; between"
+        f" {hours[0]} and {hours[1]} hours for {NUM_EVALUATIONS}.{waits}"
+    )
+
+
 def training_table(found: dict[str, Any]) -> str:
     """Markdown: a line for each row of `measure_training`."""
     seconds, told, times = found["batch_size"] * found["clip_seconds"], found["told"], found["times"]
@@ -276,14 +320,17 @@ def main() -> None:
     (options,) = parse_options(parser)
     logging.set_verbosity_error()
     device = build_accelerator(options.device).device
-    print(f"{device_name(device)}, torch {torch.__version__}\n\n{options.recipe}:\n", flush=True)
-    training = measure_training(options)
-    print(training_table(training), flush=True)
-    found = {"device": device_name(device), "torch": torch.__version__, "training": training, "inference": []}
-    for dtype in options.dtypes:
-        print(f"\nInference, clips of {options.clip_seconds:g} s:\n", flush=True)
-        found["inference"].append(measure_inference(options, device, dtype))
-        print(inference_table(found["inference"][-1]), flush=True)
+    print(f"{device_name(device)}, torch {torch.__version__}", flush=True)
+    found: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__}
+    if "training" in options.parts:
+        found["training"] = measure_training(options)
+        print(f"\n{options.recipe}:\n\n{training_table(found['training'])}", flush=True)
+    if "search" in options.parts:
+        found["search"] = measure_search(options)
+        print(f"\n{search_report(found['search'], options.search_minutes)}", flush=True)
+    for dtype in options.dtypes if "inference" in options.parts else ():
+        found[dtype] = measure_inference(options, device, dtype)
+        print(f"\nInference, clips of {options.clip_seconds:g} s:\n\n{inference_table(found[dtype])}", flush=True)
     if options.results_file is not None:
         write_json(Path(options.results_file), found)
 

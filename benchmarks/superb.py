@@ -23,6 +23,7 @@ from processes import ROOT, SpeechArguments, parse, run_script
 from tqdm.auto import tqdm
 from transformers import set_seed
 
+from lighthubert_training.runs.distributed import DEVICE_HELP
 from lighthubert_training.runs.options import option
 from lighthubert_training.runs.tables import markdown_table
 from lighthubert_training.superb import report as superb
@@ -39,6 +40,7 @@ class SuperbBenchmarkArguments(SpeechArguments):
     teacher: str = option(str(ROOT / "demo/teacher"), "Teacher that they were distilled from.")
     output_dir: str = option(str(ROOT / "benchmarks/output/superb"), "Folder for data, features and results.")
     features_dtype: str = option("float32", "Dtype of kept features.", choices=("float32", "float16"))
+    device: str = option("cpu", DEVICE_HELP.replace("a GPU if there is one", "cpu"))
 
 
 def models(arguments: SuperbBenchmarkArguments, output: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -77,7 +79,7 @@ def main() -> None:
         speech = {name: Path(getattr(arguments, name)).resolve() for name in ("train_file", "test_file")}
         run_script("demo/make_superb_stand_ins.py", output_dir=data, **speech)
     options = {"data_dir": data, "cache_dir": output / "features", "features_dtype": arguments.features_dtype}
-    options |= {"variant": "stand_in", "device": "cpu"}
+    options |= {"variant": "stand_in", "device": arguments.device}
 
     def score(job: tuple[int, dict[str, Any]]) -> None:
         seed, model = job

@@ -51,7 +51,7 @@ class MfccFeatures(Features):
         for number in batch:
             if number not in self.kept:
                 waveform = self.speech.recordings[number].waveform.astype(np.float32)
-                self.kept[number] = torch.from_numpy(mfcc(waveform, normalized=False))
+                self.kept[number] = torch.from_numpy(mfcc(waveform, normalized=False)).to(self.speech.device)
         frames = [self.kept[number] for number in batch]
         return pad_sequence(frames, batch_first=True), torch.tensor(list(map(len, frames)))
 

@@ -49,6 +49,13 @@ def test_the_table_of_inference_compares_with_hubert_base_at_the_same_batch_size
     assert small == ["a_small", "8", "100.0", "800", "32%", "2.00", "1.00"]
 
 
+def test_hours_of_a_search_are_those_of_its_evaluations():
+    found = {"waits": 3, "num_batches": 8, "first_stage": [9.0, 9.0, 30.0], "all_stages": [36.0, 36.0, 90.0]}
+    told = load("paper_size").search_report(found, 10.0)
+    assert "9 s for the first stage, 36 s for all; between 0.5 and 2 hours for 200" in told
+    assert "3 waits for the GPU" in told
+
+
 def test_a_recipe_is_measured_as_published_but_for_what_is_asked():
     paper_size = load("paper_size")
     arguments, objective = paper_size.read_recipe(paper_size.PaperSizeArguments(batch_seconds=17.5))

@@ -94,6 +94,7 @@ def test_the_phone_probe_finds_phones_in_features_that_are_all_but_constant(benc
         def __call__(self, batch, mask=None):
             spoken = [[each for unit in phones[number] for each in (units.index(unit), -1)] for number in batch]
             frames = [torch.eye(len(units) + 1)[numbers] @ mixed + 10 for numbers in spoken]
-            return torch.nn.utils.rnn.pad_sequence(frames, batch_first=True), torch.tensor(list(map(len, frames)))
+            padded = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True)
+            return padded.to(self.speech.device), torch.tensor(list(map(len, frames)))
 
     assert bench.measures.phone_probe(Correlated(bench.measures.speech), 0)["per"] < 0.1

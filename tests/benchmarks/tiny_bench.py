@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 from speech import RATE, encoded, undecoded
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
@@ -81,5 +82,5 @@ def tiny_bench_arguments(tmp_path: Path) -> Any:
         speech_dir=str(tmp_path / "speech"), teacher_name_or_path=str(tmp_path / "teacher"), held_out_speaker="theo",
         search_space=str(tmp_path / "space.json"), output_dir=str(tmp_path / "output"), held_out_language="it",
         results_file=str(tmp_path / "results/gains.json"), passes=2, seeds=[0], label_minutes=[0.05],
-        steps_of_minutes=[2], phone_steps=2, measures=["r2", "probes", "phones", "recognition"],
+        steps_of_minutes=[2], phone_steps=2, measures=["r2", "probes", "phones", "recognition"], device=str(DEVICE),
     )  # fmt: skip
