@@ -35,7 +35,7 @@ from lighthubert_training.data.recordings import Item, item_seed
 from lighthubert_training.data.strings import SAMPLING_RATE, read_parquet
 from lighthubert_training.models import draw_time_mask
 from lighthubert_training.runs.checkpoints import FailedSaves, find_checkpoint, save_checkpoint
-from lighthubert_training.runs.distributed import build_accelerator, locked_by_main_process
+from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator, locked_by_main_process
 from lighthubert_training.runs.log import RunLog
 from lighthubert_training.runs.options import OptionParser, option, parse_options
 from lighthubert_training.runs.plots import plot_losses
@@ -81,6 +81,7 @@ class TeacherArguments:
     gain_db: float = option(0.0, "Most that the level rises or falls in the course of a recording, in dB.")
     save_steps: int = option(250, "Steps between checkpoints.")
     seed: int = option(0, "Random seed.")
+    device: str | None = option(None, DEVICE_HELP)
 
     def __post_init__(self) -> None:
         if len(self.num_units) != len(self.max_steps):
@@ -341,8 +342,8 @@ def check_same_recipe(recipe: dict[str, Any], file: Path) -> None:
 
 def train(arguments: TeacherArguments, work: Path) -> None:
     """All iterations, and the teacher that comes out of the last."""
-    accelerator, recipe, recipe_file = build_accelerator(), asdict(arguments), work / "recipe.json"
-    del recipe["output_dir"], recipe["save_steps"]
+    accelerator, recipe, recipe_file = build_accelerator(arguments.device), asdict(arguments), work / "recipe.json"
+    del recipe["output_dir"], recipe["save_steps"], recipe["device"]
     check_same_recipe(recipe, recipe_file)
     waveforms = read(arguments.train_files, arguments.join_seconds)
     write_json(recipe_file, recipe)  # before the units, which depend on it

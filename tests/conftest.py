@@ -17,8 +17,12 @@ import torch
 
 
 os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else datasets calls the Hub for every file that is loaded
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # fp32 is exact on a GPU, also in the processes of scripts
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers.utils import logging
 
+from lighthubert_training.runs.distributed import build_accelerator
 from modeling_lighthubert import (
     LightHubertConfig,
     LightHubertForAudioFrameClassification,
@@ -34,6 +38,9 @@ from modeling_lighthubert import (
 # the same examples on every machine, however slow it is
 hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("reproducible")
+
+DEVICE = torch.device(os.environ.get("LIGHTHUBERT_TEST_DEVICE", "cpu"))
+"""Where tests run models, as transformers' `torch_device`: `cpu`, or `cuda` on a machine with a GPU."""
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 
@@ -106,7 +113,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             parameter.copy_(parameter * (1 + 0.2 * noise) + (0.2 * noise if parameter.ndim == 1 else 0))
         for name, buffer in model.named_buffers():
             if "running" in name:
@@ -115,15 +122,19 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def tiny_model(head: type = LightHubertModel, search_space: SearchSpace | None = TWO_DEEP, **changes):
-    """A tiny model with randomised weights, in eval mode."""
+    """A tiny model with randomised weights, in eval mode, on `DEVICE`."""
     torch.manual_seed(0)
-    return randomise(head(tiny_config(search_space, **changes))).eval()
+    return randomise(head(tiny_config(search_space, **changes))).eval().to(DEVICE)
 
 
-def answer(model: torch.nn.Module, *inputs: torch.Tensor, **kwargs) -> torch.Tensor:
-    """The tensor that a model is there for: logits, the first prediction, or hidden states."""
+def answer(
+    model: torch.nn.Module, *inputs: torch.Tensor, device: torch.device | str = DEVICE, **tensors: torch.Tensor | None
+) -> torch.Tensor:
+    """The tensor that a model is there for, computed on `device`: logits, the first prediction, or hidden states."""
+    inputs = [each.to(device) for each in inputs]
+    tensors = {name: None if each is None else each.to(device) for name, each in tensors.items()}
     with torch.no_grad():
-        outputs = model(*inputs, **kwargs)
+        outputs = model.to(device)(*inputs, **tensors)
     if "logits" in outputs:
         return outputs.logits
     return outputs.predictions[0] if "predictions" in outputs else outputs.last_hidden_state
@@ -142,14 +153,21 @@ def assert_close(actual: Any, expected: Any, terms: int = 1000) -> None:
             layers, with about ten products in each, whose sums of up to 192 terms are taken in blocks. The most that
             was seen, on a CPU with AVX-512, is a tenth of what that allows.
     """
-    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    actual, expected = torch.as_tensor(actual).cpu(), torch.as_tensor(expected).cpu()
     magnitude = expected.detach().abs().max().item() if expected.numel() else 0.0
     tolerance = 10 * torch.finfo(expected.dtype).eps * terms**0.5 * magnitude
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    """The same numbers on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def new_accelerator(device: torch.device | str = DEVICE) -> Accelerator:
+    """On `device`, whatever an earlier test ran on: Accelerate keeps one state for a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return build_accelerator(str(device))
 
 
 def checkpoint_layers(model: torch.nn.Module) -> None:
@@ -216,6 +234,13 @@ def pytest_collection_finish() -> None:
 def one_thread():
     """Sums in the same order here and in a fresh process, so that answers can be compared bit by bit."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_gpu():
+    """The GPU computes fp32 in fp32, and a convolution always alike."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from functools import partialmethod
 
 import pytest
 import torch
-from conftest import TWO_DEEP, answer, assert_close, noise, stock_settings, tiny_model
+from conftest import DEVICE, TWO_DEEP, answer, assert_close, noise, stock_settings, tiny_model
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers import HubertConfig, HubertModel
 
@@ -52,7 +52,7 @@ def test_a_compiled_supernet_answers_for_the_subnet_selected_since(waveform):
 
 TEACHER = Teacher(
     HubertModel(HubertConfig(**stock_settings(num_hidden_layers=2))), ObjectiveArguments(num_target_layers=1)
-)
+).to(DEVICE)
 
 
 @pytest.fixture

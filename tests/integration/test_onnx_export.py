@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import answer, assert_close, noise, tiny_model
+from conftest import DEVICE, answer, assert_close, noise, tiny_model
 from transformers import AutoConfig
 
 from modeling_lighthubert import LightHubertForCTC, LightHubertModel, SearchSpace, Subnet, onnx_export
@@ -23,8 +23,8 @@ SHALLOW = SearchSpace((16,), (4,), (2,), (1,), head_dim=4, conv_dim=((4, 8),) * 
 
 def make(form: str):
     if form == "cut CTC":
-        return tiny_model(LightHubertForCTC, SHALLOW).extract_subnet("smallest")
-    return to_hubert(tiny_model(LightHubertModel, SHALLOW, feat_extract_norm="group"))
+        return tiny_model(LightHubertForCTC, SHALLOW).cpu().extract_subnet("smallest")
+    return to_hubert(tiny_model(LightHubertModel, SHALLOW, feat_extract_norm="group").cpu())
 
 
 @pytest.fixture(scope="module", params=["cut CTC in bfloat16", "stock base model"])
@@ -39,18 +39,18 @@ def exported(request, tmp_path_factory):
 
 
 def run(file, audio: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-    return onnx_session(file).run(None, {"input_values": audio.numpy(), "attention_mask": mask.numpy()})[0]
+    return onnx_session(file).run(None, {"input_values": audio.cpu().numpy(), "attention_mask": mask.cpu().numpy()})[0]
 
 
 def test_answers_are_those_of_torch_for_twenty_lengths_and_three_batch_sizes(exported):
     model, folder = exported
     for number in range(20):
         audio = noise((1, 2, 5)[number % 3], 3000 + 1237 * number, seed=number)
-        mask = torch.ones(audio.shape, dtype=torch.long)
+        mask = torch.ones(audio.shape, dtype=torch.long, device=DEVICE)
         mask[-1, 2000:] = 0
         audio *= mask
-        expected = answer(model, audio, attention_mask=mask).numpy()
-        frames = model._get_feat_extract_output_lengths(mask.sum(-1))
+        expected = answer(model, audio, attention_mask=mask).cpu().numpy()
+        frames = model._get_feat_extract_output_lengths(mask.sum(-1)).cpu()
         found = run(folder / "model.onnx", audio, mask)
         assert found.shape == expected.shape
         if found.ndim == 3:
@@ -69,7 +69,7 @@ def test_a_folder_has_the_configuration_and_nothing_half_written(exported):
 def test_eight_bits_say_nearly_the_same(exported, tmp_path, monkeypatch):
     model, folder = exported
     monkeypatch.setattr(onnx_export, "_write", lambda _, file: file.write_bytes((folder / "model.onnx").read_bytes()))
-    assert to_onnx(model, tmp_path, quantize="int8") > 1e-4
+    assert to_onnx(model.cpu(), tmp_path, quantize="int8") > 1e-4
     inputs = (noise(1, 16_000), torch.ones(1, 16_000, dtype=torch.long))
     exact, quantised = run(folder / "model.onnx", *inputs), run(tmp_path / "model_int8.onnx", *inputs)
     assert np.corrcoef(exact.ravel(), quantised.ravel())[0, 1] > 0.9
@@ -79,7 +79,7 @@ def test_a_file_that_answers_differently_is_not_written(exported, tmp_path, monk
     model, folder = exported
     monkeypatch.setattr(onnx_export, "_write", lambda _, file: file.write_bytes((folder / "model.onnx").read_bytes()))
     with pytest.raises(ValueError, match="differs from torch by .* nothing is written"):
-        to_onnx(model, tmp_path, max_difference=0.0)
+        to_onnx(model.cpu(), tmp_path, max_difference=0.0)
     assert not list(tmp_path.iterdir())
 
 

@@ -300,7 +300,7 @@ def test_frames_of_padding_are_blanks_because_a_pipeline_reads_them_too():
     torch.manual_seed(0)
     model = LightHubertForCTC(tiny_config(None, num_hidden_layers=2)).eval()
     model.lm_head.bias.data[3:] = 5.0  # letters everywhere, in the padding too
-    waveforms = [noise(1, size, seed=size)[0].numpy() for size in (3000, 12_000, 7000)]
+    waveforms = [noise(1, size, seed=size)[0].cpu().numpy() for size in (3000, 12_000, 7000)]
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     inputs = extractor(waveforms, sampling_rate=16_000, padding=True, return_tensors="pt")
     together = model(**inputs).logits

@@ -61,7 +61,7 @@ print(json.dumps(facts))
 def models():
     """Model of every head and form, a drawn subnet selected."""
     subnet = TWO_DEEP.sample(4)
-    supernets = {auto_class: tiny_model(head) for auto_class, head in HEADS.items()}
+    supernets = {auto_class: tiny_model(head).cpu() for auto_class, head in HEADS.items()}
     for supernet in supernets.values():
         supernet.set_subnet(subnet)
     cuts = {(auto_class, "cut"): supernet.extract_subnet() for auto_class, supernet in supernets.items()}
@@ -72,7 +72,7 @@ def models():
 def folder(models, tmp_path_factory):
     """Where the models are saved, each in a folder `Auto class-form`, and a waveform."""
     folder = tmp_path_factory.mktemp("remote")
-    save_file({"waveform": noise(1, 8000)}, folder / "waveform.safetensors")
+    save_file({"waveform": noise(1, 8000).cpu()}, folder / "waveform.safetensors")
     for (auto_class, form), model in models.items():
         model.save_pretrained(folder / f"{auto_class}-{form}")
     return folder
@@ -88,7 +88,7 @@ def loaded(folder):
 @pytest.mark.parametrize(("auto_class", "form"), CASES)
 def test_a_folder_answers_bit_for_bit_without_the_package(models, loaded, auto_class, form):
     _, answers = loaded
-    assert torch.equal(answers[f"{auto_class}-{form}"], answer(models[auto_class, form], noise(1, 8000)))
+    assert torch.equal(answers[f"{auto_class}-{form}"], answer(models[auto_class, form], noise(1, 8000), device="cpu"))
 
 
 @pytest.mark.parametrize(("auto_class", "form"), CASES)
@@ -105,9 +105,9 @@ def test_a_folder_loads_whole_as_its_class_from_its_own_code(models, loaded, aut
 def test_subnets_are_selected_and_cut_without_the_package(models, loaded, auto_class):
     model, answers = models[auto_class, "supernet"], loaded[1]
     with model.using_subnet("largest"):
-        assert torch.equal(answers[f"{auto_class}-supernet-largest"], answer(model, noise(1, 8000)))
+        assert torch.equal(answers[f"{auto_class}-supernet-largest"], answer(model, noise(1, 8000), device="cpu"))
     cut = model.extract_subnet("smallest")
-    assert torch.equal(answers[f"{auto_class}-supernet-smallest"], answer(cut, noise(1, 8000)))
+    assert torch.equal(answers[f"{auto_class}-supernet-smallest"], answer(cut, noise(1, 8000), device="cpu"))
 
 
 @pytest.mark.parametrize(("auto_class", "form"), CASES)

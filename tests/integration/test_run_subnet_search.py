@@ -13,7 +13,7 @@ import run_speech_recognition_ctc
 import run_subnet_search
 from conftest import assert_close
 from datasets import Audio, load_dataset
-from scripts import TRAINING, distil, killed, start
+from scripts import TRAINING, call, distil, killed, start
 from speech import undecoded
 from transformers import AutoModel
 
@@ -41,9 +41,7 @@ def command(workshop: Path, supernet: Path, output: Path, *options: object) -> l
 
 def run_script(workshop: Path, supernet: Path, output: Path, *options: object) -> Path:
     """In this process: a new one takes seconds to import what it needs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command(workshop, supernet, output, *options))
-        run_subnet_search.main()
+    call(run_subnet_search.main, *command(workshop, supernet, output, *options))
     return output
 
 

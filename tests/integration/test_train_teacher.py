@@ -66,7 +66,7 @@ def command(file: Path, output_dir: Path, *options: object) -> list[object]:
         *(SCRIPT, "--train_files", file, "--output_dir", output_dir, "--num_units", 4, 6, "--max_steps", 2, 2),
         *("--hidden_size", 32, "--num_hidden_layers", 2, "--num_attention_heads", 2, "--intermediate_size", 64),
         *("--conv_channels", 16, "--unit_layer", 1, "--batch_seconds", 3, "--crop_seconds", 1.1, "--save_steps", 1),
-        *("--speeds", 0.9, 1.0, 1.1, "--noise_prob", 0.5, "--gain_db", 6),
+        *("--speeds", 0.9, 1.0, 1.1, "--noise_prob", 0.5, "--gain_db", 6, "--device", "cpu"),
         *options,
     ]
 

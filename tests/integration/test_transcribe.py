@@ -263,7 +263,7 @@ def test_a_run_that_was_killed_goes_on_and_loses_and_repeats_nothing(model_folde
     (tmp_path / "in" / "0.wav").write_text("broken")
     output = tmp_path / "all.jsonl"
     command = (SCRIPT, "--model_name_or_path", model_folder, "--subnet", "smallest", "--inputs", tmp_path / "in")
-    command = (*command, "--output_file", output, "--batch_size", 2)
+    command = (*command, "--output_file", output, "--batch_size", 2, "--device", "cpu")
     (process,) = start(*command)
     wait_until(lambda: output.exists() and output.read_bytes().count(b"\n") >= 5, process)
     process.kill()

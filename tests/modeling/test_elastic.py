@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_close, noise, randomise
+from conftest import DEVICE, assert_close, noise, randomise
 from torch import nn
 
 from modeling_lighthubert.elastic import (
@@ -86,9 +86,9 @@ LAYERS = {
 def layer(request):
     """A randomised elastic layer with a part selected, the plain layer of that size, an input."""
     build, selection, build_plain, shape = request.param
-    elastic = randomise(build(), seed=1)
+    elastic = randomise(build(), seed=1).to(DEVICE)
     elastic.select(*selection)
-    return elastic, build_plain(), noise(*shape)
+    return elastic, build_plain().to(DEVICE), noise(*shape)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
@@ -101,7 +101,7 @@ def test_a_selected_layer_answers_like_its_cut_form(layer, training):
 def test_a_selected_layer_answers_like_its_cut_form_under_autocast(layer):
     elastic, plain, inputs = layer
     plain.load_state_dict(cut_state(elastic))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         torch.testing.assert_close(elastic(inputs), plain(inputs), rtol=0, atol=0.05)
 
 
@@ -140,13 +140,13 @@ def test_a_selection_is_made_of_views(size, width):
 
 
 def test_gradients_of_a_linear_layer_reach_its_leading_rows_and_columns_only():
-    elastic = elastic_linear()
+    elastic = elastic_linear().to(DEVICE)
     elastic.select(5, 7)
     elastic(noise(3, 5)).square().sum().backward()
-    used = torch.zeros(10, 12, dtype=torch.bool)
+    used = torch.zeros(10, 12, dtype=torch.bool, device=DEVICE)
     used[:7, :5] = True
     assert torch.equal(elastic.weight.grad != 0, used)
-    assert torch.equal(elastic.bias.grad != 0, torch.arange(10) < 7)
+    assert torch.equal(elastic.bias.grad != 0, torch.arange(10, device=DEVICE) < 7)
 
 
 # The block-wise FFN
@@ -174,7 +174,7 @@ def test_units_are_taken_along_the_named_dimension():
 
 
 def test_an_ffn_reads_the_units_that_it_wrote():
-    up, down = randomise(into_ffn()), randomise(out_of_ffn())
+    up, down = randomise(into_ffn()).to(DEVICE), randomise(out_of_ffn()).to(DEVICE)
     up.select(6, 20)
     down.select(20, 6)
     units = [unit for unit in range(32) if unit % 8 < 6][:20]
@@ -187,7 +187,7 @@ def test_an_ffn_reads_the_units_that_it_wrote():
 
 
 def test_weight_norm_is_taken_over_the_full_kernel():
-    conv = randomise(elastic_conv(weight_norm=True))
+    conv = randomise(elastic_conv(weight_norm=True)).to(DEVICE)
     conv.select(8)
     gain, direction = conv.parametrizations.weight.original0, conv.parametrizations.weight.original1
     kernel = gain * direction / direction.norm(dim=(0, 1), keepdim=True)
@@ -195,7 +195,7 @@ def test_weight_norm_is_taken_over_the_full_kernel():
 
 
 def test_the_gain_of_a_cut_convolution_is_the_norm_of_its_kernel():
-    conv = randomise(elastic_conv(weight_norm=True))
+    conv = randomise(elastic_conv(weight_norm=True)).to(DEVICE)
     conv.select(8)
     state = conv.cut_state()
     kernel = conv.selected()[0]
@@ -204,21 +204,21 @@ def test_the_gain_of_a_cut_convolution_is_the_norm_of_its_kernel():
 
 
 def test_a_tap_without_gain_is_cut_like_the_others():
-    conv = randomise(elastic_conv(weight_norm=True))
+    conv = randomise(elastic_conv(weight_norm=True)).to(DEVICE)
     with torch.no_grad():
         conv.parametrizations.weight.original0[..., 2] = 0
     conv.select(8)
-    plain = plain_conv(8, weight_norm=True)
+    plain = plain_conv(8, weight_norm=True).to(DEVICE)
     plain.load_state_dict(conv.cut_state())
     assert_close(plain(noise(2, 8, 9)), conv(noise(2, 8, 9)), terms=20)
 
 
 def test_the_groups_of_a_narrow_convolution_are_those_of_the_full_one():
-    conv = elastic_conv(weight_norm=False)
+    conv = elastic_conv(weight_norm=False).to(DEVICE)
     conv.select(8)
-    inputs = torch.zeros(1, 8, 9)
+    inputs = torch.zeros(1, 8, 9, device=DEVICE)
     inputs[:, 2:4] = 1  # the second of 4 groups of 2 channels
-    changed = (conv(inputs) - conv(torch.zeros(1, 8, 9))).abs().sum((0, 2)) > 0
+    changed = (conv(inputs) - conv(torch.zeros_like(inputs))).abs().sum((0, 2)) > 0
     assert changed.tolist() == [False, False, True, True, False, False, False, False]
 
 
@@ -226,7 +226,7 @@ def test_the_groups_of_a_narrow_convolution_are_those_of_the_full_one():
 
 
 def test_batch_norm_in_training_moves_the_statistics_of_the_selected_channels_only():
-    norm = ElasticBatchNorm1d(6).train()
+    norm = ElasticBatchNorm1d(6).train().to(DEVICE)
     norm.select(4)
     norm(noise(3, 4, 5) + 2)
     assert (norm.running_mean[:4] != 0).all()

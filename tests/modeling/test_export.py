@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SMALL, answer, assert_close, noise, tiny_model
+from conftest import DEVICE, SMALL, answer, assert_close, noise, tiny_model
 from transformers import (
     AutoFeatureExtractor,
     AutoModel,
@@ -46,11 +46,11 @@ def test_the_stock_hubert_answers_like_the_cut_model(head, stable, conv_dim):
         assert subnet.is_hubert_exportable
         hubert = to_hubert(model.extract_subnet())
         assert not type(hubert).__module__.startswith("modeling_lighthubert")
-        padded, mask = noise(2, 6000), torch.ones(2, 6000, dtype=torch.long)
+        padded, mask = noise(2, 6000), torch.ones(2, 6000, dtype=torch.long, device=DEVICE)
         mask[1, 4000:] = 0
         expected, found = (answer(each, padded, attention_mask=mask) for each in (model, hubert))
         if head is LightHubertForCTC:  # ours has blanks on padding
-            frames = torch.arange(18) < model._get_feat_extract_output_lengths(mask.sum(-1))[:, None]
+            frames = torch.arange(18, device=DEVICE) < model._get_feat_extract_output_lengths(mask.sum(-1))[:, None]
             assert (expected[~frames].argmax(dim=-1) == model.config.pad_token_id).all()
             expected, found = expected[frames], found[frames]
         assert_close(found, expected)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import answer, assert_close, noise, tiny_model
+from conftest import DEVICE, answer, assert_close, noise, tiny_model
 
 from modeling_lighthubert import LightHubertForCTC, LightHubertModel, feature_encoder
 
@@ -13,7 +13,7 @@ from modeling_lighthubert import LightHubertForCTC, LightHubertModel, feature_en
 @pytest.fixture
 def short_pieces(monkeypatch):
     """15 ms of full width at once."""
-    monkeypatch.setitem(feature_encoder.VALUES_AT_ONCE, "cpu", 240 * 16)
+    monkeypatch.setitem(feature_encoder.VALUES_AT_ONCE, DEVICE.type, 240 * 16)
 
 
 def test_long_audio_is_encoded_in_pieces_with_the_same_frames(monkeypatch):
@@ -23,7 +23,7 @@ def test_long_audio_is_encoded_in_pieces_with_the_same_frames(monkeypatch):
         with torch.no_grad():
             whole = encoder(audio)
             with monkeypatch.context() as patch:
-                patch.setitem(feature_encoder.VALUES_AT_ONCE, "cpu", 240 * encoder.num_channels)
+                patch.setitem(feature_encoder.VALUES_AT_ONCE, DEVICE.type, 240 * encoder.num_channels)
                 pieces = encoder(audio)
         assert_close(pieces, whole)
 
@@ -33,7 +33,7 @@ def test_a_large_batch_is_encoded_in_parts_and_hooks_of_the_encoder_get_the_whol
     batch_sizes, frames = [], encoder._frames
     with torch.no_grad():
         whole = encoder(audio)
-        monkeypatch.setitem(feature_encoder.VALUES_AT_ONCE, "cpu", 2 * 240 * encoder.num_channels)
+        monkeypatch.setitem(feature_encoder.VALUES_AT_ONCE, DEVICE.type, 2 * 240 * encoder.num_channels)
         monkeypatch.setattr(encoder, "_frames", lambda part: batch_sizes.append(len(part)) or frames(part))
         encoder.register_forward_hook(lambda module, inputs, output: hooked.append(output))
         parts = encoder(audio)
@@ -76,13 +76,14 @@ def test_a_traced_model_answers_for_other_lengths_and_batch_sizes(form):
 @pytest.mark.usefixtures("short_pieces")
 def test_the_older_exporter_keeps_the_length_open():
     onnxruntime = pytest.importorskip("onnxruntime")
-    model, file = tiny_model(LightHubertForCTC).extract_subnet("smallest"), io.BytesIO()
+    model, file = tiny_model(LightHubertForCTC).extract_subnet("smallest").cpu(), io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, of itself
         axes = {"input_values": {0: "batch", 1: "samples"}}
         names = {"input_names": ["input_values"], "output_names": ["logits"], "dynamic_axes": axes}
-        torch.onnx.export(model, (noise(1, 80_000),), file, dynamo=False, opset_version=17, **names)
+        torch.onnx.export(model, (noise(1, 80_000).cpu(),), file, dynamo=False, opset_version=17, **names)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     for batch_size, num_samples in ((1, 80_000), (1, 160_000), (3, 12_345)):
         audio = noise(batch_size, num_samples)
-        assert_close(torch.from_numpy(session.run(None, {"input_values": audio.numpy()})[0]), answer(model, audio))
+        (found,) = session.run(None, {"input_values": audio.cpu().numpy()})
+        assert_close(found, answer(model, audio))

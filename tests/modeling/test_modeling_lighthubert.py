@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import (
     BASE,
+    DEVICE,
     FLAVOURS,
     GOLDEN,
     HEAD_CLASSES,
@@ -88,12 +89,12 @@ def draw(space, count, seed=0):
 
 @pytest.fixture(scope="module")
 def golden():
-    return {name: torch.from_numpy(array) for name, array in np.load(GOLDEN / "golden.npz").items()}
+    return {name: torch.from_numpy(array).to(DEVICE) for name, array in np.load(GOLDEN / "golden.npz").items()}
 
 
 @pytest.fixture(scope="module", params=ATTENTIONS)
 def golden_model(request):
-    model = convert(str(GOLDEN / "checkpoint.pt"), GOLDEN_SPACE)
+    model = convert(str(GOLDEN / "checkpoint.pt"), GOLDEN_SPACE).to(DEVICE)
     model.set_attn_implementation(request.param)
     return model
 
@@ -101,7 +102,7 @@ def golden_model(request):
 @pytest.mark.parametrize("case", range(12))
 def test_a_padded_batch_is_answered_like_the_authors_code(golden_model, golden, case):
     golden_model.set_subnet(SUBNETS[case])
-    mask = (torch.arange(8000) < golden["lengths"][:, None]).long()
+    mask = (torch.arange(8000, device=DEVICE) < golden["lengths"][:, None]).long()
     with torch.no_grad():
         actual = golden_model.hubert(golden["input_values"], attention_mask=mask).last_hidden_state
     expected = golden[f"last_hidden_state_{case}"]
@@ -202,7 +203,7 @@ def test_the_largest_subnet_answers_like_stock_hubert(flavour, attention, wavefo
     supernet.load_state_dict(stock.state_dict())
     stock.set_attn_implementation(attention)
     supernet.set_attn_implementation(attention)
-    mask = (torch.arange(4000) < torch.tensor([[4000], [2500]])).long()
+    mask = (torch.arange(4000) < torch.tensor([[4000], [2500]])).long().to(DEVICE)
     inputs = torch.cat([waveform, waveform.flip(1) * mask[1]])
     assert_close(answer(supernet, inputs, attention_mask=mask), answer(stock, inputs, attention_mask=mask))
 
@@ -225,8 +226,9 @@ def test_the_largest_full_size_subnet_answers_like_stock_hubert(full_size, wavef
 
 def test_frames_of_the_convolutions_are_those_of_hubert():
     """Of any length: what is padded to whole rows leaves no trace, also not in gradients."""
-    stock = randomise(HubertModel(HubertConfig(**stock_settings(feat_extract_norm="layer")))).feature_extractor
-    ours = LightHubertModel(tiny_config(feat_extract_norm="layer")).feature_extractor
+    stock = randomise(HubertModel(HubertConfig(**stock_settings(feat_extract_norm="layer")))).to(DEVICE)
+    stock = stock.feature_extractor
+    ours = LightHubertModel(tiny_config(feat_extract_norm="layer")).to(DEVICE).feature_extractor
     ours.load_state_dict(stock.state_dict())
     for num_samples in (400, 401, 719, 720, 4000, 6399, 6400):
         waveforms = noise(2, num_samples)
@@ -247,7 +249,7 @@ def test_frames_of_the_convolutions_are_those_of_hubert():
 def full_size():
     """The base supernet at its real size, every weight random."""
     torch.manual_seed(0)
-    return randomise(LightHubertModel(LightHubertConfig(search_space="base"))).eval()
+    return randomise(LightHubertModel(LightHubertConfig(search_space="base"))).eval().to(DEVICE)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -340,7 +342,7 @@ def test_a_cut_model_is_in_the_mode_of_the_supernet(training):
 
 def test_masked_frames_become_the_mask_embedding_of_the_selected_width(waveform):
     model = make(subnet="smallest")
-    masked = torch.zeros(1, 12, dtype=torch.bool)
+    masked = torch.zeros(1, 12, dtype=torch.bool, device=DEVICE)
     masked[0, 3:7] = True
     cut = model.extract_subnet()
     with torch.no_grad():
@@ -406,11 +408,11 @@ def test_gradients_of_a_subnet_reach_exactly_the_weights_it_uses(form, seed):
     if form != "batch norm":  # the effective kernel; the direction under weight norm is the exception tested below
         torch.nn.utils.parametrize.remove_parametrizations(model.encoder.pos_conv_embed.conv, "weight")
     subnet = model.set_subnet(space.sample(seed))
-    masked = torch.arange(12)[None] % 3 == 0
+    masked = torch.arange(12, device=DEVICE)[None] % 3 == 0
     hidden_states = model(noise(1, 4000).double(), mask_time_indices=masked).last_hidden_state
     (hidden_states * noise(*hidden_states.shape, seed=1)).sum().backward()
     for name, parameter in model.named_parameters():
-        got = torch.zeros(parameter.shape) if parameter.grad is None else parameter.grad
+        got = torch.zeros(parameter.shape) if parameter.grad is None else parameter.grad.cpu()
         used = expected_use(name, parameter, subnet)
         assert not got[~used].any(), f"{name}: gradient outside"
         if "k_proj.bias" not in name:  # one score more for all keys changes no attention
@@ -437,7 +439,7 @@ def test_weight_norm_of_the_position_convolution_is_the_exception(waveform):
     conv = model.encoder.pos_conv_embed.conv
     assert conv.parametrizations.weight.original0.grad.ne(0).all()
     assert conv.parametrizations.weight.original1.grad[16:].ne(0).any()
-    assert torch.equal(conv.bias.grad != 0, torch.arange(48) < 16)
+    assert torch.equal(conv.bias.grad != 0, torch.arange(48, device=DEVICE) < 16)
 
 
 def test_gradients_belong_to_the_subnet_that_ran_even_if_another_is_selected_since(waveform):
@@ -458,7 +460,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(cut, stable, waveform):
     checkpoint_layers(checkpointed)
     assert checkpointed.hubert.encoder.layers[0].gradient_checkpointing
     for model in (plain, checkpointed):
-        model.train()(waveform, labels=torch.tensor([[1, 2, 3]])).loss.backward()
+        model.train()(waveform, labels=torch.tensor([[1, 2, 3]], device=DEVICE)).loss.backward()
     for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None)
         if one.grad is not None:
@@ -471,7 +473,7 @@ def test_gradient_checkpointing_recomputes_the_subnet_that_ran_even_if_another_i
     checkpoint_layers(checkpointed)
     for model in (plain, checkpointed):
         with model.train().using_subnet("smallest"):
-            loss = model(waveform, labels=torch.tensor([[1, 2, 3]])).loss
+            loss = model(waveform, labels=torch.tensor([[1, 2, 3]], device=DEVICE)).loss
         loss.backward()
     for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         if one.grad is not None:
@@ -483,7 +485,7 @@ def test_gradient_checkpointing_recomputes_the_subnet_that_ran_even_if_another_i
 def test_a_frozen_feature_encoder_has_no_gradients(head, cut):
     model = make(head, cut=cut)
     model.freeze_feature_encoder()
-    labels = torch.tensor([[1, 2]]) if head is LightHubertForCTC else torch.tensor([1])
+    labels = torch.tensor([[1, 2]] if head is LightHubertForCTC else [1], device=DEVICE)
     model.train()(noise(1, 8000), labels=labels).loss.backward()
     assert all(parameter.grad is None for parameter in model.hubert.feature_extractor.parameters())
     assert model.hubert.encoder.layers[0].attention.q_proj.weight.grad is not None
@@ -492,7 +494,7 @@ def test_a_frozen_feature_encoder_has_no_gradients(head, cut):
 def test_a_frozen_base_model_leaves_the_head_to_train():
     model = make(LightHubertForXVector)
     model.freeze_base_model()
-    model.train()(noise(2, 8000), labels=torch.tensor([0, 1])).loss.backward()
+    model.train()(noise(2, 8000), labels=torch.tensor([0, 1], device=DEVICE)).loss.backward()
     assert all(parameter.grad is None for parameter in model.hubert.parameters())
     assert model.projector.weight.grad is not None
 
@@ -570,7 +572,7 @@ def test_two_models_of_one_config_do_not_share_a_selection(waveform):
     assert other.subnet == TWO_DEEP.largest
     assert config.selected_subnet() == TWO_DEEP.largest
     assert answer(one, waveform).shape[-1] == 16
-    assert other.hubert(waveform).last_hidden_state.shape[-1] == 48
+    assert answer(other.hubert, waveform).shape[-1] == 48
 
 
 def test_a_selection_leads_to_the_same_answer_from_wherever_it_came(waveform):
@@ -749,7 +751,7 @@ def test_an_answer_does_not_depend_on_padding_or_company(stable, attention):
     lengths = [4000, 2560, 6400, 400]
     recordings = [noise(1, length, seed=length) for length in lengths]
     batch = torch.cat([torch.nn.functional.pad(recording, (0, 8000 - recording.shape[1])) for recording in recordings])
-    mask = (torch.arange(8000) < torch.tensor(lengths)[:, None]).long()
+    mask = (torch.arange(8000) < torch.tensor(lengths)[:, None]).long().to(DEVICE)
     for subnet in draw(SIX_DEEP, 8):
         model.set_subnet(subnet)
         together = answer(model, batch, attention_mask=mask)
@@ -762,7 +764,7 @@ def test_an_answer_does_not_depend_on_padding_or_company(stable, attention):
 def test_the_answer_of_a_head_does_not_depend_on_padding(head):
     model = make(head, subnet="smallest")
     recording = noise(1, 4000)
-    mask = (torch.arange(8000) < 4000).long()[None]
+    mask = (torch.arange(8000, device=DEVICE) < 4000).long()[None]
     alone = answer(model, recording)
     padded = answer(model, torch.nn.functional.pad(recording, (0, 4000)), attention_mask=mask)
     assert_close(padded if head is LightHubertForSequenceClassification else padded[:, :12], alone)
@@ -772,7 +774,7 @@ def test_with_a_group_norm_an_answer_depends_on_padding():
     """What the docstring says it cannot promise, and a reason to prefer layer norm."""
     model = make(feat_extract_norm="group", subnet="smallest")
     alone = answer(model, noise(1, 4000))
-    mask = (torch.arange(8000) < 4000).long()[None]
+    mask = (torch.arange(8000, device=DEVICE) < 4000).long()[None]
     padded = answer(model, torch.nn.functional.pad(noise(1, 4000), (0, 4000)), attention_mask=mask)
     with pytest.raises(AssertionError, match="not close"):
         assert_close(padded[:, :12], alone)
@@ -793,11 +795,12 @@ def test_with_a_group_norm_an_answer_depends_on_padding():
 def test_trainer_averages_the_loss_of_a_head_over_accumulated_batches(head, labels, tmp_path):
     model = make(head, mask_time_prob=0.0)
     labels = torch.as_tensor(labels)
-    rows = [{"input_values": noise(4000, seed=row), "labels": labels[row]} for row in range(2)]
-    losses = [model(row["input_values"][None], labels=row["labels"][None]).loss.item() for row in rows]
+    rows = [{"input_values": noise(4000, seed=row).cpu(), "labels": labels[row]} for row in range(2)]
+    batches = [{name: value[None].to(DEVICE) for name, value in row.items()} for row in rows]
+    losses = [model(**batch).loss.item() for batch in batches]
     arguments = TrainingArguments(
-        tmp_path, max_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=1, use_cpu=True,
-        report_to="none", disable_tqdm=True, remove_unused_columns=False,
+        tmp_path, max_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=1,
+        use_cpu=DEVICE.type == "cpu", report_to="none", disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     trained = Trainer(model, arguments, train_dataset=rows).train()
     assert trained.training_loss == pytest.approx(sum(losses) / 2, rel=1e-4)
@@ -822,7 +825,7 @@ def _first_tensor(outputs):
 
 def test_training_masks_time_and_features():
     model = make(mask_time_prob=0.5, mask_time_length=2, mask_feature_prob=0.5, mask_feature_length=4).train()
-    hidden_states = torch.ones(1, 12, 48)
+    hidden_states = torch.ones(1, 12, 48, device=DEVICE)
     masked = model._mask_hidden_states(hidden_states.clone())
     rows = (masked == model.masked_spec_embed).sum(-1)
     assert (rows > 12).any()
@@ -842,7 +845,7 @@ def test_every_head_trains_at_every_width(head):
     for subnet in ("smallest", "largest", TWO_DEEP.sample(0)):
         model.zero_grad()
         model.set_subnet(subnet)
-        outputs = model(noise(2, 4000), **({"labels": labels[head]} if head in labels else {}))
+        outputs = model(noise(2, 4000), **({"labels": labels[head].to(DEVICE)} if head in labels else {}))
         loss = outputs.loss if head in labels else sum(output.square().mean() for output in outputs.to_tuple()[0])
         loss.backward()
         assert torch.isfinite(loss)
@@ -901,15 +904,15 @@ def test_a_head_answers_like_that_of_transformers(head, stock_head, stock_config
     settings = stock_settings(num_hidden_layers=2, feat_extract_norm="layer")
     for name in ("tdnn_dim", "tdnn_kernel", "tdnn_dilation", "xvector_output_dim"):
         settings[name] = getattr(tiny_config(), name)
-    stock = randomise(stock_head(stock_config(**settings))).eval()
-    model = head(tiny_config()).eval()
+    stock = randomise(stock_head(stock_config(**settings))).eval().to(DEVICE)
+    model = head(tiny_config()).eval().to(DEVICE)
     model.load_state_dict(
         {name.replace("wav2vec2.", "hubert."): tensor for name, tensor in stock.state_dict().items()}
     )
     labels = {
         LightHubertForCTC: torch.tensor([[1, 2], [3, -100]]),
         LightHubertForAudioFrameClassification: torch.nn.functional.one_hot(torch.arange(48).view(2, 24) % 3, 3),
-    }.get(head, torch.tensor([0, 2]))
+    }.get(head, torch.tensor([0, 2])).to(DEVICE)
     with torch.no_grad():
         ours, theirs = model(noise(2, 8000), labels=labels), stock(noise(2, 8000), labels=labels)
     assert_close(ours.logits, theirs.logits)
@@ -1048,7 +1051,7 @@ def test_a_head_starts_from_a_saved_base_model_and_back(head, tmp_path, waveform
 def narrow_golden():
     """The golden supernet for widths that leave something to trim, and the same trimmed."""
     space = SearchSpace((64, 96), GOLDEN_SPACE.num_attention_heads, GOLDEN_SPACE.ffn_ratio, (10, 11, 12))
-    supernet = convert(str(GOLDEN / "checkpoint.pt"), space)
+    supernet = convert(str(GOLDEN / "checkpoint.pt"), space).to(DEVICE)
     return supernet, supernet.trim()
 
 
@@ -1137,7 +1140,7 @@ def test_bad_audio_is_refused_by_its_own_message(cut, inputs, mask, message):
 def test_a_clip_without_a_frame_is_answered_in_a_batch_as_stock_hubert_does(cut, num_samples):
     """Its frames are blanks, and the other clips are what they are alone."""
     model = make(LightHubertForCTC, cut=cut, subnet=TWO_DEEP.largest)
-    mask = (torch.arange(4000) < torch.tensor([[4000], [num_samples]])).long()
+    mask = (torch.arange(4000) < torch.tensor([[4000], [num_samples]])).long().to(DEVICE)
     audio = noise(2, 4000) * mask
     logits = answer(model, audio, attention_mask=mask)
     stock = answer(to_hubert(model), audio, attention_mask=mask)

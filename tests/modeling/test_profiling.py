@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import NARROW, SIX_DEEP, noise, tiny_model
+from conftest import DEVICE, NARROW, SIX_DEEP, noise, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.hubert.modeling_hubert import HubertFeatureEncoder
 
@@ -40,7 +40,7 @@ def test_macs_are_what_a_flop_counter_counts(head, seconds, taps, space):
     model = tiny_model(head, space, attn_implementation="eager", num_conv_pos_embeddings=taps)
     for seed in range(3):
         cut = model.extract_subnet(model.search_space.sample(seed))
-        counted = HubertFeatureEncoder(cut.config)  # ours runs up to a frame more, to have whole rows
+        counted = HubertFeatureEncoder(cut.config).to(DEVICE)  # ours runs up to a frame more, to have whole rows
         cut.base_model.feature_extractor.forward = counted.forward
         with FlopCounterMode(display=False) as counter:
             cut(noise(1, int(seconds * 16_000)))

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, WINDOWED, answer, assert_close, noise, tiny_model
+from conftest import DEVICE, SMALL, WINDOWED, answer, assert_close, noise, tiny_model
 
 from modeling_lighthubert import LightHubertForCTC, LightHubertModel, SearchSpace, Subnet
 from modeling_lighthubert.export import to_hubert
@@ -20,11 +20,11 @@ from modeling_lighthubert.windowed_attention import windowed_attention
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_window_is_full_attention_with_a_band_for_its_mask(window, num_frames, padded):
     query, key, value = noise(3, 2, 4, num_frames, 8)
-    true = torch.ones(2, num_frames, dtype=torch.bool)
+    true = torch.ones(2, num_frames, dtype=torch.bool, device=DEVICE)
     true[1, num_frames * 2 // 3 + 1 :] = not padded
-    near = (torch.arange(num_frames)[:, None] - torch.arange(num_frames)).abs() <= window
-    mask = near & true[:, None, None, :]
-    mask |= torch.eye(num_frames, dtype=torch.bool)
+    position = torch.arange(num_frames, device=DEVICE)
+    mask = ((position[:, None] - position).abs() <= window) & true[:, None, None, :]
+    mask |= torch.eye(num_frames, dtype=torch.bool, device=DEVICE)
     expected = F.scaled_dot_product_attention(query, key, value, mask, scale=0.3)
     found = windowed_attention(query, key, value, window, true if padded else None, 0.3)
     assert torch.isfinite(found).all()
@@ -36,7 +36,7 @@ def test_a_window_is_full_attention_with_a_band_for_its_mask(window, num_frames,
 @pytest.mark.parametrize("stable", [False, True])
 def test_selected_cut_and_banded_models_answer_alike(attention, stable, monkeypatch):
     model = tiny_model(LightHubertModel, WINDOWED, attn_implementation=attention, do_stable_layer_norm=stable)
-    audio, mask = noise(2, 30_000), torch.ones(2, 30_000, dtype=torch.long)
+    audio, mask = noise(2, 30_000), torch.ones(2, 30_000, dtype=torch.long, device=DEVICE)
     mask[1, 20_000:] = 0
     rng = random.Random(0)
     for _ in range(5):
@@ -44,7 +44,7 @@ def test_selected_cut_and_banded_models_answer_alike(attention, stable, monkeypa
         selected = answer(model, audio, attention_mask=mask)
         cut = answer(model.extract_subnet(), audio, attention_mask=mask)
         frames = model._get_feat_extract_output_lengths(mask.sum(-1))
-        kept = torch.arange(selected.shape[1]) < frames[:, None]
+        kept = torch.arange(selected.shape[1], device=DEVICE) < frames[:, None]
         assert_close(cut[kept], selected[kept])
         with monkeypatch.context() as patch:
             patch.setattr(LightHubertAttention, "forward", banded)
@@ -57,7 +57,7 @@ def banded(self, hidden_states, attention_mask=None, **kwargs):
         projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         for projection in (self.q_proj, self.k_proj, self.v_proj)
     )
-    position = torch.arange(hidden_states.shape[1])
+    position = torch.arange(hidden_states.shape[1], device=DEVICE)
     near = (position[:, None] - position).abs() <= (self.window or len(position))
     true = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
     mask = near & true | (position[:, None] == position)

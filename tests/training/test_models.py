@@ -3,7 +3,7 @@ frames from padding, and hide spans that follow from a recording's seed and leng
 
 import pytest
 import torch
-from conftest import NARROW, TWO_DEEP, noise, tiny_model
+from conftest import DEVICE, NARROW, TWO_DEEP, noise, tiny_model
 
 from lighthubert_training.models import (
     computed_once,
@@ -72,14 +72,14 @@ def test_frames_up_to_the_length_are_true():
 
 def test_true_frames_are_those_that_the_recording_alone_would_have():
     model, samples = tiny_model(), [400, 719, 720, 4000]
-    attention_mask = torch.zeros(4, 4000, dtype=torch.int32)
+    attention_mask = torch.zeros(4, 4000, dtype=torch.int32, device=DEVICE)
     for row, count in enumerate(samples):
         attention_mask[row, :count] = 1
     with torch.no_grad():
-        frames = [model(torch.zeros(1, count)).last_hidden_state.shape[1] for count in samples]
+        frames = [model(torch.zeros(1, count, device=DEVICE)).last_hidden_state.shape[1] for count in samples]
     assert frames == [1, 1, 2, 12]
     assert true_lengths(model, attention_mask).tolist() == frames
-    assert torch.equal(true_frames(model, 12, attention_mask), frame_mask(torch.tensor(frames), 12))
+    assert torch.equal(true_frames(model, 12, attention_mask), frame_mask(torch.tensor(frames, device=DEVICE), 12))
 
 
 def test_masks_stay_inside_the_recording_and_cover_their_share():

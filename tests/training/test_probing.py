@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import DEVICE, tiny_model
 from datasets import Audio, Dataset
 from transformers import Wav2Vec2FeatureExtractor
 
@@ -49,9 +49,9 @@ def test_pooled_features_are_means_over_true_frames():
     waveforms = [np.random.default_rng(seed).standard_normal(4000 + 2400 * seed).astype(np.float32) for seed in (0, 1)]
     together = pooled_features(model, padded_batches(EXTRACTOR, waveforms))
     for waveform, pooled in zip(waveforms, together, strict=True):
-        inputs = EXTRACTOR(waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_values
+        inputs = EXTRACTOR(waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_values.to(DEVICE)
         with torch.no_grad():
-            alone = model(inputs).last_hidden_state[0].mean(dim=0)
+            alone = model(inputs).last_hidden_state[0].mean(dim=0).cpu()
         np.testing.assert_allclose(pooled, alone, rtol=0, atol=1e-4 * float(alone.abs().max()))
 
 
@@ -75,7 +75,7 @@ def test_masked_features_are_those_of_masked_frames_that_the_model_does_not_see(
     features = masked_features(model, batches, masks)
     assert features.shape == (int(masks[0].sum()), model.config.hidden_size)
     with torch.no_grad():
-        seen = model(batches[0]["input_values"]).last_hidden_state[masks[0]].numpy()
+        seen = model(batches[0]["input_values"].to(DEVICE)).last_hidden_state.cpu()[masks[0]].numpy()
     assert np.abs(features - seen).max() > 0.1
 
 
@@ -127,11 +127,12 @@ def test_the_bench_sees_that_features_hold_nothing(bench):
         def __init__(self, model: torch.nn.Module):
             super().__init__()
             self._get_feat_extract_output_lengths = model._get_feat_extract_output_lengths
+            self.device = model.device
             self.generator = torch.Generator().manual_seed(0)
 
         def forward(self, input_values, attention_mask, mask_time_indices=None):
             frames = int(self._get_feat_extract_output_lengths(input_values.shape[1]))
-            noise = torch.randn(len(input_values), frames, 8, generator=self.generator)
+            noise = torch.randn(len(input_values), frames, 8, generator=self.generator).to(self.device)
             return types.SimpleNamespace(last_hidden_state=noise)
 
     row = bench.measure(Noise(bench.teacher.model))

@@ -98,7 +98,7 @@ def test_facts_are_those_of_the_cut_model_and_survive_json(head, pipeline_tag):
 
 
 def test_speed_is_measured_with_the_conditions_it_holds_for():
-    model = tiny_model()
+    model = tiny_model().cpu()
 
     def run(audio: torch.Tensor) -> torch.Tensor:
         return model(audio).last_hidden_state

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import FLAVOURS, NARROW, answer, assert_close, noise, tiny_model
+from conftest import DEVICE, FLAVOURS, NARROW, answer, assert_close, noise, tiny_model
 
 from lighthubert_training.distillation.channel_order import ffn_positions, measure_importance, reorder
 from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, feature_encoder
@@ -14,7 +14,7 @@ from modeling_lighthubert import LightHubertForPreTraining, LightHubertModel, fe
 def test_the_outputs_of_the_full_model_stay(flavour, waveform):
     """With masked frames as well."""
     model = tiny_model(LightHubertForPreTraining, NARROW, **flavour).double()
-    mask = torch.zeros(1, 12, dtype=torch.bool).index_fill(1, torch.arange(4, 9), True)
+    mask = torch.zeros(1, 12, dtype=torch.bool).index_fill(1, torch.arange(4, 9), True).to(DEVICE)
 
     def outputs() -> torch.Tensor:
         return model(waveform.double(), mask_time_indices=mask.clone()).predictions[0]
@@ -68,9 +68,9 @@ def test_importance_is_that_of_activations_and_of_what_reads_them():
 
 def test_pieces_in_which_a_recording_is_encoded_do_not_change_the_order(monkeypatch):
     model = tiny_model(LightHubertModel, NARROW).double()
-    loud_end = [noise(60_000).double() * torch.linspace(0, 1, 60_000).double() ** 8]
+    loud_end = [noise(60_000).double() * torch.linspace(0, 1, 60_000, device=DEVICE).double() ** 8]
     whole = measure_importance(model, loud_end)
-    monkeypatch.setitem(feature_encoder.VALUES_AT_ONCE, "cpu", 8192 * model.config.conv_dim[0])  # 2.56 s
+    monkeypatch.setitem(feature_encoder.VALUES_AT_ONCE, DEVICE.type, 8192 * model.config.conv_dim[0])  # 2.56 s
     pieces = measure_importance(model, loud_end)
     for name in whole:
         torch.testing.assert_close(pieces[name], whole[name], rtol=0.05, atol=0)  # edges count twice

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TWO_DEEP, stock_settings
+from conftest import TWO_DEEP, new_accelerator, stock_settings
 from scripts import fails, run
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HubertConfig
@@ -31,7 +31,7 @@ STUDENT = LightHubertConfig(**stock_settings(), search_space=TWO_DEEP, teacher_h
 
 @pytest.fixture(autouse=True)
 def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
+    return new_accelerator("cpu")
 
 
 def told(config: LightHubertConfig = STUDENT, **options) -> Estimate:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import new_accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from speech import RATE, TONE, broken_speech, encoded, undecoded
@@ -26,7 +27,7 @@ COLLATOR = DistillationCollator(EXTRACTOR, EXTRACTOR, LightHubertConfig(), mask_
 
 @pytest.fixture(scope="module")
 def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
+    return new_accelerator()
 
 
 def tones(count: int = 10):

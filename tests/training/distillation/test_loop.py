@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import SIX_DEEP, TWO_DEEP
+from conftest import DEVICE, SIX_DEEP, TWO_DEEP, new_accelerator
 from speech import TONE, encoded, undecoded
 from tiny_distillation import tiny_student, tiny_teacher
 from transformers import Wav2Vec2FeatureExtractor
@@ -31,7 +31,7 @@ NAMES = ["largest", "smallest", "middle", "random_0", "random_1"]
 
 @pytest.fixture(scope="module")
 def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
+    return new_accelerator()
 
 
 @pytest.fixture
@@ -117,8 +117,8 @@ def test_a_step_without_recordings_logs_no_loss(distiller):
 
 
 def test_a_step_without_recordings_is_none_for_a_scaler_of_gradients_either(distiller, accelerator, monkeypatch):
-    """As in fp16 on a GPU, with real scaling on the CPU."""
-    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    """As in fp16 on a GPU, with real scaling on any device."""
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler(DEVICE.type, init_scale=1024.0))
     monkeypatch.setattr(accelerator, "native_amp", True)
     monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
     monkeypatch.setattr(accelerator, "_optimizers", [])  # those of other tests

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
+from conftest import DEVICE, assert_close
 from tiny_distillation import padded_batch, tiny_student, tiny_teacher
 
 from lighthubert_training.distillation.losses import (
@@ -54,7 +54,7 @@ def test_layers_match_those_of_the_teacher_at_the_same_height():
 def test_every_objective_trains_every_subnet(options):
     teacher, batch, student = tiny_teacher(**options), padded_batch(), tiny_student()
     outputs = teacher(batch["teacher_input_values"], batch["attention_mask"])
-    mask = true_frames(student, 18, batch["attention_mask"]) & (torch.arange(18) % 2 == 0)
+    mask = true_frames(student, 18, batch["attention_mask"]) & (torch.arange(18, device=DEVICE) % 2 == 0)
     for name in ("smallest", "largest"):
         student.set_subnet(name)
         student.zero_grad()
@@ -72,7 +72,7 @@ def test_the_loss_is_a_weighted_sum_of_prediction_and_temporal_relation():
     def loss(**options: float) -> torch.Tensor:
         teacher = tiny_teacher(loss_frames="all", **options)
         outputs = teacher(batch["teacher_input_values"], batch["attention_mask"])
-        return student_loss(student, batch, outputs, torch.zeros(2, 18, dtype=torch.bool), teacher)
+        return student_loss(student, batch, outputs, torch.zeros(2, 18, dtype=torch.bool, device=DEVICE), teacher)
 
     relation = loss(temporal_relation_weight=1.0, prediction_weight=0.0)
     assert relation > 0
@@ -84,9 +84,9 @@ def test_the_loss_is_a_weighted_sum_of_prediction_and_temporal_relation():
 def test_a_padded_batch_gives_the_mean_over_the_same_clips_alone(options):
     student, batch, teacher = tiny_student(), padded_batch(), tiny_teacher(loss_frames="all", **options)
     outputs = teacher(batch["teacher_input_values"], batch["attention_mask"])
-    mask = true_frames(student, 18, batch["attention_mask"]) & (torch.arange(18) % 3 == 0)
+    mask = true_frames(student, 18, batch["attention_mask"]) & (torch.arange(18, device=DEVICE) % 3 == 0)
     together = student_loss(student, batch, outputs, mask, teacher)
-    alone, count = torch.zeros(()), 0
+    alone, count = torch.zeros((), device=DEVICE), 0
     for row, samples in enumerate((6000, 3200)):
         single = {name: batch[name][row : row + 1, :samples] for name in INPUTS}
         single_outputs = teacher(single["teacher_input_values"], single["attention_mask"])
@@ -100,7 +100,7 @@ def test_a_padded_batch_gives_the_mean_over_the_same_clips_alone(options):
 def test_features_that_are_given_are_not_computed_again():
     student, batch, teacher = tiny_student(), padded_batch(), tiny_teacher()
     outputs = teacher(batch["teacher_input_values"], batch["attention_mask"])
-    mask = true_frames(student, 18, batch["attention_mask"]) & (torch.arange(18) % 3 == 0)
+    mask = true_frames(student, 18, batch["attention_mask"]) & (torch.arange(18, device=DEVICE) % 3 == 0)
     expected = student_loss(student, batch, outputs, mask, teacher)
     features = student.hubert.feature_extractor(batch["input_values"])
     batch["input_values"] = torch.zeros_like(batch["input_values"])

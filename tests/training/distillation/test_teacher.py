@@ -99,7 +99,7 @@ def test_the_teacher_is_frozen_and_keeps_no_hooks():
 
 
 def test_instance_norm_ignores_padding():
-    hidden_states, frames = noise(1, 10, 4), torch.arange(10)[None] < 6
+    hidden_states, frames = noise(1, 10, 4).cpu(), torch.arange(10)[None] < 6
     normalised = instance_norm(hidden_states, frames)
     torch.testing.assert_close(normalised[:, :6].mean(dim=1), torch.zeros(1, 4), rtol=0, atol=1e-5)
     torch.testing.assert_close(normalised[:, :6].var(dim=1, unbiased=False), torch.ones(1, 4), rtol=0, atol=1e-3)
@@ -107,7 +107,7 @@ def test_instance_norm_ignores_padding():
 
 
 def test_layer_norm_is_over_the_features_of_a_frame():
-    hidden_states, frames = noise(1, 10, 4), torch.arange(10)[None] < 6
+    hidden_states, frames = noise(1, 10, 4).cpu(), torch.arange(10)[None] < 6
     normalised = normalise(hidden_states, frames, "layer")
     assert_close(normalised[:, :6].mean(dim=-1) + 1, torch.ones(1, 6))
     assert not normalised[:, 6:].any()

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import SearchSpace, assert_close, randomise, stock_settings, tiny_model
+from conftest import DEVICE, SearchSpace, assert_close, randomise, stock_settings, tiny_model
 from recognizers import TOKENS, babble, save_processor
 from transformers import AutoModelForCTC, Wav2Vec2Config, Wav2Vec2ForCTC
 
@@ -60,7 +60,7 @@ def folders(tmp_path_factory):
 def load(folders, form: str, **options) -> Recognizer:
     folder = folders / form
     if form != "onnx":
-        return Recognizer.from_pretrained(folder, **options)
+        return Recognizer.from_pretrained(folder, device=str(DEVICE), **options)
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     if not folder.exists():
@@ -106,7 +106,7 @@ def test_a_subnet_can_be_chosen_by_name_and_file(folders, tmp_path):
     model.subnet.to_json_file(tmp_path / "subnet.json")
     model.extract_subnet().save_pretrained(tmp_path / "cut")
     save_processor(tmp_path / "cut")
-    expected = Recognizer.from_pretrained(tmp_path / "cut").transcribe(RECORDINGS)
+    expected = Recognizer.from_pretrained(tmp_path / "cut", device=str(DEVICE)).transcribe(RECORDINGS)
     assert expected != load(folders, "supernet").transcribe(RECORDINGS)
     for subnet in ("smallest", str(tmp_path / "subnet.json")):
         assert load(folders, "supernet", subnet=subnet).transcribe(RECORDINGS) == expected
@@ -129,12 +129,12 @@ def test_a_model_in_half_precision_gets_audio_in_half_precision(folders, tmp_pat
     model = AutoModelForCTC.from_pretrained(folders / "cut").to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     save_processor(tmp_path)
-    recognizer, inputs = Recognizer.from_pretrained(tmp_path), RECORDINGS[0]
+    recognizer, inputs = Recognizer.from_pretrained(tmp_path, device=str(DEVICE)), RECORDINGS[0]
     (ours,) = recognizer.log_probs([inputs])
     extracted = recognizer.processor.feature_extractor(inputs, sampling_rate=16_000, return_tensors="pt")
     with torch.no_grad():
-        logits = model.eval()(extracted.input_values.to(torch.bfloat16)).logits[0]
-    np.testing.assert_array_equal(ours, logits.float().log_softmax(-1))
+        logits = model.eval().to(DEVICE)(extracted.input_values.to(DEVICE, torch.bfloat16)).logits[0]
+    np.testing.assert_array_equal(ours, logits.float().cpu().log_softmax(-1))
 
 
 def test_a_group_norm_ignores_padding(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import small_disk
+from conftest import new_accelerator, small_disk
 
 from lighthubert_training.runs.checkpoints import (
     FailedSaves,
@@ -27,7 +27,7 @@ from modeling_lighthubert.errors import UserError
 @pytest.fixture
 def accelerator() -> Accelerator:
     """One with a small model and its optimiser prepared."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = new_accelerator("cpu")
     model = accelerator.prepare_model(torch.nn.Linear(2, 2), evaluation_mode=True)
     accelerator.prepare_optimizer(torch.optim.AdamW(model.parameters()))
     yield accelerator

@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import new_accelerator
 
 from lighthubert_training.runs.log import RunLog
 
 
 @pytest.fixture(scope="module")
 def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
+    return new_accelerator("cpu")
 
 
 def values(**numbers: float) -> dict[str, torch.Tensor]:

@@ -71,7 +71,7 @@ def processor(tmp_path) -> Wav2Vec2Processor:
 def test_the_error_of_ctc_is_that_of_the_cut_model_on_each_recording_alone(processor, space):
     model = tiny_model(LightHubertForCTC, space, feat_extract_norm="layer")
     subnet = space.sample(1)
-    alone = padded_batches(EXTRACTOR, WAVEFORMS, 1)
+    alone = [to_model(each, model) for each in padded_batches(EXTRACTOR, WAVEFORMS, 1)]
     with model.using_subnet(subnet):  # else each frame has the same character
         model.lm_head.bias -= torch.cat([model(**each).logits[0] for each in alone]).mean(dim=0)
     cut = model.extract_subnet(subnet)

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
-from conftest import NARROW, SIX_DEEP, TWO_DEEP, WINDOWED, tiny_model
+from conftest import DEVICE, NARROW, SIX_DEEP, TWO_DEEP, WINDOWED, tiny_model
 
 from lighthubert_training.search import latency
 from lighthubert_training.search.candidates import SubnetCosts
@@ -39,14 +39,14 @@ def test_the_latency_of_a_subnet_is_that_of_its_parts(tmp_path, norm):
     subnet = space.sample(0)
     assert table(subnet) == pytest.approx(sum(table.milliseconds[name] for name in parts_of(subnet).names()))
     assert SubnetCosts(model, table)(subnet)["latency_ms"] == table(subnet)
-    assert table.device == "cpu"
+    assert table.device == DEVICE.type
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_the_time_of_each_part_is_its_own(monkeypatch, pieces):
     """By a clock that only convolutions (1 to 7 ms for a piece of audio), layers (5 and 7 ms) and the projection (20
     ms) move on."""
-    monkeypatch.setitem(VALUES_AT_ONCE, "cpu", 2**21 if pieces == 1 else 16 * 640 // 5)
+    monkeypatch.setitem(VALUES_AT_ONCE, DEVICE.type, 2**21 if pieces == 1 else 16 * 640 // 5)
     space = replace(TWO_DEEP, hidden_size=(16,), conv_dim=((8, 16),) * 7)
     model, now = tiny_model(search_space=space, feat_extract_norm="layer").extract_subnet("largest"), [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import stock_settings
+from conftest import DEVICE, stock_settings
 from speech import RATE, TONE, encoded, undecoded
 from transformers import (
     HubertConfig,
@@ -30,10 +30,10 @@ STOCK = {
 EXTRACTOR = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
 
 
-def stock(name: str = "hubert") -> Upstream:
+def stock(name: str = "hubert", device: torch.device = DEVICE) -> Upstream:
     """A tiny model, the same ones whenever it is built."""
     torch.manual_seed(0)
-    return Upstream(STOCK[name](), EXTRACTOR, name)
+    return Upstream(STOCK[name]().to(device), EXTRACTOR, name)
 
 
 def noise_of(samples: int) -> np.ndarray:

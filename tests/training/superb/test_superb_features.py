@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import assert_close, small_disk, tiny_model
+from conftest import DEVICE, assert_close, new_accelerator, small_disk, tiny_model
 from safetensors.torch import load_file
 from speech import RATE, TONE, encoded, undecoded
 from superb_toys import EXTRACTOR, SETTINGS, STOCK, noise_of, stock
@@ -33,7 +32,7 @@ def test_hidden_states_are_the_input_of_the_first_layer_and_the_output_of_each(n
 
     hooks = [layer.register_forward_hook(hook) for layer in upstream.model.encoder.layers]
     with torch.no_grad():
-        upstream.model(torch.from_numpy((waveform - waveform.mean()) / waveform.std())[None])
+        upstream.model(torch.from_numpy((waveform - waveform.mean()) / waveform.std())[None].to(DEVICE))
     for each in hooks:
         each.remove()
     assert_close(upstream(waveform), torch.cat(seen))
@@ -72,7 +71,7 @@ def test_a_model_without_hidden_states_is_refused(kind, message):
 def test_a_checkpoint_in_half_precision_is_run_in_it(tmp_path):
     stock().model.to(torch.bfloat16).save_pretrained(tmp_path)
     EXTRACTOR.save_pretrained(tmp_path)
-    upstream = Upstream.from_pretrained(str(tmp_path), device="cpu")
+    upstream = Upstream.from_pretrained(str(tmp_path), device=DEVICE)
     assert upstream.model.dtype == torch.bfloat16
     halved, exact = upstream(noise_of(8000)), stock()(noise_of(8000))
     assert halved.dtype == torch.float32
@@ -149,7 +148,7 @@ def test_a_damaged_file_is_computed_and_written_anew(tmp_path, damage: Callable[
     damage(file)
     assert cache.read(features.keys[0]) is None
     assert torch.equal(features[0], expected)
-    assert torch.equal(load_file(file)["hidden_states"], expected)
+    assert torch.equal(load_file(file)["hidden_states"], expected.cpu())
 
 
 def test_kept_features_have_the_permissions_of_the_umask_and_are_not_read_without(tmp_path):
@@ -171,7 +170,7 @@ def test_kept_features_have_the_permissions_of_the_umask_and_are_not_read_withou
 
 def test_a_cache_that_a_colleague_has_closed_is_an_error_that_names_it(tmp_path):
     cache = FeatureCache(stock(), tmp_path / "cache")
-    features, accelerator = recordings_of(noise_of(8000), cache=cache), Accelerator(cpu=True)
+    features, accelerator = recordings_of(noise_of(8000), cache=cache), new_accelerator()
     (tmp_path / "cache").mkdir(mode=0o700)
     try:
         os.seteuid(65534)  # root may do everything
@@ -214,16 +213,16 @@ def test_features_that_do_not_fit_on_the_disk_are_not_begun(tmp_path, monkeypatc
     features = recordings_of(noise_of(80_000), cache=FeatureCache(stock(), tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**16))
     with pytest.raises(UserError, match="do not fit in the 0.0 GiB that are free"):
-        fill_cache([features], Accelerator(cpu=True))
+        fill_cache([features], new_accelerator())
     assert not list(tmp_path.glob("**/*.safetensors"))
     monkeypatch.undo()
-    fill_cache([features], Accelerator(cpu=True))
+    fill_cache([features], new_accelerator())
     assert len(list(tmp_path.glob("**/*.safetensors"))) == 1
 
 
 def test_processes_fill_one_cache_at_the_same_time(tmp_path):
     waveforms = [noise_of(4000 + 400 * number) for number in range(12)]
-    features = recordings_of(*waveforms, cache=FeatureCache(stock(), tmp_path, torch.float32))
+    features = recordings_of(*waveforms, cache=FeatureCache(stock(device="cpu"), tmp_path, torch.float32))
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=lambda: [features[at] for at in range(12)]) for _ in range(3)]
     for process in processes:

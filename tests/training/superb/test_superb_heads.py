@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import noise
+from conftest import DEVICE, noise
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lighthubert_training.superb.heads import (
@@ -31,16 +31,16 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_outputs_of_a_recording_do_not_depend_on_its_padding(name):
     torch.manual_seed(0)
-    head, long, short = HEADS[name]().eval(), noise(1, 40, 6), noise(1, 25, 6, seed=1)
+    head, long, short = HEADS[name]().eval().to(DEVICE), noise(1, 40, 6), noise(1, 25, 6, seed=1)
     padded = torch.nn.functional.pad(short, (0, 0, 0, 15), value=3.0)
-    together = head(torch.cat([long, padded]), torch.tensor([40, 25]))
+    together = head(torch.cat([long, padded]), torch.tensor([40, 25], device=DEVICE))
     for row, (alone, length) in enumerate(((long, 40), (short, 25))):
-        expected = head(alone, torch.tensor([length]))[0]
+        expected = head(alone, torch.tensor([length], device=DEVICE))[0]
         torch.testing.assert_close(together[row][:length] if expected.ndim == 2 else together[row], expected)
 
 
 def test_layers_are_summed_with_a_softmax_of_weights_that_begin_equal():
-    hidden_states = noise(2, 3, 5, 4)
+    hidden_states = noise(2, 3, 5, 4).cpu()
     weighted = WeightedSum(3)
     torch.testing.assert_close(weighted(hidden_states), hidden_states.mean(dim=1))
     weighted.weights.data = torch.tensor([0.0, 1.0, -1.0])
@@ -55,7 +55,7 @@ def test_a_layer_in_both_directions_is_torchs_on_packed_sequences():
         onward, backward = ours.onward.state_dict(), ours.backward_in_time.state_dict()
         part = backward[name.removesuffix("_reverse")] if name.endswith("_reverse") else onward[name]
         tensor.data = part.clone()
-    features, lengths = noise(3, 9, 6), torch.tensor([9, 4, 6])
+    features, lengths = noise(3, 9, 6).cpu(), torch.tensor([9, 4, 6])
     packed = pack_padded_sequence(features, lengths, batch_first=True, enforce_sorted=False)
     expected, _ = pad_packed_sequence(torchs(packed)[0], batch_first=True)
     found = ours(features, lengths)

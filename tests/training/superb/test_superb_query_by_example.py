@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import noise
+from conftest import DEVICE, new_accelerator, noise
 
 from lighthubert_training.superb import query_by_example
 from lighthubert_training.superb.query_by_example import detection_scores, moments, subsequence_cost
@@ -25,7 +24,7 @@ def brute_force_cost(costs: np.ndarray) -> float:
 
 
 def test_the_cost_of_an_alignment_is_that_of_the_cheapest_path():
-    query, document = (torch.nn.functional.normalize(noise(size, 5, seed=size), dim=-1) for size in (4, 7))
+    query, document = (torch.nn.functional.normalize(noise(size, 5, seed=size).cpu(), dim=-1) for size in (4, 7))
     costs = (1 - document @ query.t()).exp() - 1
     costs = (costs - costs.amin(dim=0)) / (costs.amax(dim=0) - costs.amin(dim=0))
     padded = torch.nn.functional.pad(document, (0, 0, 0, 3))[None]
@@ -37,16 +36,16 @@ def test_a_query_is_found_where_it_occurs_and_one_that_is_too_short_nowhere():
     query = noise(2, 8, 16, seed=1)
     there = torch.cat([noise(2, 9, 16, seed=3), query, noise(2, 12, 16, seed=4)], dim=1)
     documents = [noise(2, 30, 16, seed=2), there]
-    scores = detection_scores([query, query[:, :4]], documents, range(2), Accelerator(cpu=True))
+    scores = detection_scores([query, query[:, :4]], documents, range(2), new_accelerator())
     assert (scores[:, 0, 1] > scores[:, 0, 0]).all()
     assert (scores[:, 1, 0] == scores[:, 1, 1]).all()
 
 
 def test_a_layer_is_scored_the_same_alone_and_documents_whatever_they_are_read_with(monkeypatch):
     queries, documents = ([noise(3, size, 6, seed=size) for size in sizes] for sizes in ((6, 9), (20, 31, 12)))
-    together = detection_scores(queries, documents, range(3), Accelerator(cpu=True))
+    together = detection_scores(queries, documents, range(3), new_accelerator())
     monkeypatch.setattr(query_by_example, "DOCUMENTS_AT_ONCE", 1)
-    (alone,) = detection_scores(queries, documents, [1], Accelerator(cpu=True))
+    (alone,) = detection_scores(queries, documents, [1], new_accelerator())
     np.testing.assert_allclose(alone, together[1], rtol=1e-4, atol=1e-5)
 
 
@@ -54,7 +53,7 @@ class Process:
     """One of two, which are threads here: as much of Accelerate as the scores need."""
 
     num_processes, barrier, shards = 2, threading.Barrier(2, timeout=60), [torch.zeros(0)] * 2
-    device = torch.device("cpu")
+    device = DEVICE
 
     def __init__(self, rank: int):
         self.process_index, self.is_main_process = rank, rank == 0
@@ -62,7 +61,7 @@ class Process:
 
 def test_processes_split_the_documents_and_know_all_scores(monkeypatch):
     queries, documents = ([noise(3, size, 6, seed=size) for size in sizes] for sizes in ((6, 9), (20, 31, 12, 17, 25)))
-    alone = detection_scores(queries, documents, range(3), Accelerator(cpu=True))
+    alone = detection_scores(queries, documents, range(3), new_accelerator())
     ranks = threading.local()
 
     def gather(shards: list[torch.Tensor]) -> list[torch.Tensor]:

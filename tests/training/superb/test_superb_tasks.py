@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import noise
+from conftest import DEVICE, new_accelerator, noise
 from superb_toys import Kept, stock, write_data, write_lines
 
 from lighthubert_training.superb.data import Part, TaskData
@@ -69,7 +68,7 @@ def features_of(frames: list[int], number: int, informed: bool) -> torch.Tensor:
     """Noise in three layers; the one in the middle has one high feature in each frame, if it is `informed`."""
     states = noise(LAYERS, len(frames), SIZE, seed=number)
     if informed:
-        states[1] += 8 * torch.nn.functional.one_hot(torch.tensor(frames), SIZE)
+        states[1] += 8 * torch.nn.functional.one_hot(torch.tensor(frames, device=DEVICE), SIZE)
     return states
 
 
@@ -88,7 +87,7 @@ def train(task: str, folder, informed: bool = True) -> tuple[dict[str, float], H
     write_lines(folder / f"{task}/lexicon.txt", "a A", "b B", "c C")
     settings = TaskSettings(task, "", batch_size=16, eval_steps=50, pooled_size=16, dropout=0.0, **SETTINGS)
     training = HeadTraining(
-        TASKS[task](TaskData(settings, folder), parts, SHAPE), features, folder, Accelerator(cpu=True), {"seed": 0}
+        TASKS[task](TaskData(settings, folder), parts, SHAPE), features, folder, new_accelerator(), {"seed": 0}
     )
     return training.run()["test"], training
 

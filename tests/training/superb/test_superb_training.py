@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import noise, small_disk
+from conftest import new_accelerator, noise, small_disk
 from speech import TONE, encoded, undecoded
 from superb_toys import EXTRACTOR, SETTINGS, Kept
 from transformers import HubertConfig, HubertModel
@@ -34,7 +33,7 @@ def training(tmp_path) -> HeadTraining:
     settings = TaskSettings("ks", "", batch_size=3, max_seconds=0.4)
     task = TASKS["ks"](TaskData(settings), {"train": part}, UPSTREAM)
     features = {"train": Kept(noise(2, 30, 4, seed=number) for number in range(10))}
-    return HeadTraining(task, features, tmp_path, Accelerator(cpu=True), {"seed": 5})
+    return HeadTraining(task, features, tmp_path, new_accelerator(), {"seed": 5})
 
 
 def test_an_epoch_is_in_an_order_of_its_own_that_is_drawn_once(training):
@@ -103,7 +102,7 @@ def test_a_damaged_state_is_named_and_the_head_trained_from_the_beginning(traini
 
 def test_a_step_copies_audio_to_the_device_and_no_hidden_states_back(tmp_path, monkeypatch):
     """Of HuBERT Base, 32 recordings of 12.3 s, they were 790 MB each way."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = new_accelerator()
     monkeypatch.setattr(accelerator.state, "device", torch.device("meta"))
     upstream = Upstream(HubertModel(HubertConfig(**SETTINGS)).to("meta"), EXTRACTOR, "meta")
     rows = [{"audio": {"bytes": encoded(TONE, format="WAV"), "path": None}} for _ in range(4)]
