@@ -16,8 +16,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +40,7 @@ from lighthubert_training.distillation.estimate import PEAK_FLOPS, batch_shape, 
 from lighthubert_training.distillation.loop import compile_layers, compiling
 from lighthubert_training.distillation.step import prepare_batch, training_step
 from lighthubert_training.distillation.teacher import Teacher
-from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator
+from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator, choose_device
 from lighthubert_training.runs.options import OptionParser, option, parse_options
 from lighthubert_training.runs.tables import markdown_table
 from lighthubert_training.sampling import draw_subnets
@@ -46,6 +48,7 @@ from lighthubert_training.search.fitness import MeanLoss
 from modeling_lighthubert import LightHubertForPreTraining, Subnet
 from modeling_lighthubert.errors import run
 from modeling_lighthubert.files import write_json
+from modeling_lighthubert.loading import parse_device
 from modeling_lighthubert.profiling import median_ratio, time_in_turns
 
 
@@ -319,18 +322,26 @@ def main() -> None:
     parser = OptionParser(PaperSizeArguments, description=__doc__)
     (options,) = parse_options(parser)
     logging.set_verbosity_error()
-    device = build_accelerator(options.device).device
+    device = parse_device(choose_device(options.device))
     print(f"{device_name(device)}, torch {torch.__version__}", flush=True)
     found: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__}
-    if "training" in options.parts:
-        found["training"] = measure_training(options)
-        print(f"\n{options.recipe}:\n\n{training_table(found['training'])}", flush=True)
-    if "search" in options.parts:
-        found["search"] = measure_search(options)
-        print(f"\n{search_report(found['search'], options.search_minutes)}", flush=True)
-    for dtype in options.dtypes if "inference" in options.parts else ():
-        found[dtype] = measure_inference(options, device, dtype)
-        print(f"\nInference, clips of {options.clip_seconds:g} s:\n\n{inference_table(found[dtype])}", flush=True)
+    parts: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "training": (measure_training, (options,)),
+        "search": (measure_search, (options,)),
+        **{dtype: (measure_inference, (options, device, dtype)) for dtype in options.dtypes},
+    }
+    for name, (measure, arguments) in parts.items():
+        if (name if name in PARTS else "inference") not in options.parts:
+            continue
+        # a process of its own: what it held is free afterwards
+        with ProcessPoolExecutor(1, get_context("spawn"), initializer=logging.set_verbosity_error) as process:
+            found[name] = process.submit(measure, *arguments).result()
+        if name == "training":
+            print(f"\n{options.recipe}:\n\n{training_table(found[name])}", flush=True)
+        elif name == "search":
+            print(f"\n{search_report(found[name], options.search_minutes)}", flush=True)
+        else:
+            print(f"\nInference, clips of {options.clip_seconds:g} s:\n\n{inference_table(found[name])}", flush=True)
     if options.results_file is not None:
         write_json(Path(options.results_file), found)
 

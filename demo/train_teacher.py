@@ -340,9 +340,9 @@ def check_same_recipe(recipe: dict[str, Any], file: Path) -> None:
         )
 
 
-def train(arguments: TeacherArguments, work: Path) -> None:
+def train(arguments: TeacherArguments, work: Path, accelerator: Accelerator) -> None:
     """All iterations, and the teacher that comes out of the last."""
-    accelerator, recipe, recipe_file = build_accelerator(arguments.device), asdict(arguments), work / "recipe.json"
+    recipe, recipe_file = asdict(arguments), work / "recipe.json"
     del recipe["output_dir"], recipe["save_steps"], recipe["device"]
     check_same_recipe(recipe, recipe_file)
     waveforms = read(arguments.train_files, arguments.join_seconds)
@@ -370,8 +370,9 @@ def main() -> None:
     (arguments,) = parse_options(OptionParser(TeacherArguments, description=__doc__))
     folder = Path(arguments.output_dir)
     require_unused(folder / "teacher")
+    accelerator = build_accelerator(arguments.device)  # before anything else asks which process this is
     with locked_by_main_process(folder):
-        train(arguments, folder)
+        train(arguments, folder, accelerator)
 
 
 if __name__ == "__main__":

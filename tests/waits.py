@@ -3,12 +3,14 @@ for those of a GPU."""
 
 import traceback
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+TORCH = str(Path(torch.__file__).parent)
 aten = torch.ops.aten
 SCALAR = aten._local_scalar_dense.default  # item(), tolist(), bool(), int(), float()
 SELECTIONS = {  # of as many values as a mask has ones
@@ -60,6 +62,6 @@ class Waits(TorchDispatchMode):
 
     def count(self) -> None:
         for frame in reversed(traceback.extract_stack()):
-            if "/torch/" not in frame.filename and frame.filename != __file__:
+            if not frame.filename.startswith((TORCH, __file__)):
                 self.lines[str(frame.line)] += 1
                 return

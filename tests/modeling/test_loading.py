@@ -313,7 +313,7 @@ def copy(folder: Path, target: Path) -> Path:
     [
         ("config.json", b"", "config.json is no JSON: "),
         ("config.json", b"\xff", "config.json is no JSON: "),
-        ("config.json", b'{"a": ' * 3000, "cannot be loaded: RecursionError"),
+        ("config.json", b'{"a": ' * 200_000, "cannot be loaded: RecursionError"),
         ("config.json", b"[]", "config.json has to be a JSON object, not "),
         ("config.json", b"null", "config.json has to be a JSON object, not None"),
         ("config.json", b'{"model_type": "nothing"}', "cannot be loaded: .*nothing"),

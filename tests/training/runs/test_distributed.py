@@ -14,6 +14,7 @@ from lighthubert_training.runs.distributed import (
     any_process,
     build_accelerator,
     choose_device,
+    hide_gpus_from_processes,
     locked,
     locked_by_main_process,
     on_main_process,
@@ -87,6 +88,15 @@ def test_the_device_is_the_one_that_was_asked_for(monkeypatch):
     for available, device in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert choose_device() == device
+
+
+@pytest.mark.parametrize(("processes", "visible"), [("1", "0"), ("2", "")])
+def test_processes_on_cpus_see_no_gpu(monkeypatch, processes, visible):
+    """Else Accelerate's barrier takes one for each of them: the runs with two processes fail on a machine with one."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    hide_gpus_from_processes()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
 
 
 @pytest.mark.parametrize("device", ["gpu", "gpu:0", "cuda:99"])

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.runs.checkpoints import checkpoints, newest_checkpoint, require_whole
-from lighthubert_training.runs.distributed import DEVICE_HELP
+from lighthubert_training.runs.distributed import DEVICE_HELP, hide_gpus_from_processes
 from lighthubert_training.runs.options import option
 from lighthubert_training.sampling import SAMPLING_STRATEGIES
 from modeling_lighthubert.errors import UserError
@@ -30,6 +30,8 @@ class ChooseDevice(argparse.Action):
         except RuntimeError:
             parser.error(f"--device {values} is no device: give cpu, cuda, or a GPU by its number, such as cuda:1")
         namespace.device, namespace.use_cpu = values, device.type == "cpu"
+        if namespace.use_cpu:
+            hide_gpus_from_processes()
         if device.type == "cuda" and device.index is not None:
             every = ",".join(map(str, range(device.index + 1)))
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")

@@ -35,12 +35,21 @@ def build_accelerator(device: str | None = None, **options: Any) -> Accelerator:
     Raises:
         UserError: there is no such device.
     """
+    if device == "cpu":
+        hide_gpus_from_processes()
     numbered = {"ACCELERATE_TORCH_DEVICE": str(parse_device(device))} if device and ":" in device else {}
     with patch_environment(**numbered):
         accelerator = Accelerator(cpu=device == "cpu", **options)
     if device and accelerator.device.type != device.partition(":")[0]:
         raise UserError(f"--device {device} cannot be used: what there is is {accelerator.device.type}")
     return accelerator
+
+
+def hide_gpus_from_processes() -> None:
+    """Several processes on CPUs see no GPU from here on. At a barrier, Accelerate 1.15 names the GPU with the number
+    of the process, if the machine has any, and fails where there are fewer of them than processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def choose_device(device: str | None = None) -> str:
