@@ -1,4 +1,4 @@
-"""Whole runs of distillation at the paper's size: do they end, what do they hold, and do they go on after a kill.
+"""Whole runs of distillation at the paper's size: do they end, and do they go on after a kill.
 
     python benchmarks/full_runs.py
     python benchmarks/full_runs.py --device cuda --batch_seconds 350 --kinds plain accumulated
@@ -6,9 +6,8 @@
 `lighthubert distill` runs the recipes of stage 2 for ten steps with a teacher of the shape of HuBERT Base, which has
 random weights, and audio of LibriSpeech's lengths, in fp32 and bf16, with one batch and two in a step, and with two
 processes. Another run is killed while it writes its second checkpoint and gone on with: its weights must be those of
-the first, bit by bit. Memory on a CPU is the most that a process held above what it holds when all is imported; on a
-GPU it is what torch's allocator counts at most. A result that is in the file is kept: the command goes on where it
-ended.
+the first, bit by bit. Memory is the most that a process held, on a GPU what torch's allocator counts at most. A result
+that is in the file is kept: the command goes on where it ended.
 """
 
 import contextlib
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +33,13 @@ from tqdm.auto import tqdm
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 from transformers.utils import logging
 
-from lighthubert_training.data.sources import DataArguments
 from lighthubert_training.data.strings import encode_flac
-from lighthubert_training.distillation.arguments import DistillationArguments, ObjectiveArguments
-from lighthubert_training.distillation.building import build_config
-from lighthubert_training.distillation.estimate import estimate
 from lighthubert_training.runs.checkpoints import UNFINISHED
 from lighthubert_training.runs.distributed import DEVICE_HELP, choose_device
 from lighthubert_training.runs.options import OptionParser, option, parse_options
 from lighthubert_training.runs.tables import markdown_table
 from modeling_lighthubert.errors import run
 from modeling_lighthubert.files import write_json
-from modeling_lighthubert.loading import load_config
 
 
 NUM_RECORDINGS = 200
@@ -114,14 +107,6 @@ class Runs:
             f"--device={self.device.type}",
         ]
 
-    def told(self, words: list[str]) -> float:
-        """Bytes at the peak of a step, by the estimate."""
-        parser = OptionParser((DistillationArguments, ObjectiveArguments, DataArguments))
-        arguments, objective, _ = parse_options(parser, "distillation", [*words, "--output_dir=none"])
-        teacher_config = load_config(arguments.teacher_name_or_path)
-        config = build_config(arguments, objective, teacher_config)
-        return estimate(config, teacher_config, arguments, objective, on_gpu=self.device.type == "cuda").peak
-
     def run(self, words: list[str], output: Path, processes: int, kill: bool = False) -> float:
         """Runs the script, until it ends or, if it is to be killed, until it writes its second checkpoint.
 
@@ -169,12 +154,11 @@ class Runs:
             "batch_seconds": self.options.batch_seconds,
             "losses": [round(entry["loss"], 4) for entry in history if "loss" in entry],
             "audio_seconds_per_second": round(speeds[len(speeds) // 2], 2),
-            "told_gb": round(self.told(words) / 1e9, 2),
         }
         if self.device.type == "cuda":
             found["gb"] = round(max(entry["memory_gib"] for entry in history if "loss" in entry) * 2**30 / 1e9, 2)
         else:
-            found["gb"] = round((most - self.imported) * 2**20 / 1e9, 2)
+            found["gb"] = round(most * 2**20 / 1e9, 2)
         if self.options.killed:
             self.run(words, killed, processes, kill=True)
             found["was_killed_in_a_checkpoint"] = (killed / f"{UNFINISHED}{2 * SAVE_STEPS}").exists()
@@ -182,13 +166,6 @@ class Runs:
             one, other = (load_file(folder / "model.safetensors") for folder in (whole, killed))
             found["same_weights"] = all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
         return found
-
-    @cached_property
-    def imported(self) -> float:
-        """Mebibytes of a process that has imported all that the script does."""
-        command = [sys.executable, "-c", "import run_distillation, psutil; print(psutil.Process().memory_info().rss)"]
-        found = subprocess.run(command, cwd=ROOT / "training", capture_output=True, check=True)
-        return int(found.stdout) / 2**20
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -211,10 +188,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines = []
     for name, found in results.items():
         resumed = {True: "yes", False: "no", None: ""}[found.get("same_weights")]
-        cells = [f"{found['audio_seconds_per_second']:.3g}", f"{found['gb']:.2f}", f"{found['told_gb']:.2f}"]
-        cells += [f"{found['gb'] / found['told_gb'] - 1:+.0%}", resumed]
+        cells = [f"{found['audio_seconds_per_second']:.3g}", f"{found['gb']:.2f}", resumed]
         lines.append([name, found["device"], f"{found['batch_seconds']:g} s", *cells])
-    header = ["run", "device", "batch", "s of audio a second", "GB", "GB told", "more", "same weights after a kill"]
+    header = ["run", "device", "batch", "s of audio a second", "GB", "same weights after a kill"]
     return markdown_table(header, lines)
 
 

@@ -16,10 +16,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from processes import device_name, peak_memory, synchronizer
+from processes import device_name, in_process_of_its_own, peak_memory, synchronizer
 from recordings import noise, to_distil
 from shapes import REFERENCE, build, gigamacs
 from transformers import HubertConfig, HubertModel
@@ -129,7 +127,8 @@ class Training:
             teacher_config.save_pretrained(folder)
             named = replace(arguments, teacher_name_or_path=folder, student_name_or_path="random")
             config = build_config(named, objective, teacher_config)
-        self.told = estimate(config, teacher_config, arguments, objective, on_gpu=self.device.type == "cuda")
+        on_gpu = self.device.type == "cuda"
+        self.told = in_process_of_its_own(estimate, config, teacher_config, arguments, objective, on_gpu)
         torch.manual_seed(0)
         dtype = torch.float32 if arguments.teacher_dtype == "auto" else getattr(torch, arguments.teacher_dtype)
         self.teacher = Teacher(HubertModel(teacher_config).to(self.device, dtype), objective)
@@ -333,9 +332,7 @@ def main() -> None:
     for name, (measure, arguments) in parts.items():
         if (name if name in PARTS else "inference") not in options.parts:
             continue
-        # a process of its own: what it held is free afterwards
-        with ProcessPoolExecutor(1, get_context("spawn"), initializer=logging.set_verbosity_error) as process:
-            found[name] = process.submit(measure, *arguments).result()
+        found[name] = in_process_of_its_own(measure, *arguments)
         if name == "training":
             print(f"\n{options.recipe}:\n\n{training_table(found[name])}", flush=True)
         elif name == "search":

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import disable_progress_bars
@@ -17,6 +19,7 @@ from lighthubert_training.runs.options import OptionParser, option, parse_option
 from modeling_lighthubert.errors import UserError
 
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -40,6 +43,13 @@ def prepare_process() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
+
+
+def in_process_of_its_own(function: Callable[..., T], *arguments: Any) -> T:
+    """What `function` returns, called in a new process: what it holds is free afterwards, and what libraries keep for
+    a process, as Accelerate its device and its precision, is not there before."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=logging.set_verbosity_error) as process:
+        return process.submit(function, *arguments).result()
 
 
 def run_script(script: str, **options: Any) -> None:

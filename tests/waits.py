@@ -1,6 +1,7 @@
 """Counts where the CPU would wait for a GPU, without one: tensors on the `meta` device, which have no numbers, stand
 for those of a GPU."""
 
+import re
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -29,7 +30,8 @@ class Waits(TorchDispatchMode):
     values where a mask selects some.
 
     Attributes:
-        lines: how often each line of source code waits: the innermost one that is not torch's.
+        lines: how often each line of source code waits: the innermost one that is not torch's. What becomes of the
+            output of a function of torch, which differs among versions of transformers, is left out.
         to_device, to_host: bytes that are copied.
     """
 
@@ -63,5 +65,5 @@ class Waits(TorchDispatchMode):
     def count(self) -> None:
         for frame in reversed(traceback.extract_stack()):
             if not frame.filename.startswith((TORCH, __file__)):
-                self.lines[str(frame.line)] += 1
+                self.lines[re.sub(r"^(return|\w+ =) (?=nn\.)", "", str(frame.line))] += 1
                 return

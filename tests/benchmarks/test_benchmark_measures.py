@@ -85,7 +85,7 @@ def test_features_that_are_computed_once_are_those_of_the_model(bench_arguments)
 
 def test_the_phone_probe_finds_phones_in_features_that_are_all_but_constant(bench_arguments):
     """What tells phones apart is a hundredth of the rest, as in the features of a transformer."""
-    measures, bench = load("measures"), load("gains").Gains(replace(bench_arguments, phone_steps=200))
+    measures, bench = load("measures"), load("gains").Gains(replace(bench_arguments, phone_steps=200, device="cpu"))
     phones = bench.measures.phones
     units = sorted({phone for of_recording in phones.values() for phone in of_recording})
     mixed = torch.randn(len(units) + 1, len(units) + 1, generator=torch.Generator().manual_seed(0)) / 100

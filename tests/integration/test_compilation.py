@@ -1,7 +1,7 @@
 """Compiled models answer like those that are not: the compiler is slow."""
 
 import random
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -50,9 +50,11 @@ def test_a_compiled_supernet_answers_for_the_subnet_selected_since(waveform):
         assert_close(answer(compiled, waveform), expected)
 
 
-TEACHER = Teacher(
-    HubertModel(HubertConfig(**stock_settings(num_hidden_layers=2))), ObjectiveArguments(num_target_layers=1)
-).to(DEVICE)
+def tiny_teacher() -> Teacher:
+    """A teacher whose upper two of three layers are targets."""
+    torch.manual_seed(0)
+    model = HubertModel(HubertConfig(**stock_settings(num_hidden_layers=3)))
+    return Teacher(model, ObjectiveArguments(num_target_layers=2)).to(DEVICE)
 
 
 @pytest.fixture
@@ -65,13 +67,24 @@ def graphs(monkeypatch) -> list:
         return graph
 
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     return compiled
+
+
+def test_a_compiled_teacher_gives_the_targets_of_every_batch(graphs):
+    """Layers that are targets have a hook, others do not, and both run the same code."""
+    plain, teacher = tiny_teacher(), tiny_teacher()
+    compile_layers(tiny_model(LightHubertForPreTraining, teacher_hidden_size=48), teacher)
+    for samples in (4000, 4640, 8000):
+        batch = noise(2, samples), torch.ones(2, samples, dtype=torch.long, device=DEVICE)
+        assert_close(teacher(*batch).targets[0], plain(*batch).targets[0])
+    assert len(graphs) == 2, "of attention and feed-forward layer"
 
 
 def test_two_hundred_subnets_compile_each_combination_of_sizes_once(graphs):
     space = SearchSpace((16, 24, 32), (2, 3, 4), (2, 2.5, 3), (1, 2), head_dim=4)
     student, rng = tiny_model(LightHubertForPreTraining, space, teacher_hidden_size=48).train(), random.Random(0)
-    compile_layers(student, TEACHER)
+    compile_layers(student, tiny_teacher())
     with compiling(space):
         for number in range(200):
             student.set_subnet(space.sample(rng))
@@ -81,7 +94,7 @@ def test_two_hundred_subnets_compile_each_combination_of_sizes_once(graphs):
 
 def test_what_cannot_be_compiled_any_more_is_an_error(graphs):
     student = tiny_model(LightHubertForPreTraining, TWO_DEEP, teacher_hidden_size=48)
-    compile_layers(student, TEACHER)
+    compile_layers(student, tiny_teacher())
     with compiling(None), torch._dynamo.config.patch(recompile_limit=1), pytest.raises(FailOnRecompileLimitHit):
         for subnet in (TWO_DEEP.largest, TWO_DEEP.smallest):
             student.set_subnet(subnet)

@@ -4,7 +4,7 @@ processes where there are several."""
 import json
 import re
 import shutil
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -221,9 +221,11 @@ def test_compiled_layers_train_the_same_weights(workshop, monkeypatch):
     """Traced in full, and run without code of its own, which would take a minute to generate."""
     choices = {"num_attention_heads": [4], "ffn_ratio": [2], "num_hidden_layers": [1]}
     (workshop / "two-widths.json").write_text(json.dumps(SPACE | choices))
-    options = ("--search_space", workshop / "two-widths.json", "--max_steps", 1, "--num_eval_subnets", 0)
+    options = ("--search_space", workshop / "two-widths.json", "--max_steps", 2, "--num_eval_subnets", 0)
+    options = (*options, "--num_target_layers", 1)
     plain = distil(workshop, "not-compiled", *options)
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     limit = torch._dynamo.config.recompile_limit

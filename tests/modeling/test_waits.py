@@ -30,7 +30,7 @@ MASK = "and (padding_mask is None or padding_mask.all())"
 CTC = [
     "if labels is not None and labels.max() >= self.config.vocab_size:",
     "flattened_targets = labels.masked_select(labels_mask)",
-    "return nn.functional.ctc_loss(",
+    "nn.functional.ctc_loss(",
     "loss.backward()",  # of ctc_loss
 ]
 HEADS = {

@@ -79,9 +79,15 @@ def compile_layers(student: LightHubertForPreTraining, teacher: Teacher) -> None
     """Compiles the encoder layers, each on its own: subnets differ in which they run, and in their sizes.
 
     Layers of the same sizes share what is compiled; every combination of sizes is compiled when it first comes.
+
+    Of the teacher, attention and feed-forward layer are compiled, each on its own and without its hooks, by which its
+    output is kept: what is compiled for a layer that has no hook is run for one that has (torch does not look).
     """
-    for layer in [*student.hubert.encoder.layers, *teacher.model.encoder.layers]:
+    for layer in student.hubert.encoder.layers:
         layer.compile(dynamic=True)
+    for layer in teacher.model.encoder.layers:
+        for part in (layer.attention, layer.feed_forward):
+            part.forward = torch.compile(part.forward, dynamic=True)
 
 
 def compiling(space: SearchSpace | None) -> AbstractContextManager[None]:
