@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -124,16 +123,14 @@ class Runs:
         threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
         with (
             output.with_suffix(".log").open("ab") as log,
-            subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | threads, start_new_session=True
-            ) as made,
+            subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | threads) as made,
         ):
             while made.poll() is None:
                 most = max(most, *(held_at_most(each) for each in family(made.pid)))
                 if kill and unfinished.exists():
-                    os.killpg(made.pid, signal.SIGKILL)
-                    for child in family(made.pid):  # of torch.distributed.run, in sessions of their own
-                        child.kill()
+                    for each in family(made.pid):
+                        with contextlib.suppress(psutil.Error):
+                            each.kill()
                 time.sleep(0.02)
         if made.returncode and not kill:
             raise RuntimeError(f"a run failed: see {output.with_suffix('.log')}")
