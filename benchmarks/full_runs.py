@@ -131,7 +131,7 @@ class Runs:
                     for each in family(made.pid):
                         with contextlib.suppress(psutil.Error):
                             each.kill()
-                time.sleep(0.02)
+                time.sleep(0.2)
         if made.returncode and not kill:
             raise RuntimeError(f"a run failed: see {output.with_suffix('.log')}")
         return most
