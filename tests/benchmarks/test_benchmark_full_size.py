@@ -88,3 +88,16 @@ def test_the_table_of_whole_runs_says_whether_a_killed_run_went_on_to_the_same_w
     lines = [of(line) for line in load("full_runs").table(runs).splitlines()[2:]]
     assert lines[0] == ["plain", "CPU, 2 threads", "87.5 s", "2.5", "11.00", "yes"]
     assert [line[-1] for line in lines] == ["yes", "no", ""]
+
+
+def test_the_cost_of_superb_follows_from_hours_widths_and_rates():
+    cost = load("superb_cost")
+    assert cost.gigabytes("pr", "stock HuBERT Base") == pytest.approx(111.4 * 3600 * 50 * 13 * 768 * 2 / 1e9)
+    assert cost.seconds_of_audio("pr", kept=True) == pytest.approx(111.4 * 3600)
+    mean = 100.6 * 3600 / 28_539
+    assert cost.seconds_of_audio("pr", kept=False) == pytest.approx(100_000 * 32 * mean + 100 * 5.4 * 3600)
+    assert cost.seconds_of_audio("sid", kept=False) == pytest.approx(200_000 * 32 * 8 + 50 * 17.5 * 3600), "cropped"
+    times = {name: [0.2, 0.1, 0.1] for name in cost.MODELS}
+    lines = cost.table({"times": {"8": times}, "clip_seconds": 10.0}, 8).splitlines()
+    assert "stock HuBERT Base (800 s of audio a second)" in lines[0]
+    assert of(lines[2])[:2] == ["pr", f"400 GB, {111.4 / 800:.2g} h; 15 h"]
