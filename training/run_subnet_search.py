@@ -21,6 +21,7 @@ from transformers import AutoFeatureExtractor
 
 from lighthubert_training.cards.render import NUM_AVAILABLE, NUM_RECORDINGS
 from lighthubert_training.data.collators import DistillationCollator
+from lighthubert_training.data.recordings import Recording
 from lighthubert_training.data.sources import DataArguments, count_recordings
 from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.step import PreparedBatch, prepare_batch
@@ -185,18 +186,21 @@ def build_distillation_loss(
     check_frame_rates(student, teacher, (extractor, teacher_extractor))
     masking = {"mask_time_prob": objective.mask_time_prob, "mask_time_length": objective.mask_time_length}
 
-    @torch.no_grad()
-    def prepare(training: bool, seed: int, num_batches: int | None = None) -> list[PreparedBatch]:
+    def batches(training: bool, seed: int, num_batches: int | None = None) -> Sequence[PreparedBatch]:
         collate = DistillationCollator(extractor, teacher_extractor, student.config, **masking, seed=seed)
-        batches = building.read_batches(data, training, extractor.sampling_rate, size, None, num_batches, seed)
-        collated = (building.to_model(collate(batch), student) for batch in batches)
-        return [prepare_batch(student, teacher, batch, accelerator) for batch in collated]
+        recordings = building.read_batches(data, training, extractor.sampling_rate, size, None, num_batches, seed)
+
+        @torch.no_grad()
+        def prepare(batch: list[Recording]) -> PreparedBatch:
+            return prepare_batch(student, teacher, building.to_model(collate(batch), student), accelerator)
+
+        return building.LazyBatches(recordings, prepare)
 
     def loss(batch: PreparedBatch) -> torch.Tensor:
         return batch.loss(student, teacher)
 
-    fitness = MeanLoss("distillation loss", student, prepare(training=False, seed=0), loss)
-    return fitness, prepare(True, arguments.seed, arguments.report_steps) if arguments.report else ()
+    fitness = MeanLoss("distillation loss", student, list(batches(training=False, seed=0)), loss)
+    return fitness, batches(True, arguments.seed, arguments.report_steps) if arguments.report else ()
 
 
 def find_latency_table(arguments: SearchArguments, model: LightHubertPreTrainedModel) -> LatencyTable:

@@ -1,6 +1,7 @@
 """A search reads the recordings that it needs, and no others; and says what is missing."""
 
 import random
+import weakref
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,19 @@ def test_recordings_are_drawn_before_they_are_read(speech, monkeypatch, streamin
     expected = [place for place in order if place != 3][:12]
     data = arguments(speech, max_unreadable_share=0.1, streaming=streaming)
     batches = read_batches(data, True, RATE, 4, "text", num_batches=3, seed=7)
-    assert [[each.item[1] for each in batch] for batch in batches] == [expected[:4], expected[4:8], expected[8:]]
     assert len(opened) == order.index(expected[-1]) + 1 < 20
+    assert [[each.item[1] for each in batch] for batch in batches] == [expected[:4], expected[4:8], expected[8:]]
+
+
+def test_batches_are_read_when_their_turn_comes_and_not_kept(speech, monkeypatch):
+    batches = read_batches(arguments(speech, max_unreadable_share=0.1), True, RATE, 4, num_batches=3, seed=7)
+    opened = []
+    load = recordings.load_waveform
+    monkeypatch.setattr(recordings, "load_waveform", lambda *given: opened.append(1) or load(*given))
+    kept = weakref.ref(batches[0][0].waveform)
+    assert len(opened) == 4
+    assert kept() is None
+    assert [each.item for each in batches[2]] == [each.item for each in batches[2]]
 
 
 def test_too_many_unreadable_recordings_and_no_speech_end_a_search(speech):

@@ -2,7 +2,7 @@
 other job."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -40,6 +40,23 @@ def load_supernet(model_name_or_path: str, head: Any, device: str, dtype: str = 
     return model
 
 
+class LazyBatches(Sequence[Any]):
+    """Batches that are made whenever they are asked for, and not kept: any number of them takes the memory of one.
+
+    Args:
+        batches: what `make` makes each batch of.
+    """
+
+    def __init__(self, batches: Sequence[Any], make: Callable[[Any], Any]):
+        self.batches, self.make = batches, make
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.make(self.batches[index])
+
+
 def read_batches(
     data: DataArguments,
     training: bool,
@@ -48,8 +65,9 @@ def read_batches(
     column: str | None = None,
     num_batches: int | None = None,
     seed: int = 0,
-) -> list[list[Recording]]:
-    """Readable recordings of a part of the data, in batches. Their items are their places in the data.
+) -> LazyBatches:
+    """Readable recordings of a part of the data, in batches: lists of `Recording`, whose items are their places in the
+    data.
 
     Args:
         column: its values, as text, are the labels.
@@ -67,10 +85,11 @@ def read_batches(
         random.Random(seed).shuffle(order)
     unreadable = Unreadable(data.max_unreadable_share, len(dataset))
     found = unreadable.readable(dataset[index]._replace(item=(0, index)) for index in order)
-    recordings = list(islice(found, num_batches and num_batches * batch_size))
-    if not recordings:
+    places = [each.item for each in islice(found, num_batches and num_batches * batch_size)]
+    if not places:
         raise UserError("none of the recordings can be read")
-    return [recordings[start : start + batch_size] for start in range(0, len(recordings), batch_size)]
+    batches = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
+    return LazyBatches(batches, lambda batch: [dataset[item[1]]._replace(item=item) for item in batch])
 
 
 def to_model(batch: Batch, model: LightHubertPreTrainedModel) -> Batch:
@@ -83,9 +102,12 @@ def to_features_and_labels(
     batches: Sequence[Sequence[Recording]], extractor: Wav2Vec2FeatureExtractor, model: LightHubertPreTrainedModel
 ) -> tuple[list[Batch], list[Any]]:
     """Padded batches on the device of `model`, and the labels of all recordings."""
-    waveforms = [[each.waveform for each in batch if each.waveform is not None] for batch in batches]
-    labels = [each.labels for batch in batches for each in batch]
-    return [to_model(pad(extractor, batch), model) for batch in waveforms], labels
+    padded, labels = [], []
+    for batch in batches:
+        waveforms = [each.waveform for each in batch if each.waveform is not None]
+        padded.append(to_model(pad(extractor, waveforms), model))
+        labels += [each.labels for each in batch]
+    return padded, labels
 
 
 def build_ctc_error(
@@ -112,15 +134,18 @@ def build_ctc_error(
 
 def ctc_training_batches(
     fitness: CTCError, data: DataArguments, text_column_name: str, batch_size: int, num_batches: int, seed: int
-) -> list[Batch]:
+) -> LazyBatches:
     """Batches of training speech, drawn at random, with token ids as `labels`."""
     processor, collate = fitness.processor, CTCCollator(fitness.processor)
     rate = processor.feature_extractor.sampling_rate
     batches = read_batches(data, True, rate, batch_size, text_column_name, num_batches, seed)
-    labelled = [
-        [each._replace(labels=label_ids([each.labels], processor.tokenizer)[0]) for each in batch] for batch in batches
-    ]
-    return [to_model(collate(batch), fitness.model) for batch in labelled]
+
+    def labelled(batch: list[Recording]) -> Batch:
+        ids = label_ids([each.labels for each in batch], processor.tokenizer)
+        batch = [each._replace(labels=own) for each, own in zip(batch, ids, strict=True)]
+        return to_model(collate(batch), fitness.model)
+
+    return LazyBatches(batches, labelled)
 
 
 def build_probe_error(
@@ -136,6 +161,7 @@ def build_probe_error(
         read_batches(data, training, extractor.sampling_rate, batch_size, label_column_name)
         for training in (True, False)
     )
-    if len({each.labels for batch in train for each in batch}) < 2:
+    parts = [to_features_and_labels(part, extractor, model) for part in (train, test)]
+    if len(set(parts[0][1])) < 2:
         raise UserError(f"all training recordings have one {label_column_name}: a probe needs at least two")
-    return ProbeError(model, *(to_features_and_labels(part, extractor, model) for part in (train, test)))
+    return ProbeError(model, *parts)
