@@ -37,11 +37,7 @@ from lighthubert_training.distillation.cache import CachedTeacher
 from lighthubert_training.distillation.estimate import estimate, report
 from lighthubert_training.distillation.loaders import SpeechLoader
 from lighthubert_training.distillation.loop import Distiller, compile_layers, prepare_output
-from lighthubert_training.distillation.teacher import (
-    build_teacher,
-    check_feature_encoder,
-    check_frame_rates,
-)
+from lighthubert_training.distillation.teacher import build_teacher, check_feature_encoder, check_frame_rates
 from lighthubert_training.runs.checkpoints import saving_results
 from lighthubert_training.runs.distributed import build_accelerator, locked_by_main_process, require_whole_weights
 from lighthubert_training.runs.hub import check_push, push_folder
@@ -50,11 +46,7 @@ from lighthubert_training.runs.options import OptionParser, parse_options
 from lighthubert_training.runs.plots import plot_losses
 from modeling_lighthubert.errors import UserError, run, user_error
 from modeling_lighthubert.files import whole_files, write_json
-from modeling_lighthubert.loading import (
-    load_config,
-    parse_search_space,
-    parse_subnet,
-)
+from modeling_lighthubert.loading import load_config, parse_search_space, parse_subnet
 
 
 def print_estimate(arguments: DistillationArguments, objective: ObjectiveArguments) -> None:

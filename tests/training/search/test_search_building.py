@@ -61,7 +61,7 @@ def test_batches_are_read_when_their_turn_comes_and_not_kept(speech, monkeypatch
     kept = weakref.ref(batches[0][0].waveform)
     assert len(opened) == 4
     assert kept() is None
-    assert [each.item for each in batches[2]] == [each.item for each in batches[2]]
+    assert [len(each.waveform) for each in batches[2]] == [4000 + each.item[1] for each in batches[2]]
 
 
 def test_too_many_unreadable_recordings_and_no_speech_end_a_search(speech):
