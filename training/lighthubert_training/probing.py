@@ -25,7 +25,7 @@ from lighthubert_training.models import draw_time_mask, true_frames, true_length
 def pooled_features(model: PreTrainedModel, batches: Sequence[Batch]) -> np.ndarray:
     """Mean of the last hidden state over the true frames: (num_recordings, hidden_size)."""
     pooled = []
-    for batch in send_to_device(batches, model.device):
+    for batch in (send_to_device(each, model.device) for each in batches):
         hidden_states = model(batch["input_values"], attention_mask=batch["attention_mask"]).last_hidden_state
         frames = true_frames(model, hidden_states.shape[1], batch["attention_mask"]).unsqueeze(-1)
         pooled.append((hidden_states * frames).sum(dim=1) / frames.sum(dim=1))
@@ -63,7 +63,8 @@ def draw_masks(
 def masked_features(model: PreTrainedModel, batches: Sequence[Batch], masks: Sequence[torch.Tensor]) -> np.ndarray:
     """Last hidden states of the masked frames, (num_frames, hidden_size)."""
     features = []
-    for batch, mask in zip(send_to_device(batches, model.device), send_to_device(masks, model.device), strict=True):
+    for pair in zip(batches, masks, strict=True):
+        batch, mask = send_to_device(pair, model.device)
         output = model(batch["input_values"], attention_mask=batch["attention_mask"], mask_time_indices=mask.clone())
         features.append(output.last_hidden_state[mask])
     return torch.cat(features).cpu().numpy()
@@ -72,8 +73,9 @@ def masked_features(model: PreTrainedModel, batches: Sequence[Batch], masks: Seq
 def masked_targets(teacher: Any, batches: Sequence[Batch], masks: Sequence[torch.Tensor]) -> np.ndarray:
     """The first of the distillation targets that `teacher(input_values, attention_mask)` gives, of the same frames:
     (num_frames, hidden_size of the teacher). Its `model` is on the device that it runs on."""
-    device, targets = teacher.model.device, []
-    for batch, mask in zip(send_to_device(batches, device), send_to_device(masks, device), strict=True):
+    targets = []
+    for pair in zip(batches, masks, strict=True):
+        batch, mask = send_to_device(pair, teacher.model.device)
         targets.append(teacher(batch["input_values"], batch["attention_mask"]).targets[0][mask])
     return torch.cat(targets).cpu().numpy()
 
