@@ -42,6 +42,7 @@ from modeling_lighthubert.files import write_json
 
 
 NUM_RECORDINGS = 200
+RECIPES = ("stage2_small", "stage2_base")
 KINDS = ("plain", "accumulated", "two processes")
 SAVE_STEPS = 3
 
@@ -51,9 +52,9 @@ class FullRunsArguments:
     """Which runs are made, and how large."""
 
     device: str | None = option(None, DEVICE_HELP)
-    recipes: list[str] = option(["stage2_small", "stage2_base"], "Recipes of distillation.")
-    precisions: list[str] = option(["no", "bf16"], "Values of --mixed_precision.")
-    kinds: list[str] = option(list(KINDS), f"Kinds of run: {', '.join(map(repr, KINDS))}.")
+    recipes: list[str] = option(list(RECIPES), "Recipes of distillation.", choices=RECIPES)
+    precisions: list[str] = option(["no", "bf16"], "Values of --mixed_precision.", choices=("no", "bf16"))
+    kinds: list[str] = option(list(KINDS), "Kinds of run.", choices=KINDS)
     batch_seconds: float = option(87.5, "Seconds of a batch.")
     steps: int = option(10, "Steps of a run.")
     killed: bool = option(True, "Whether a run is killed and gone on with, too.")
@@ -158,7 +159,8 @@ class Runs:
             found["gb"] = round(most * 2**20 / 1e9, 2)
         if self.options.killed:
             self.run(words, killed, processes, kill=True)
-            found["was_killed_in_a_checkpoint"] = (killed / f"{UNFINISHED}{2 * SAVE_STEPS}").exists()
+            if not (killed / f"{UNFINISHED}{2 * SAVE_STEPS}").exists():
+                raise RuntimeError("the run was not killed while it wrote a checkpoint: try again")
             self.run([*words, "--resume_from_checkpoint=latest"], killed, processes)
             one, other = (load_file(folder / "model.safetensors") for folder in (whole, killed))
             found["same_weights"] = all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
@@ -199,7 +201,7 @@ def main() -> None:
     names = list(itertools.product(options.recipes, options.precisions, options.kinds))
     for recipe, precision, kind in tqdm(names, desc="runs"):
         name = f"{recipe}, {precision.replace('no', 'fp32')}, {kind}, {runs.device.type}"
-        if name not in results:
+        if name not in results or (options.killed and "same_weights" not in results[name]):
             results[name] = runs.measure(recipe, precision, kind)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, results)

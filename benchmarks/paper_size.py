@@ -53,6 +53,7 @@ from modeling_lighthubert.profiling import median_ratio, time_in_turns
 MODELS = (REFERENCE, "a_small", "a_small, half the channels", "smallest of tiny_to_base")
 PARTS = ("training", "inference", "search")
 NUM_EVALUATIONS = 200
+PRECISIONS, FLOATS = ("no", "fp16", "bf16"), ("float32", "float16", "bfloat16")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPILED = ", compiled"
 PRODUCT = {"cuda": 8192, "cpu": 2048}
@@ -66,15 +67,15 @@ class PaperSizeArguments:
     recipe: str = option("stage2_small", "Recipe of distillation.", choices=("stage1", "stage2_base", "stage2_small"))
     device: str | None = option(None, DEVICE_HELP)
     batch_seconds: float | None = option(None, "Seconds of a batch of training. Default: those of the recipe.")
-    mixed_precision: str | None = option(None, "Precision of the student. Default: that of the recipe.")
-    teacher_dtype: str | None = option(None, "Precision of the teacher. Default: that of the recipe.")
+    mixed_precision: str | None = option(None, "Precision of the student. Default: the recipe's.", choices=PRECISIONS)
+    teacher_dtype: str | None = option(None, "Precision of the teacher. Default: that of the recipe.", choices=FLOATS)
     torch_compile: bool = option(True, "Measure compiled layers, too: some ten seconds for each size of a layer.")
     batch_sizes: list[int] = option([1, 8, 64], "Numbers of clips in a batch of inference.")
     clip_seconds: float = option(10.0, "Seconds of a clip of inference.")
-    dtypes: list[str] = option(["float32", "bfloat16"], "Precisions of inference.")
+    dtypes: list[str] = option(["float32", "bfloat16"], "Precisions of inference.", choices=FLOATS)
     search_minutes: float = option(10.0, "Minutes of audio that a search measures subnets on.")
     repeats: int = option(10, "Timed rounds.")
-    parts: list[str] = option(list(PARTS), f"What to measure: {', '.join(PARTS)}.")
+    parts: list[str] = option(list(PARTS), "What to measure.", choices=PARTS)
     results_file: str | None = option(None, "JSON file to write all figures to.")
 
 

@@ -165,7 +165,8 @@ def estimate(
         if arguments.freeze_feature_encoder or arguments.share_feature_encoder:
             student.freeze_feature_encoder()
         moments = [torch.empty_like(weight) for weight in student.parameters() if weight.requires_grad for _ in "mv"]
-        weights = live.now
+        held = [*teacher.parameters(), *teacher.buffers(), *student.parameters(), *student.buffers(), *moments]
+        weights = sum(tensor.nbytes for tensor in held)
         audio = torch.zeros(number, num_samples)
         batch |= {"input_values": audio, "attention_mask": torch.ones(number, num_samples, dtype=torch.long)}
         batch |= {"teacher_input_values": audio if arguments.share_feature_encoder else audio.clone()}
