@@ -27,7 +27,7 @@ SHAPES = ("middle", "smallest")
 KINDS = (SUPERNET, *TRAINED_ALONE, *UNTRAINED)
 OVERVIEW = (
     *("r2", "r2, held-out speaker", "r2, held-out language", "r2 of masked frames"),
-    *("digit", "keyword", "speaker", "language", "slots", "per", "wer, 1 min", "wer, 10 min", "wer, 60 min"),
+    *("digit", "keyword", "speaker", "language", "slots", "per", "cer, 1 min", "cer, 10 min", "wer, 10 min"),
     *("ks accuracy, people", "sf f1, people"),
 )
 """Measures of the first table."""

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import HubertConfig
 
+from .measured_subnets import resolve
 from .search_space import Subnet, search_space_from, subnet_from
 
 
@@ -118,7 +119,7 @@ class LightHubertConfig(HubertConfig):
             ValueError: it is not in the search space, or not the architecture of this cut model.
         """
         if self.search_space is not None:
-            return search_space_from(self.search_space).resolve(self.subnet or "largest")
+            return self.resolve_subnet(self.subnet or "largest")
         if isinstance(self.subnet, str):
             raise ValueError(
                 f"subnet={self.subnet!r}: this checkpoint has no search space to choose from. It is one model already;"
@@ -132,6 +133,14 @@ class LightHubertConfig(HubertConfig):
                 " supernet can select another one"
             )
         return subnet
+
+    def resolve_subnet(self, subnet: Any) -> Subnet:
+        """The subnet of this supernet behind a name, which `subnets.json` may give, a dict or a `Subnet`.
+
+        Raises:
+            ValueError: it is not in the search space; the message names what is allowed.
+        """
+        return resolve(search_space_from(self.search_space), subnet, self.name_or_path)
 
     def full_subnet(self) -> Subnet:
         """Every weight that is stored: equal layers of the full sizes. Not always in the search space."""

@@ -102,7 +102,9 @@ def load_config(model_name_or_path: str | Path, config_class: Any = AutoConfig, 
         _check_values(values)
         if config_class is AutoConfig:
             options["trust_remote_code"] = False  # else transformers asks on the terminal
-        return config_class.from_pretrained(model_name_or_path, **options)
+        config = config_class.from_pretrained(model_name_or_path, **options)
+        config.name_or_path = str(model_name_or_path)  # only `AutoConfig` says so; measured subnets are there
+        return config
 
 
 def _check_values(config: Any) -> None:

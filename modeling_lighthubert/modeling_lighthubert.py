@@ -55,6 +55,7 @@ from .elastic import (
     share_weights,
 )
 from .feature_encoder import LightHubertFeatureEncoder
+from .measured_subnets import SUBNETS_FILE, MeasuredSubnets, measured_subnets, resolve
 from .search_space import SearchSpace, Subnet, kept_layers, search_space_from, subnet_from
 from .windowed_attention import recover_frame_mask, windowed_attention
 
@@ -337,14 +338,14 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
         where they take turns. A selection waits for a block that another thread is in.
 
         Args:
-            subnet: a name (`"largest"`, `"smallest"`, `"a_small"` ...), a [`Subnet`], or a dict in our keys or the
-                released code's.
+            subnet: a name (`"largest"`, `"smallest"`, `"a_small"` ..., or one of `measured_subnets`), a [`Subnet`], or
+                a dict in our keys or the released code's.
 
         Raises:
             ValueError: the subnet is not in the search space, this is a cut model, or an adapter has replaced an
                 elastic layer. The selection stays.
         """
-        subnet = self._require_search_space().resolve(subnet)
+        subnet = self._resolve(subnet)
         self.select_unchecked(subnet)
         return subnet
 
@@ -375,8 +376,8 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
         Raises:
             ValueError: as in `set_subnet`.
         """
-        space = self._require_search_space()
-        return self._selecting(self.subnet if subnet is None else space.resolve(subnet))
+        self._require_search_space()
+        return self._selecting(self.subnet if subnet is None else self._resolve(subnet))
 
     def _selecting(self, subnet: Subnet) -> Self:
         twin, config = share_weights(self), copy.copy(self.config)
@@ -415,16 +416,28 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
         missing_width = self.config.hidden_size - model.subnet.hidden_size
         return num_selected_parameters(model) - (missing_width if has_mask_embedding else 0)
 
-    def extract_subnet(self, subnet: str | Subnet | Mapping[str, Any] | None = None) -> Self:
+    def extract_subnet(
+        self,
+        subnet: str | Subnet | Mapping[str, Any] | None = None,
+        max_params: float | None = None,
+        max_macs: float | None = None,
+    ) -> Self:
         """Cuts out `subnet` (default: the selected one): an ordinary small model with the same outputs, and its own
         weights.
 
         It has this model's class, head, dtype, device and training mode, and trains in full. The selection of this
         model is neither changed nor waited for.
 
+        Args:
+            max_params: instead of `subnet`: that of `measured_subnets` with the least error and no more parameters.
+            max_macs: as well, or alone: and no more multiply-accumulates per second of audio.
+
         Raises:
-            ValueError: the subnet is not in the search space, this is a cut model, or weights are offloaded.
+            ValueError: the subnet is not in the search space, no measured subnet costs as little, this is a cut model,
+                or weights are offloaded.
         """
+        if max_params is not None or max_macs is not None:
+            subnet = self._within(subnet, max_params, max_macs)
         is_offloaded = any(hasattr(module, "_hf_hook") for module in self.modules())  # by Accelerate
         if is_offloaded and any(parameter.is_meta for parameter in self.parameters()):
             raise ValueError(
@@ -495,6 +508,29 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
 
     def extra_repr(self) -> str:
         return f"subnet: {self.subnet}" if self is self.base_model else ""
+
+    @property
+    def measured_subnets(self) -> MeasuredSubnets | None:
+        """What a search has found in this supernet, by name: `subnets.json` of the folder or repository that it was
+        loaded from; `None` if there is none.
+
+        Raises:
+            ValueError: the file cannot be used, or this is a cut model.
+        """
+        return measured_subnets(self.config.name_or_path, self._require_search_space())
+
+    def _within(self, subnet: Any, max_params: float | None, max_macs: float | None) -> Subnet:
+        if subnet is not None:
+            raise ValueError("give a subnet, or what it may cost (max_params, max_macs), not both")
+        if (measured := self.measured_subnets) is None:
+            raise ValueError(
+                f"{self.config.name_or_path or 'this supernet'} has no {SUBNETS_FILE}, which names measured subnets:"
+                " search it with run_subnet_search.py, or give a subnet"
+            )
+        return measured.subnets[measured.within(max_params, max_macs)].subnet
+
+    def _resolve(self, subnet: str | Subnet | Mapping[str, Any]) -> Subnet:
+        return resolve(self._require_search_space(), subnet, self.config.name_or_path)
 
     def _require_search_space(self) -> SearchSpace:
         if self.search_space is None:

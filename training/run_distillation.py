@@ -46,7 +46,7 @@ from lighthubert_training.runs.options import OptionParser, parse_options
 from lighthubert_training.runs.plots import plot_losses
 from modeling_lighthubert.errors import UserError, run, user_error
 from modeling_lighthubert.files import whole_files, write_json
-from modeling_lighthubert.loading import load_config, parse_search_space, parse_subnet
+from modeling_lighthubert.loading import load_config, parse_subnet
 
 
 def print_estimate(arguments: DistillationArguments, objective: ObjectiveArguments) -> None:
@@ -61,8 +61,7 @@ def print_estimate(arguments: DistillationArguments, objective: ObjectiveArgumen
         config = build_config(replace(arguments, student_name_or_path=None), objective, teacher_config)
         print(f"{arguments.student_name_or_path} cannot be read: taken to be of the teacher's shape")
     if arguments.subnet is not None:
-        space = parse_search_space(config.search_space)
-        config = config.cut_to(space.resolve(parse_subnet(arguments.subnet)))
+        config = config.cut_to(config.resolve_subnet(parse_subnet(arguments.subnet)))
     with user_error("--estimate: "):  # of a search space or layers that the models do not have
         found = estimate(config, teacher_config, arguments, objective)
     print(report(found, arguments))

@@ -5,10 +5,13 @@
     python training/run_subnet_search.py --model_name_or_path asr-supernet --validation_file test.parquet \\
         --fitness ctc --max_macs 2.5G --algorithm evolution --output_dir search
 
-`best.json` is the best subnet, for `set_subnet` and `--subnet`. The same command goes on with a search that was
+`best.json` is the best subnet, for `set_subnet` and `--subnet`. `subnets.json` names those that lose least for what
+they cost by their size; it is put beside the weights of a supernet in a folder, where `set_subnet("27M")` and
+`extract_subnet(max_params=27e6)` find it, and its card shows them. The same command goes on with a search that was
 stopped. Started a second time at the same time, it makes the search with two processes.
 """
 
+import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -20,6 +23,7 @@ import torch
 from transformers import AutoFeatureExtractor
 
 from lighthubert_training.cards.render import NUM_AVAILABLE, NUM_RECORDINGS
+from lighthubert_training.cards.supernet import SUBNETS_PLOT, show_measured_subnets
 from lighthubert_training.data.collators import DistillationCollator
 from lighthubert_training.data.recordings import Recording
 from lighthubert_training.data.sources import DataArguments, count_recordings
@@ -29,15 +33,18 @@ from lighthubert_training.distillation.teacher import build_teacher, check_frame
 from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator, choose_device
 from lighthubert_training.runs.options import OptionParser, option, parse_options
 from lighthubert_training.search import building
-from lighthubert_training.search.candidates import COSTS, Budget, Candidates, SubnetCosts
+from lighthubert_training.search.candidates import Budget, Candidates, SubnetCosts
 from lighthubert_training.search.fitness import MeanLoss
 from lighthubert_training.search.latency import LatencyTable
 from lighthubert_training.search.ledger import Ledger
 from lighthubert_training.search.report import FEWEST_SUBNETS, FurtherTraining, write_report, write_results
 from lighthubert_training.search.search import Search
 from modeling_lighthubert import LightHubertForPreTraining, LightHubertPreTrainedModel
-from modeling_lighthubert.errors import UserError, run
+from modeling_lighthubert.errors import UserError, run, user_error
+from modeling_lighthubert.files import whole_file, write_json
 from modeling_lighthubert.loading import load_config, load_processor
+from modeling_lighthubert.measured_subnets import COSTS, SUBNETS_FILE, MeasuredSubnets
+from modeling_lighthubert.search_space import search_space_from
 
 
 @dataclass
@@ -222,6 +229,22 @@ def find_latency_table(arguments: SearchArguments, model: LightHubertPreTrainedM
     return table
 
 
+def put_beside_weights(folder: Path, supernet: Path) -> None:
+    """Puts what a search has found into the folder of its supernet: `subnets.json`, and a table and a plot in its
+    card.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    with user_error(f"{supernet} keeps its earlier {SUBNETS_FILE}, if any: "):
+        space = search_space_from(load_config(supernet).search_space)
+        measured = MeasuredSubnets.from_json_file(folder / SUBNETS_FILE, space)
+        write_json(supernet / SUBNETS_FILE, measured.to_dict())
+        with whole_file(supernet / SUBNETS_PLOT) as unfinished:
+            shutil.copyfile(folder / "front.png", unfinished)
+        show_measured_subnets(measured, supernet)
+
+
 def main() -> None:
     kinds = (SearchArguments, ObjectiveArguments, DataArguments)
     parser = OptionParser(kinds, description=__doc__)
@@ -257,7 +280,12 @@ def main() -> None:
             write_report(search, folder, cost, training, arguments.report_subnets)
     costs = ", ".join(f"{best[name]:,.0f} {text}" for name, text in COSTS.items() if name in best)
     print(f"{fitness.name} {best['error']:.4f}, {costs}")
-    print(f"best.json, front.json, front.png and evaluations.csv are in {folder}")
+    print(f"best.json, {SUBNETS_FILE}, front.png and evaluations.csv are in {folder}")
+    if (supernet := Path(arguments.model_name_or_path)).is_dir():
+        put_beside_weights(folder, supernet)
+        print(f"{SUBNETS_FILE} is in {supernet}, too")
+    else:
+        print(f"upload {folder / SUBNETS_FILE} to {supernet}: its subnets can be asked for by name then")
 
 
 if __name__ == "__main__":

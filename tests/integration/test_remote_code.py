@@ -115,7 +115,7 @@ def test_a_folder_has_its_code_and_all_auto_classes(folder, loaded, auto_class, 
     saved = folder / f"{auto_class}-{form}"
     names = {path.name for path in saved.iterdir() if path.suffix == ".py"}
     modules = ("configuration_lighthubert", "elastic", "feature_encoder", "modeling_lighthubert", "search_space")
-    modules += ("windowed_attention",)
+    modules += ("measured_subnets", "windowed_attention")
     assert names == {f"{module}.py" for module in modules}
     config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
     assert set(config["auto_map"]) == {"AutoConfig", *HEADS}

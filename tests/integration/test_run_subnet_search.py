@@ -15,7 +15,7 @@ from conftest import assert_close
 from datasets import Audio, load_dataset
 from scripts import TRAINING, call, distil, killed, start
 from speech import undecoded
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCTC
 
 from lighthubert_training.data.audio import load_waveform
 from lighthubert_training.error_rates import CharacterErrorRate
@@ -23,6 +23,7 @@ from lighthubert_training.recognition.recognizer import Recognizer
 from lighthubert_training.search.latency import LatencyTable
 from modeling_lighthubert import Subnet
 from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.profiling import macs_per_second
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,6 @@ def test_a_search_leaves_the_best_subnet_the_front_and_a_plot(workshop, supernet
     assert len(rows(output)) == results["num_evaluations"]
     assert (results["num_recordings"], results["num_available"]) == (8, 8)
     assert set(results["named"]) == {"largest", "smallest", "middle"}
-    assert [Subnet.from_dict(row["subnet"]) for row in json.loads((output / "front.json").read_text())]
     assert (output / "front.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -127,6 +127,35 @@ def test_a_model_that_was_fine_tuned_once_for_all_is_searched_by_its_character_e
     texts = [transcript.text for transcript in recognizer.transcribe(waveforms)]
     expected = CharacterErrorRate().compute(predictions=texts, references=list(speech["text"]))["cer"]
     assert json.loads((output / "results.json").read_text())["best"]["error"] == pytest.approx(expected)
+
+
+def test_measured_subnets_cost_and_lose_what_their_cut_models_do(workshop, once_for_all, tmp_path):
+    run_script(workshop, once_for_all, tmp_path / "search", "--fitness", "ctc", "--num_evaluations", 8)
+    speech = load_dataset("parquet", data_files=str(workshop / "speech.parquet"), split="train")
+    waveforms = [load_waveform(audio, 16_000) for audio in speech.cast_column("audio", Audio(decode=False))["audio"]]
+    model = AutoModelForCTC.from_pretrained(once_for_all)
+    assert model.measured_subnets.error == "character error rate"
+    for name, measured in model.measured_subnets.subnets.items():
+        cut = model.extract_subnet(name)
+        assert measured.costs == {"params": cut.num_parameters(), "macs": macs_per_second(cut)}
+        recognizer = Recognizer.from_pretrained(once_for_all, name)
+        texts = [transcript.text for transcript in recognizer.transcribe(waveforms)]
+        cer = CharacterErrorRate().compute(predictions=texts, references=list(speech["text"]))["cer"]
+        assert measured.error == pytest.approx(cer)
+
+
+def test_a_search_puts_what_it_found_beside_the_weights_and_into_the_card(workshop, supernet, tmp_path):
+    for number, budget in enumerate(("1G", "20k")):
+        output = run_script(workshop, supernet, tmp_path / str(number), "--max_params", budget)
+        assert (supernet / "subnets.json").read_text() == (output / "subnets.json").read_text()
+        assert (supernet / "subnets.png").read_bytes() == (output / "front.png").read_bytes()
+    card = (supernet / "README.md").read_text()
+    found = AutoModel.from_pretrained(supernet).measured_subnets
+    assert card.count("## Measured subnets") == card.count("![distillation loss over cost](subnets.png)") == 1
+    for name, each in found.subnets.items():
+        row = f"| {name} | {each.costs['params']:,} | {each.costs['macs']:,.0f} | {each.error:.4f} |"
+        assert each.costs["params"] <= 20_000 and row in card
+    assert card.index("## Limits") < card.index("## Measured subnets")
 
 
 def test_a_supernet_is_searched_by_a_linear_probe(workshop, supernet, tmp_path):

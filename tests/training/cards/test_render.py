@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 
 def test_the_templates_are_those_that_have_a_caller():
     """Each is rendered here or in the module of its card."""
-    names = {"citation", "released", "speech_recognition", "subnet", "supernet"}
+    names = {"citation", "measured_subnets", "released", "speech_recognition", "subnet", "supernet"}
     assert {file.stem for file in TEMPLATES.glob("*.md")} == names
 
 

@@ -31,9 +31,14 @@ def render(template: str, data: ModelCardData, **facts: Any) -> ModelCard:
     Raises:
         jinja2.UndefinedError: the template uses a fact that was not given.
     """
+    return ModelCard(render_text(template, card_data=data.to_yaml(), **facts))
+
+
+def render_text(template: str, **facts: Any) -> str:
+    """What `templates/{template}.md` and `facts` make, as in `render`."""
     # without autoescape: a card is Markdown, of facts of our own
     templates = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined)
-    return ModelCard(templates.get_template(f"{template}.md").render(card_data=data.to_yaml(), **facts))
+    return templates.get_template(f"{template}.md").render(**facts)
 
 
 def save_card(card: ModelCard, path: Path) -> None:

@@ -6,9 +6,16 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from lighthubert_training.cards.render import public_name, render, save_card
+from lighthubert_training.cards.render import public_name, render, render_text, save_card
 from modeling_lighthubert import LightHubertForPreTraining
+from modeling_lighthubert.files import write_text
+from modeling_lighthubert.measured_subnets import COSTS, MeasuredSubnets
 from modeling_lighthubert.profiling import macs_per_second
+
+
+SUBNETS_PLOT = "subnets.png"
+BEGIN, END = "<!-- measured subnets -->", "<!-- end of measured subnets -->"
+"""What stands around the part of a card that a search replaces."""
 
 
 def write_supernet_card(
@@ -50,3 +57,16 @@ def write_supernet_card(
         counts=counts,
     )
     save_card(card, folder / "README.md")
+
+
+def show_measured_subnets(measured: MeasuredSubnets, folder: Path) -> None:
+    """Puts a table of measured subnets, and `SUBNETS_PLOT`, into the card of the supernet in a folder, in place of
+    those of an earlier search. A folder without a card stays without one."""
+    if not (file := folder / "README.md").exists():
+        return
+    part = render_text("measured_subnets", measured=measured, costs=COSTS, plot=SUBNETS_PLOT)
+    part = f"{BEGIN}\n{part.strip()}\n{END}"
+    card = file.read_text(encoding="utf-8")
+    before, begin, rest = card.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    write_text(file, before + part + after if begin and end else f"{card.rstrip()}\n\n{part}\n")

@@ -8,11 +8,8 @@ from functools import cache
 from lighthubert_training.search.latency import LatencyTable
 from modeling_lighthubert import LightHubertPreTrainedModel, SearchSpace, Subnet
 from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.measured_subnets import COSTS
 from modeling_lighthubert.profiling import Cost, Profile, profile_subnet
-
-
-COSTS = {"params": "parameters", "macs": "MACs per second of audio", "latency_ms": "ms for a clip on this machine"}
-"""The costs of a subnet by name, in words."""
 
 
 class SubnetCosts:

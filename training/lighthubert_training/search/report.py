@@ -17,13 +17,13 @@ from transformers import get_scheduler, set_seed
 
 from lighthubert_training.runs.plots import new_figure, save_figure
 from lighthubert_training.runs.tables import markdown_table
-from lighthubert_training.search.candidates import COSTS
 from lighthubert_training.search.fitness import Fitness
 from lighthubert_training.search.ledger import Evaluation
 from lighthubert_training.search.search import Search
 from modeling_lighthubert import LightHubertPreTrainedModel, SearchSpace, Subnet
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.files import whole_file, write_json, write_text
+from modeling_lighthubert.measured_subnets import COSTS, SUBNETS_FILE, MeasuredSubnet, MeasuredSubnets
 
 
 THIRDS = ("cheapest", "middle", "most expensive")
@@ -35,7 +35,7 @@ FEWEST_SUBNETS = 5
 
 
 def write_results(search: Search, folder: Path, cost: str, counts: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Writes `best.json`, `front.json`, `results.json`, `evaluations.csv` and `front.png`.
+    """Writes `best.json`, `subnets.json` (the front), `results.json`, `evaluations.csv` and `front.png`.
 
     Args:
         cost: of the front, by its name in `COSTS`.
@@ -58,7 +58,9 @@ def write_results(search: Search, folder: Path, cost: str, counts: Mapping[str, 
         "named": named,
     }
     write_text(folder / "best.json", best.subnet.to_json_string() + "\n")
-    write_json(folder / "front.json", [to_row(each) | {"subnet": each.subnet.to_dict()} for each in front])
+    of_front = [MeasuredSubnet(each.subnet, search.error(each), search.costs[each.number]) for each in front]
+    measured = MeasuredSubnets.of(search.candidates.space, search.fitness.name, of_front)
+    write_json(folder / SUBNETS_FILE, measured.to_dict())
     write_json(folder / "results.json", results)
     with whole_file(folder / "evaluations.csv") as unfinished, unfinished.open("w", newline="") as file:
         writer = csv.writer(file)
