@@ -50,7 +50,7 @@ class MeasureArguments(FolderArguments):
     measures: list[str] = option(list(GROUPS), f"Groups of measures: {', '.join(GROUPS)}.")
     label_minutes: list[float] = option([1.0, 10.0], "Minutes of labels that recognition is fine-tuned with.")
     steps_of_minutes: list[int] = option([300, 1000], "Steps of fine-tuning, for each.")
-    ctc_learning_rate: float = option(3e-3, "Peak learning rate of fine-tuning.")
+    ctc_learning_rate: float = option(1e-3, "Peak learning rate of fine-tuning.")
     max_recordings: int = option(200, "Recordings of training, and of each held-out part, that R2 is measured on.")
     max_probe_recordings: int = option(400, "Training recordings of a probe.")
     phone_steps: int = option(600, "Steps of the phone probe.")
