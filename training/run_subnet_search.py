@@ -31,7 +31,7 @@ from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.step import PreparedBatch, prepare_batch
 from lighthubert_training.distillation.teacher import build_teacher, check_frame_rates, masking_options
 from lighthubert_training.runs.distributed import DEVICE_HELP, build_accelerator, choose_device
-from lighthubert_training.runs.options import OptionParser, option, parse_options
+from lighthubert_training.runs.options import OptionParser, option, parse_options, parse_size
 from lighthubert_training.search import building
 from lighthubert_training.search.candidates import Budget, Candidates, SubnetCosts
 from lighthubert_training.search.fitness import MeanLoss
@@ -141,19 +141,6 @@ REPORT_OPTIONS = {"report", "report_subnets", "report_steps", "report_learning_r
 """Options of the report, which are free to change, too."""
 TRAINING_SPEECH = {"train_file", "train_split_name", "max_train_samples"}
 """Options that change only a search by linear probes; the others use that speech for the report."""
-
-
-def parse_size(text: str) -> float:
-    """`27M` as 27 million, `2.5G` as 2.5 thousand million.
-
-    Raises:
-        UserError: it is no number.
-    """
-    scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1.0)
-    try:
-        return float(text if scale == 1.0 else text[:-1]) * scale
-    except ValueError:
-        raise UserError(f"{text!r} is no number: give one such as 500k, 27M or 2.5G") from None
 
 
 def build_fitness(

@@ -40,7 +40,7 @@ def script(reader, monkeypatch, capsys):
     """Runs the script in this process with the `Reader` of recognizers.py: its exit status, output and messages."""
 
     def run(*options):
-        monkeypatch.setattr(transcribe, "build_recognizer", lambda arguments: reader)
+        monkeypatch.setattr(transcribe, "build_recognizer", lambda *arguments: reader)
         monkeypatch.setattr(sys, "argv", ["transcribe.py", "--model_name_or_path", "reader", *map(str, options)])
         with pytest.raises(SystemExit) as ended:
             run_command(transcribe.main)
@@ -356,3 +356,65 @@ def test_an_interrupted_pipe_ends_cleanly_with_what_was_said(live_process):
     assert live_process.returncode == 0
     assert b"Traceback" not in messages
     assert "text" in {key for event in events for key in event}
+
+
+# Several subnets in turn
+
+
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cascade") / "asr"
+    settings = {"feat_extract_norm": "layer", "pad_token_id": 0, "vocab_size": len(TOKENS)}
+    tiny_model(LightHubertForCTC, **settings).save_pretrained(folder)
+    save_processor(folder)
+    return folder
+
+
+def cascaded(supernet, *options) -> None:
+    words = ("--model_name_or_path", supernet, "--device", "cpu", "--cascade", "smallest,largest", *options)
+    call(transcribe.main, SCRIPT, *words)
+
+
+def test_a_cascade_transcribes_and_tells_what_each_stage_got(supernet, tmp_path, capsys):
+    for number in range(3):
+        soundfile.write(tmp_path / f"{number}.wav", babble(1, seed=number) * 0.1, 16_000)
+    recordings = [tmp_path / f"{number}.wav" for number in range(3)]
+    waveforms = [soundfile.read(file, dtype="float32")[0] for file in recordings]
+    for threshold, subnet, share in ((0.0, "smallest", "largest 0%"), (1.0, "largest", "largest 100%")):
+        cascaded(supernet, "--min_confidence", threshold, "--inputs", *recordings)
+        told = capsys.readouterr()
+        expected = Recognizer.from_pretrained(supernet, subnet).transcribe(waveforms)
+        assert told.out.splitlines() == [transcript.text for transcript in expected]
+        assert share in told.err and "MMAC/s in the mean" in told.err
+
+
+def test_a_cascade_is_calibrated_on_labelled_recordings(supernet, tmp_path, capsys):
+    audio = [{"bytes": encoded(babble(1, seed=number) * 0.1, format="WAV"), "path": None} for number in range(4)]
+    audio.append({"bytes": b"no audio", "path": None})
+    rows = {"audio": audio, "sentence": ["A", "B, c", "D", "E", "F"]}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "dev.parquet")
+    words = ("--text_column_name", "sentence", "--text_case", "lower", "--chars_to_ignore", ",")
+    cascaded(supernet, "--calibrate_cascade", tmp_path / "dev.parquet", *words, "--max_wer", 100)
+    *table, chosen = capsys.readouterr().out.strip().splitlines()
+    assert table[0] == "| min_confidence | WER | MMAC/s |"
+    assert table[2].startswith("| 0 | ")
+    assert chosen.startswith("--min_confidence 0: word error rate ") and chosen.endswith(" over 4 recordings")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--calibrate_cascade", "dev.parquet"), "calibrate_cascade needs a cascade, such as --cascade"),
+        (("--max_wer", "0.1"), "max_wer and max_macs are for --calibrate_cascade"),
+        (("--cascade", "a,b", "--calibrate_cascade", "d", "--max_wer", "1", "--max_macs", "1M"), "not both"),
+        (("--cascade", "smallest,largest", "--subnet", "smallest", "--inputs", "."), "--subnet smallest or --cascade"),
+        (("--cascade", "smallest,largest", "--live"), "--live transcribes with one subnet"),
+        (("--cascade", "a,b", "--calibrate_cascade", "d", "--live"), "--calibrate_cascade transcribes nothing"),
+    ],
+)
+def test_options_of_a_cascade_that_contradict_each_other_are_refused(supernet, options, reason, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["transcribe.py", "--model_name_or_path", str(supernet), *options])
+    with pytest.raises(SystemExit) as ended:
+        run_command(transcribe.main)
+    assert ended.value.code == 2
+    assert reason in capsys.readouterr().err

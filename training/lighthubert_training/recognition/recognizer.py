@@ -12,7 +12,7 @@ from transformers import AutoModelForCTC, PreTrainedConfig, Wav2Vec2Processor
 from lighthubert_training.data.collators import pad
 from lighthubert_training.decoding import Alphabet, Decoder, Transcript, greedy, words_of
 from modeling_lighthubert.errors import UserError
-from modeling_lighthubert.loading import load_config, load_cut_model, load_processor, named_classes
+from modeling_lighthubert.loading import load_config, load_cut_model, load_model, load_processor, named_classes
 from modeling_lighthubert.onnx_export import onnx_session
 
 
@@ -43,6 +43,9 @@ class Recognizer:
     pipeline does it: levels and offsets of a long recording change. What a recording is batched with changes nothing:
     models whose outputs depend on padding get recordings of one length.
 
+    Attributes:
+        batches_at_once: of recordings that are best given to `transcribe` together.
+
     Args:
         decoder: `greedy`, or a `BeamSearch`.
         batch_size: pieces of audio in a batch.
@@ -50,6 +53,8 @@ class Recognizer:
     Raises:
         UserError: chunks that are nothing but strides.
     """
+
+    batches_at_once = 1
 
     def __init__(
         self,
@@ -93,11 +98,7 @@ class Recognizer:
         if is_onnx and subnet is not None:
             raise UserError(f"subnet {subnet}: {model_name_or_path} holds one model, no supernet")
         folder = Path(model_name_or_path).parent if is_onnx else model_name_or_path
-        config = load_config(folder)
-        if (names := named_classes(config)) and not any(name.endswith("ForCTC") for name in names):
-            raise UserError(NO_CTC_HEAD.format(f"{model_name_or_path}, a {names[0]},"))
-        processor = load_processor(folder)
-        check_vocabulary(processor.tokenizer.get_vocab(), config, str(folder))
+        config, processor = load_config_and_processor(folder)
         model = _onnx(model_name_or_path) if is_onnx else _pytorch(str(model_name_or_path), subnet, device)
         return cls(model, config, processor, **options)
 
@@ -112,24 +113,29 @@ class Recognizer:
 
     def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[Transcript]:
         """Transcripts of mono recordings at the model's sampling rate, each of shape (num_samples)."""
-        transcripts = []
-        for waveform, log_probs in zip(waveforms, self.log_probs(waveforms), strict=True):
-            words = words_of(self.decoder(log_probs), log_probs, self.alphabet, self.seconds_per_frame)
-            transcripts.append(Transcript(words, len(waveform) / self.sampling_rate))
-        return transcripts
+        found = zip(self.log_probs(waveforms), waveforms, strict=True)
+        return [self.transcript(log_probs, len(waveform) / self.sampling_rate) for log_probs, waveform in found]
+
+    def transcript(self, log_probs: np.ndarray, duration: float) -> Transcript:
+        """Of a recording of `duration` seconds with these log probabilities (num_frames, vocab_size)."""
+        words = words_of(self.decoder(log_probs), log_probs, self.alphabet, self.seconds_per_frame)
+        return Transcript(words, duration)
 
     def log_probs(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log probabilities (num_frames, vocab_size), float32, of each recording; (0, vocab_size) of one that is
         shorter than a frame."""
         shapes = [(self.num_frames(len(each)), self.config.vocab_size) for each in waveforms]
         results = [np.empty(shape, dtype=np.float32) for shape in shapes]
-        pieces = [piece for each, result in zip(waveforms, results) for piece in self._pieces(each, result)]
+        self.answer([piece for each, result in zip(waveforms, results) for piece in self.pieces(each, result)])
+        return results
+
+    def answer(self, pieces: Sequence[Piece]) -> None:
+        """Writes the log probabilities of each piece where they are kept."""
         for batch in self._batches(pieces):
             for piece, log_probs in zip(batch, self._run([piece.samples for piece in batch]), strict=True):
                 piece.kept[:] = log_probs[piece.skipped : piece.skipped + len(piece.kept)]
-        return results
 
-    def _pieces(self, samples: np.ndarray, result: np.ndarray) -> Iterator[Piece]:
+    def pieces(self, samples: np.ndarray, result: np.ndarray) -> Iterator[Piece]:
         """A recording as it is, or chunks of it, for each row of its `result`; nothing of one without frames."""
         num_frames = len(result)
         if 0 < num_frames <= self.chunk:
@@ -161,6 +167,20 @@ class Recognizer:
         return [torch.from_numpy(each).log_softmax(dim=-1).numpy() for each in logits]
 
 
+def load_config_and_processor(model_name_or_path: str | Path) -> tuple[PreTrainedConfig, Wav2Vec2Processor]:
+    """Of a CTC model.
+
+    Raises:
+        UserError: no CTC head, no processor, or one whose tokens the model does not have.
+    """
+    config = load_config(model_name_or_path)
+    if (names := named_classes(config)) and not any(name.endswith("ForCTC") for name in names):
+        raise UserError(NO_CTC_HEAD.format(f"{model_name_or_path}, a {names[0]},"))
+    processor = load_processor(model_name_or_path)
+    check_vocabulary(processor.tokenizer.get_vocab(), config, str(model_name_or_path))
+    return config, processor
+
+
 def check_vocabulary(vocabulary: Mapping[str, Any], config: PreTrainedConfig, name: str) -> None:
     """Raises a `UserError` unless every token is an output of the model."""
     size = config.vocab_size
@@ -171,18 +191,37 @@ def check_vocabulary(vocabulary: Mapping[str, Any], config: PreTrainedConfig, na
 
 def _pytorch(model_name_or_path: str, subnet: str | None, device: str) -> AcousticModel:
     """Runs a checkpoint on `device`, in its own dtype."""
+    model = load_ctc_model(model_name_or_path, subnet, device=device, load=load_cut_model)
+    return lambda audio, mask: run_model(model, *on_device(model, audio, mask))
+
+
+def load_ctc_model(
+    model_name_or_path: str, subnet: str | None = None, device: str = "cpu", load: Callable[..., Any] = load_model
+) -> Any:
+    """
+    Args:
+        load: `load_model`, or `load_cut_model`.
+
+    Raises:
+        UserError: a checkpoint without a CTC head.
+    """
     options = {"head": AutoModelForCTC, "device": device, "output_loading_info": True}
-    model, report = load_cut_model(model_name_or_path, subnet, **options)
+    model, report = load(model_name_or_path, subnet, **options)
     if any(name.startswith("lm_head") for name in report["missing_keys"]):
         raise UserError(NO_CTC_HEAD.format(model_name_or_path))
+    return model
 
-    @torch.inference_mode()
-    def logits(input_values: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        audio = torch.from_numpy(input_values).to(model.device, model.dtype)
-        mask = torch.from_numpy(attention_mask).to(model.device)
-        return model(audio, attention_mask=mask).logits.float().cpu().numpy()
 
-    return logits
+def on_device(model: Any, input_values: np.ndarray, attention_mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Audio in the dtype of a model, and its mask, each (batch_size, num_samples)."""
+    audio = torch.from_numpy(input_values).to(model.device, model.dtype)
+    return audio, torch.from_numpy(attention_mask).to(model.device)
+
+
+@torch.inference_mode()
+def run_model(model: Any, audio: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    """Logits (batch_size, num_frames, vocab_size), float32."""
+    return model(audio, attention_mask=mask).logits.float().cpu().numpy()
 
 
 def _onnx(file: str | Path) -> AcousticModel:

@@ -19,15 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class TextArguments:
-    """What the transcripts are, and which characters the model writes."""
+class ReferenceArguments:
+    """What the transcripts are."""
 
     text_column_name: str = option("text", "Column with the transcripts.")
     text_case: str = option("keep", "Case of the letters.", choices=("keep", "lower", "upper"))
     chars_to_ignore: list[str] | None = option(None, "Characters that are taken out of the transcripts.")
-    tokenizer_name_or_path: str | None = option(
-        None, "Tokenizer, or a model with one. Default: a fine-tuned model's own, or characters of the transcripts."
-    )
 
     def normalize(self, text: str) -> str:
         """A transcript as the model is trained to write it: composed characters (NFC), the case and the characters
@@ -35,6 +32,15 @@ class TextArguments:
         text = unicodedata.normalize("NFC", text)
         text = text if self.text_case == "keep" else getattr(text, self.text_case)()
         return " ".join(text.translate(dict.fromkeys(map(ord, "".join(self.chars_to_ignore or ())))).split())
+
+
+@dataclass
+class TextArguments(ReferenceArguments):
+    """What the transcripts are, and which characters the model writes."""
+
+    tokenizer_name_or_path: str | None = option(
+        None, "Tokenizer, or a model with one. Default: a fine-tuned model's own, or characters of the transcripts."
+    )
 
 
 def build_tokenizer(transcripts: Sequence[str], folder: Path) -> Wav2Vec2CTCTokenizer:

@@ -31,6 +31,19 @@ def option(default: Any = MISSING, help: str = "", choices: Sequence[str] | None
     return field(default=default, metadata=metadata)
 
 
+def parse_size(text: str) -> float:
+    """`27M` as 27 million, `2.5G` as 2.5 thousand million.
+
+    Raises:
+        UserError: it is no number.
+    """
+    scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1.0)
+    try:
+        return float(text if scale == 1.0 else text[:-1]) * scale
+    except ValueError:
+        raise UserError(f"{text!r} is no number: give one such as 500k, 27M or 2.5G") from None
+
+
 class OptionParser(HfArgumentParser):
     """Options in dataclasses, as transformers reads them, with a `--help` that fits a screen and a half.
 
