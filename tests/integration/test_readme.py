@@ -12,6 +12,9 @@ from recognizers import save_processor
 from transformers import AutoFeatureExtractor, AutoModel, Wav2Vec2FeatureExtractor
 
 from modeling_lighthubert import LightHubertConfig, LightHubertForCTC, LightHubertModel, SearchSpace
+from modeling_lighthubert.files import write_json
+from modeling_lighthubert.measured_subnets import SUBNETS_FILE, MeasuredSubnet, MeasuredSubnets
+from modeling_lighthubert.profiling import macs_per_second
 
 
 README = Path(__file__).parents[2] / "README.md"
@@ -33,7 +36,12 @@ def recording(tmp_path, monkeypatch):
 def test_subnets_are_chosen_and_cut_and_their_folders_load():
     """On random weights of the real size; the ONNX file, which takes half a minute, is left to other tests."""
     torch.manual_seed(0)
-    LightHubertModel(LightHubertConfig(search_space=SearchSpace.small())).trim().save_pretrained("lighthubert-small")
+    model = LightHubertModel(LightHubertConfig(search_space=SearchSpace.small())).trim()
+    model.save_pretrained("lighthubert-small")
+    a_small = SearchSpace.small().named["a_small"]
+    costs = {"params": model.num_subnet_parameters(a_small), "macs": macs_per_second(model, a_small)}
+    measured = MeasuredSubnets.of(SearchSpace.small(), "loss", [MeasuredSubnet(a_small, 0.5, costs)])
+    write_json(f"lighthubert-small/{SUBNETS_FILE}", measured.to_dict())
     Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True).save_pretrained("lighthubert-small")
     names: dict = {}
     figures: list[str] = []
