@@ -107,11 +107,13 @@ class CascadeRecognizer(Recognizer):
         return macs / self.stages[0].seconds if self.stages[0].seconds else 0.0
 
     def answer(self, pieces: Sequence[Piece]) -> None:
-        left = list(pieces)
-        for stage in self.stages:
-            self.run_stage(stage, left)
-            left = [piece for piece in left if confidence_of(piece.kept, self.alphabet) < self.min_confidence]
-        self.forget()
+        at_once = self.batch_size * self.batches_at_once
+        for start in range(0, len(pieces), at_once):
+            left = list(pieces[start : start + at_once])
+            for stage in self.stages:
+                self.run_stage(stage, left)
+                left = [piece for piece in left if confidence_of(piece.kept, self.alphabet) < self.min_confidence]
+            self.forget()
 
     def forget(self) -> None:
         """Drops the features that the stages have shared."""
