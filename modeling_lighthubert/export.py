@@ -35,7 +35,7 @@ from . import (
 from .errors import UserError, run
 from .files import require_unused, whole_folder
 from .loading import has_processor, load_cut_lighthubert, load_processor
-from .onnx_export import onnx_session, to_onnx
+from .onnx_export import macs_by_bits, onnx_session, to_onnx
 from .profiling import SAMPLING_RATE, median_ratio, time_in_turns
 
 
@@ -213,6 +213,9 @@ def main(arguments: list[str] | None = None) -> None:
     size, (faster, _) = file.stat().st_size, speed_up(reference, exported, 5.0, options.repeats)
     print(model.subnet)
     print(f"{file}: {size / 2**20:.1f} MiB, {size / (4 * model.num_parameters()):.2f} times the parameters in fp32")
+    if options.quantize:
+        macs = macs_by_bits(file)
+        print(f"in 8 bits: {macs[8] / sum(macs.values()):.1%} of the multiply-accumulates of a clip of one second")
     print(f"difference from the cut model, on noise: {difference:.1e} of the deviation of its outputs (RMS)")
     where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else options.device
     print(f"speed, 5 s of audio, {where}: {faster:.2f} times that of the cut model")

@@ -2,7 +2,9 @@
 are written."""
 
 import copy
+import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,18 @@ from transformers.models.hubert.modeling_hubert import HubertPreTrainedModel
 
 from .errors import UserError, optional_module
 from .files import whole_file
+from .inference_graph import as_inference_graph
 from .modeling_lighthubert import frame_mask
 
 
 CHECKS = ((1, 8000), (1, 16_123), (3, 31_999))
 """Numbers of recordings and samples that an export is compared on; of three recordings, one is half padding."""
+
+
+WAVEFORM_WEIGHT = "products.0.weight"
+"""How the name of the first convolution's weight ends: it stays in 32 bits."""
+PRODUCTS = dict.fromkeys(("MatMul", "Gemm", "Conv"), 32) | dict.fromkeys(("MatMulInteger", "ConvInteger"), 8)
+"""Operations that multiply matrices, and in how many bits."""
 
 
 def to_onnx(
@@ -26,12 +35,12 @@ def to_onnx(
 
     The graph takes `input_values` (batch_size, num_samples), float32, and `attention_mask` of that shape, int64, and
     gives `logits`, or `last_hidden_state` of a base model. The kernel of the position convolution is stored as it is
-    used, without its norm.
+    used, without its norm; the other convolutions are matrix products (`inference_graph`).
 
     Args:
         model: a cut model, a supernet, whose selected subnet is exported, or a stock HuBERT.
-        quantize: `"int8"` stores the weights of matrix products in 8 bits, and computes with them (ONNX Runtime's
-            dynamic quantisation).
+        quantize: `"int8"` stores the weights of matrix products in 8 bits, with a scale for each output, and computes
+            with them (ONNX Runtime's dynamic quantisation). The first convolution and that of positions stay in fp32.
         max_difference: from torch's outputs; nothing is written above it. Not asked of a quantised file.
 
     Returns:
@@ -52,11 +61,13 @@ def to_onnx(
             f"layer {exported.windows[0]} attends within a window, which an ONNX file cannot have for audio of any"
             " length: export a subnet without attention_window"
         )
+    expected = [_outputs(exported, *check) for check in CHECKS]
+    exported.as_inference_graph()
     with whole_file(Path(folder) / ("model.onnx" if quantize is None else "model_int8.onnx")) as file:
         _write(exported, file)
         if quantize == "int8":
             _quantize(file)
-        difference = _difference(exported, file)
+        difference = _difference(expected, exported, file)
         if quantize is None and difference > max_difference:
             raise UserError(
                 f"the ONNX file differs from torch by {difference:.1e}, more than max_difference={max_difference:g}:"
@@ -88,7 +99,11 @@ def onnx_session(file: str | Path, num_threads: int | None = None) -> Any:
 
 
 class ExportedModel(nn.Module):
-    """What is exported: a copy of the model, cut and folded, from two tensors to one."""
+    """What is exported: a copy of the model, cut and folded, from two tensors to one.
+
+    Attributes:
+        windows: layers that attend within a window.
+    """
 
     def __init__(self, model: Any):
         super().__init__()
@@ -102,13 +117,17 @@ class ExportedModel(nn.Module):
         position_convolution = self.model.base_model.encoder.pos_conv_embed.conv
         if nn.utils.parametrize.is_parametrized(position_convolution):
             nn.utils.parametrize.remove_parametrizations(position_convolution, "weight")
+        self.windows = self._windows()
+
+    def as_inference_graph(self) -> None:
+        """See `inference_graph`."""
+        as_inference_graph(self.model)
 
     def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         outputs = self.model(input_values, attention_mask=attention_mask)
         return outputs.logits if "logits" in outputs else outputs.last_hidden_state
 
-    @property
-    def windows(self) -> list[int]:
+    def _windows(self) -> list[int]:
         """Layers that attend within a window."""
         layers = self.model.base_model.encoder.layers
         return [index for index, layer in enumerate(layers) if getattr(layer.attention, "window", None) is not None]
@@ -138,25 +157,72 @@ def _write(exported: ExportedModel, file: Path) -> None:
 
 
 def _quantize(file: Path) -> None:
+    """Dynamic quantisation of all matrix products with constant weights but the first, which reads the waveform:
+    weights have a scale for each output, activations one for each tensor, taken as it is computed."""
+    onnx: Any = optional_module("onnx", "onnx", "writing an ONNX file in 8 bits")
     quantization: Any = optional_module("onnxruntime.quantization", "onnx", "writing an ONNX file in 8 bits")
-    weight_type = quantization.QuantType.QInt8
-    quantization.quantize_dynamic(file, file, weight_type=weight_type, op_types_to_quantize=["MatMul", "Gemm"])
+    graph = onnx.load(file).graph
+    first = [node.name for node in graph.node if any(name.endswith(WAVEFORM_WEIGHT) for name in node.input)]
+    quantization.quantize_dynamic(
+        file,
+        file,
+        weight_type=quantization.QuantType.QInt8,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        per_channel=True,
+        nodes_to_exclude=first,
+    )
 
 
-@torch.no_grad()
-def _difference(exported: ExportedModel, file: Path) -> float:
+def macs_by_bits(file: str | Path, seconds: float = 1.0) -> dict[int, int]:
+    """Multiply-accumulates of an ONNX file for one clip, by the bits in which they are computed: 8, or 32 for all that
+    is no product of integers. The graph is run, and its products are counted.
+
+    Raises:
+        MissingExtraError: the extra `onnx` is not installed.
+    """
+    onnx: Any = optional_module("onnx", "onnx", "counting the products of an ONNX file")
+    onnxruntime: Any = optional_module("onnxruntime", "onnx", "counting the products of an ONNX file")
+    model = onnx.load(file)
+    products = [node for node in model.graph.node if node.op_type in PRODUCTS]
+    shapes = {each.name: tuple(each.dims) for each in model.graph.initializer}
+    wanted = {name for node in products for name in (*node.input[:2], node.output[0]) if name not in shapes}
+    known = {each.name for each in (*model.graph.input, *model.graph.output)}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(wanted - known))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    audio = torch.randn(1, int(seconds * 16_000), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_values": audio.numpy(), "attention_mask": torch.ones(audio.shape, dtype=torch.long).numpy()}
+    names = [output.name for output in session.get_outputs()]
+    shapes |= {name: each.shape for name, each in zip(names, session.run(names, inputs), strict=True)}
+    shapes |= {name: each.shape for name, each in inputs.items()}
+    macs = dict.fromkeys((8, 32), 0)
+    for node in products:
+        rows, weights, outputs = (shapes[name] for name in (*node.input[:2], node.output[0]))
+        summed = math.prod(weights[1:]) if "Conv" in node.op_type else rows[-1]
+        macs[PRODUCTS[node.op_type]] += math.prod(outputs) * summed
+    return macs
+
+
+def _outputs(exported: ExportedModel, batch_size: int, num_samples: int) -> tuple[torch.Tensor, ...]:
+    """Audio, its mask and what the model makes of it; of several recordings, the last is half padding."""
+    audio = torch.randn(batch_size, num_samples, generator=torch.Generator().manual_seed(num_samples))
+    mask = torch.ones(batch_size, num_samples, dtype=torch.long)
+    if batch_size > 1:
+        mask[-1, num_samples // 2 :] = 0
+    audio = audio * mask
+    with torch.no_grad():
+        return audio, mask, exported(audio, mask)
+
+
+def _difference(expected: Sequence[tuple[torch.Tensor, ...]], exported: ExportedModel, file: Path) -> float:
     """The largest that is found over `CHECKS`, on frames that are not padding."""
     session = onnx_session(file)
-    largest, generator = 0.0, torch.Generator().manual_seed(0)
-    for batch_size, num_samples in CHECKS:
-        audio = torch.randn(batch_size, num_samples, generator=generator)
-        mask = torch.ones(batch_size, num_samples, dtype=torch.long)
-        if batch_size > 1:
-            mask[-1, num_samples // 2 :] = 0
-        expected = exported(audio * mask, mask)
-        inputs = {"input_values": (audio * mask).numpy(), "attention_mask": mask.numpy()}
+    largest = 0.0
+    for audio, mask, outputs in expected:
+        inputs = {"input_values": audio.numpy(), "attention_mask": mask.numpy()}
         found = torch.from_numpy(session.run([exported.output_name], inputs)[0])
-        deviation = (found - expected) / expected.std()
+        deviation = (found - outputs) / outputs.std()
         if deviation.ndim == 3:
             lengths = exported.model._get_feat_extract_output_lengths(mask.sum(-1))
             deviation = deviation[frame_mask(lengths, deviation.shape[1])]
