@@ -61,9 +61,11 @@ class ProductFeatureEncoder(nn.Module):
         self.norms = nn.ModuleList(getattr(layer, "layer_norm", nn.Identity()) for layer in layers)
         self.activation = layers[0].activation
         self.field, self.hop = receptive_field(config)
-        self.over_time = isinstance(self.norms[0], nn.GroupNorm)
-        if self.over_time:
-            self.norms[0] = NormOverTime(self.norms[0])
+        first, norm = layers[0].conv, self.norms[0]
+        self.first_taps, self.first_stride = first.kernel_size[0], first.stride[0]
+        self.over_time = isinstance(norm, nn.GroupNorm)
+        if isinstance(norm, nn.GroupNorm):
+            self.norms[0] = NormOverTime(norm)
 
     def forward(self, input_values: torch.Tensor) -> torch.Tensor:
         num_samples = input_values.shape[1]
@@ -73,7 +75,7 @@ class ProductFeatureEncoder(nn.Module):
         for number, (product, norm) in enumerate(zip(self.products, self.norms, strict=True)):
             frames = product(frames)
             if number == 0 and self.over_time:  # over those frames alone that do not reach into the padding
-                true = (num_samples - product.taps) // product.stride + 1
+                true = (num_samples - self.first_taps) // self.first_stride + 1
                 frames = F.pad(norm(frames[:, :true]), (0, 0, 0, frames.shape[1] - true))
             else:
                 frames = norm(frames)
