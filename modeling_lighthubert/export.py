@@ -1,4 +1,5 @@
-"""Exports of a subnet: as a cut model, as a stock HuBERT of transformers (`to_hubert`), as an ONNX file.
+"""Exports of a subnet: as a cut model, as a stock HuBERT (`to_hubert`) or wav2vec 2.0 of transformers, as an ONNX
+file, or as a folder that sherpa-onnx reads.
 
     python -m modeling_lighthubert.export --model_name_or_path supernet --subnet best.json --format hubert \\
         --output_dir small
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from transformers import (
     HubertForCTC,
     HubertForSequenceClassification,
     HubertModel,
+    Wav2Vec2Processor,
 )
 from transformers.activations import ACT2FN
 from transformers.models.hubert.modeling_hubert import HubertPreTrainedModel
@@ -37,6 +40,7 @@ from .files import require_unused, whole_folder
 from .loading import has_processor, load_cut_lighthubert, load_processor
 from .onnx_export import macs_by_bits, onnx_session, to_onnx
 from .profiling import SAMPLING_RATE, median_ratio, time_in_turns
+from .runtimes import hubert_to_wav2vec2, write_sherpa_onnx
 
 
 HUBERT_CLASSES: dict[str, type[HubertPreTrainedModel]] = {
@@ -101,18 +105,31 @@ Runner = Callable[[torch.Tensor], torch.Tensor]
 
 
 def write_export(
-    model: LightHubertPreTrainedModel, folder: Path, form: str, dtype: torch.dtype, quantize: str | None = None
+    model: LightHubertPreTrainedModel,
+    folder: Path,
+    form: str,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    processor: Wav2Vec2Processor | None = None,
 ) -> tuple[Runner, Path]:
     """Writes a cut model in one of `FORMATS`. Its own weights are rounded to `dtype`, too.
+
+    Args:
+        processor: of the model, for sherpa-onnx.
 
     Returns:
         What runs the file that was written, on the device of `model`, and the file.
     """
+    if form == "sherpa-onnx":
+        assert processor is not None
+        file = write_sherpa_onnx(model, processor, folder, quantize)
+        return onnx_runner(file), file
     if form == "onnx":
         to_onnx(model, folder, quantize)
         file = folder / ("model_int8.onnx" if quantize else "model.onnx")
         return onnx_runner(file), file
-    exported = model if form == "transformers" else to_hubert(model)
+    exported: Any = model if form == "transformers" else to_hubert(model)
+    exported = hubert_to_wav2vec2(exported) if form == "wav2vec2" else exported
     type(exported).to(exported, dtype).save_pretrained(folder)
     written = type(exported).from_pretrained(folder, dtype=dtype).eval().to(model.device)
     return torch_runner(written), folder / "model.safetensors"
@@ -148,11 +165,12 @@ def torch_runner(model: HubertPreTrainedModel) -> Runner:
 
 def onnx_runner(file: Path) -> Runner:
     session = onnx_session(file)
+    names = [each.name for each in session.get_inputs()]
 
     def run(audio: torch.Tensor) -> torch.Tensor:
         mask = torch.ones(audio.shape, dtype=torch.long)
         inputs = {"input_values": audio.numpy(), "attention_mask": mask.numpy()}
-        return torch.from_numpy(session.run(None, inputs)[0])
+        return torch.from_numpy(session.run(None, {name: inputs[name] for name in names})[0])
 
     return run
 
@@ -165,7 +183,8 @@ def speed_up(reference: Runner, exported: Runner, seconds: float, repeats: int) 
     return median_ratio(times["reference"], times["exported"]), statistics.median(times["exported"])
 
 
-FORMATS = ("transformers", "hubert", "onnx")
+FORMATS = ("transformers", "hubert", "wav2vec2", "onnx", "sherpa-onnx")
+ONNX_FORMATS = ("onnx", "sherpa-onnx")
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -186,12 +205,13 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         help="Device of the comparison, such as cuda (default: cpu).",
     )
     options = parser.parse_args(arguments)
-    if options.quantize and options.format != "onnx":
-        parser.error("--quantize is for --format onnx")
-    if options.format == "onnx" and options.dtype != "float32":
-        parser.error("--dtype is not for --format onnx: an ONNX file has float32, or --quantize int8")
-    if options.format == "onnx" and options.device != "cpu":
-        parser.error("--device is not for --format onnx: an ONNX file is compared on the CPU")
+    is_onnx, form = options.format in ONNX_FORMATS, options.format
+    if options.quantize and not is_onnx:
+        parser.error(f"--quantize is for --format {' and '.join(ONNX_FORMATS)}")
+    if is_onnx and options.dtype != "float32":
+        parser.error(f"--dtype is not for --format {form}: an ONNX file has float32, or --quantize int8")
+    if is_onnx and options.device != "cpu":
+        parser.error(f"--device is not for --format {form}: an ONNX file is compared on the CPU")
     if options.repeats < 1:
         parser.error("--repeats has to be at least 1")
     return options
@@ -203,9 +223,11 @@ def main(arguments: list[str] | None = None) -> None:
     source, dtype = options.model_name_or_path, getattr(torch, options.dtype)
     model = load_cut_lighthubert(source, options.subnet, device=options.device, dtype=torch.float32)
     reference = torch_runner(model.extract_subnet())
+    processor = load_processor(source) if options.format == "sherpa-onnx" else None
     with whole_folder(options.output_dir) as folder:
-        exported, file = write_export(model, folder, options.format, dtype, options.quantize)
-        copy_processor(source, folder)
+        exported, file = write_export(model, folder, options.format, dtype, options.quantize, processor)
+        if processor is None:  # sherpa-onnx has it in its tokens
+            copy_processor(source, folder)
     file = options.output_dir / file.name
     audio = torch.randn(1, 5 * SAMPLING_RATE, generator=torch.Generator().manual_seed(0))
     expected, found = reference(audio), exported(audio)

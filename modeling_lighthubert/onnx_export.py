@@ -19,9 +19,7 @@ from .modeling_lighthubert import frame_mask
 
 
 CHECKS = ((1, 8000), (1, 16_123), (3, 31_999))
-"""Numbers of recordings and samples that an export is compared on; of three recordings, one is half padding."""
-
-
+"""Numbers of recordings and samples that an export is compared on."""
 WAVEFORM_WEIGHT = "products.0.weight"
 """How the name of the first convolution's weight ends: it stays in 32 bits."""
 PRODUCTS = dict.fromkeys(("MatMul", "Gemm", "Conv"), 32) | dict.fromkeys(("MatMulInteger", "ConvInteger"), 8)
@@ -51,19 +49,30 @@ def to_onnx(
         UserError: `quantize` is something else, a layer attends within a window, or the outputs differ by more than
             `max_difference`.
     """
+    exported = ExportedModel(model)
+    name = "model.onnx" if quantize is None else "model_int8.onnx"
+    difference = write_graph(exported, Path(folder) / name, quantize, max_difference)
+    exported.model.config.save_pretrained(folder)
+    return difference
+
+
+def write_graph(
+    exported: "ExportedModel", path: Path, quantize: str | None = None, max_difference: float = 1e-4
+) -> float:
+    """Writes the ONNX file of what is exported. Arguments, result and errors are those of `to_onnx`."""
     if quantize not in (None, "int8"):
         raise UserError(f"quantize={quantize!r} is not known: choose 'int8' or None")
     for module in ("onnx", "onnxruntime", "onnxscript"):
         optional_module(module, "onnx", "writing an ONNX file")
-    exported = ExportedModel(model).eval()
+    exported.eval()
     if exported.windows:
         raise UserError(
             f"layer {exported.windows[0]} attends within a window, which an ONNX file cannot have for audio of any"
             " length: export a subnet without attention_window"
         )
-    expected = [_outputs(exported, *check) for check in CHECKS]
-    exported.as_inference_graph()
-    with whole_file(Path(folder) / ("model.onnx" if quantize is None else "model_int8.onnx")) as file:
+    expected = [exported.answer(*check) for check in CHECKS]
+    as_inference_graph(exported.model)
+    with whole_file(path) as file:
         _write(exported, file)
         if quantize == "int8":
             _quantize(file)
@@ -73,7 +82,6 @@ def to_onnx(
                 f"the ONNX file differs from torch by {difference:.1e}, more than max_difference={max_difference:g}:"
                 " nothing is written"
             )
-    exported.model.config.save_pretrained(folder)
     return difference
 
 
@@ -99,11 +107,13 @@ def onnx_session(file: str | Path, num_threads: int | None = None) -> Any:
 
 
 class ExportedModel(nn.Module):
-    """What is exported: a copy of the model, cut and folded, from two tensors to one.
+    """What is exported: a copy of the model, cut and folded, from audio and its mask to one tensor.
 
     Attributes:
         windows: layers that attend within a window.
     """
+
+    input_names = ["input_values", "attention_mask"]
 
     def __init__(self, model: Any):
         super().__init__()
@@ -117,39 +127,57 @@ class ExportedModel(nn.Module):
         position_convolution = self.model.base_model.encoder.pos_conv_embed.conv
         if nn.utils.parametrize.is_parametrized(position_convolution):
             nn.utils.parametrize.remove_parametrizations(position_convolution, "weight")
-        self.windows = self._windows()
-
-    def as_inference_graph(self) -> None:
-        """See `inference_graph`."""
-        as_inference_graph(self.model)
+        layers = enumerate(self.model.base_model.encoder.layers)
+        self.windows = [index for index, layer in layers if getattr(layer.attention, "window", None) is not None]
 
     def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         outputs = self.model(input_values, attention_mask=attention_mask)
         return outputs.logits if "logits" in outputs else outputs.last_hidden_state
 
-    def _windows(self) -> list[int]:
-        """Layers that attend within a window."""
-        layers = self.model.base_model.encoder.layers
-        return [index for index, layer in enumerate(layers) if getattr(layer.attention, "window", None) is not None]
-
     @property
     def output_name(self) -> str:
         return "last_hidden_state" if self.model is self.model.base_model else "logits"
+
+    def inputs(self, batch_size: int, num_samples: int) -> tuple[torch.Tensor, ...]:
+        """Noise as `forward` takes it; of several recordings, the last is half padding."""
+        audio = torch.randn(batch_size, num_samples, generator=torch.Generator().manual_seed(num_samples))
+        mask = torch.ones(batch_size, num_samples, dtype=torch.long)
+        if batch_size > 1:
+            mask[-1, num_samples // 2 :] = 0
+        return audio * mask, mask
+
+    @torch.no_grad()
+    def answer(self, batch_size: int, num_samples: int) -> torch.Tensor:
+        """Of the noise of `inputs`."""
+        return self(*self.inputs(batch_size, num_samples))
+
+
+class WaveformModel(ExportedModel):
+    """As `ExportedModel`, from audio alone: recordings without padding."""
+
+    input_names = ["input_values"]
+
+    def forward(self, input_values: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(input_values, torch.ones_like(input_values, dtype=torch.long))
+
+    def inputs(self, batch_size: int, num_samples: int) -> tuple[torch.Tensor, ...]:
+        return (torch.randn(batch_size, num_samples, generator=torch.Generator().manual_seed(num_samples)),)
 
 
 @torch.no_grad()
 def _write(exported: ExportedModel, file: Path) -> None:
     batch, samples = torch.export.Dim("batch_size"), torch.export.Dim("num_samples")
+    inputs = exported.inputs(2, 8000)
     shapes: dict[int, Any] = {0: batch, 1: samples}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, of itself
         torch.onnx.export(
             exported,
-            (torch.randn(2, 8000), torch.ones(2, 8000, dtype=torch.long)),
+            inputs,
             str(file),
-            input_names=["input_values", "attention_mask"],
+            input_names=exported.input_names,
             output_names=[exported.output_name],
-            dynamic_shapes=(shapes, shapes),
+            dynamic_shapes=(shapes,) * len(inputs),
             external_data=False,
             dynamo=True,
             verbose=False,
@@ -193,6 +221,7 @@ def macs_by_bits(file: str | Path, seconds: float = 1.0) -> dict[int, int]:
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     audio = torch.randn(1, int(seconds * 16_000), generator=torch.Generator().manual_seed(0))
     inputs = {"input_values": audio.numpy(), "attention_mask": torch.ones(audio.shape, dtype=torch.long).numpy()}
+    inputs = {each.name: inputs[each.name] for each in session.get_inputs()}
     names = [output.name for output in session.get_outputs()]
     shapes |= {name: each.shape for name, each in zip(names, session.run(names, inputs), strict=True)}
     shapes |= {name: each.shape for name, each in inputs.items()}
@@ -204,27 +233,17 @@ def macs_by_bits(file: str | Path, seconds: float = 1.0) -> dict[int, int]:
     return macs
 
 
-def _outputs(exported: ExportedModel, batch_size: int, num_samples: int) -> tuple[torch.Tensor, ...]:
-    """Audio, its mask and what the model makes of it; of several recordings, the last is half padding."""
-    audio = torch.randn(batch_size, num_samples, generator=torch.Generator().manual_seed(num_samples))
-    mask = torch.ones(batch_size, num_samples, dtype=torch.long)
-    if batch_size > 1:
-        mask[-1, num_samples // 2 :] = 0
-    audio = audio * mask
-    with torch.no_grad():
-        return audio, mask, exported(audio, mask)
-
-
-def _difference(expected: Sequence[tuple[torch.Tensor, ...]], exported: ExportedModel, file: Path) -> float:
+def _difference(expected: Sequence[torch.Tensor], exported: ExportedModel, file: Path) -> float:
     """The largest that is found over `CHECKS`, on frames that are not padding."""
     session = onnx_session(file)
     largest = 0.0
-    for audio, mask, outputs in expected:
-        inputs = {"input_values": audio.numpy(), "attention_mask": mask.numpy()}
-        found = torch.from_numpy(session.run([exported.output_name], inputs)[0])
-        deviation = (found - outputs) / outputs.std()
-        if deviation.ndim == 3:
-            lengths = exported.model._get_feat_extract_output_lengths(mask.sum(-1))
+    for check, outputs in zip(CHECKS, expected, strict=True):
+        inputs = exported.inputs(*check)
+        arrays = [each.numpy() for each in inputs]
+        found = session.run([exported.output_name], dict(zip(exported.input_names, arrays, strict=True)))[0]
+        deviation = (torch.from_numpy(found) - outputs) / outputs.std()
+        if deviation.ndim == 3 and len(inputs) > 1:
+            lengths = exported.model._get_feat_extract_output_lengths(inputs[1].sum(-1))
             deviation = deviation[frame_mask(lengths, deviation.shape[1])]
         largest = max(largest, float(deviation.abs().max()))
     return largest

@@ -1,0 +1,149 @@
+"""What is exported for another program is read by that program, unpatched, and says the same there."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import SearchSpace, assert_close, noise, tiny_model
+from recognizers import TOKENS, babble, save_processor
+from transformers import AutoModel, AutoModelForCTC, Wav2Vec2ForCTC, Wav2Vec2ForSequenceClassification, Wav2Vec2Model
+
+from lighthubert_training.recognition.recognizer import Recognizer
+from modeling_lighthubert import LightHubertForCTC, LightHubertForSequenceClassification, LightHubertModel
+from modeling_lighthubert.errors import UserError
+from modeling_lighthubert.export import main, to_hubert
+from modeling_lighthubert.onnx_export import macs_by_bits
+from modeling_lighthubert.runtimes import hubert_to_wav2vec2, tokens
+
+
+SPACE = SearchSpace((16,), (4,), (2,), (1,), head_dim=4)  # shallow: the exporter is slow
+RECORDINGS = [babble(seconds, seed=seed) for seed, seconds in enumerate((1.0, 3.1, 2.0, 0.4))]
+
+
+@pytest.fixture(scope="module")
+def asr(tmp_path_factory):
+    """A model that writes many letters."""
+    folder = tmp_path_factory.mktemp("runtimes") / "asr"
+    model = tiny_model(LightHubertForCTC, SPACE, feat_extract_norm="layer", pad_token_id=0, vocab_size=len(TOKENS))
+    with torch.no_grad():
+        model.lm_head.bias[TOKENS.index("<unk>")] = -100.0
+    model.save_pretrained(folder)
+    save_processor(folder)
+    return folder
+
+
+def export(asr, folder, form: str, *options: str):
+    words = ["--model_name_or_path", str(asr), "--subnet", "smallest", "--output_dir", str(folder / form)]
+    main([*words, "--format", form, "--repeats", "1", *options])
+    return folder / form
+
+
+def texts(folder, subnet: str | None = None) -> list[str]:
+    return [each.text for each in Recognizer.from_pretrained(folder, subnet).transcribe(RECORDINGS)]
+
+
+# sherpa-onnx
+
+
+SHERPA = """
+import sys
+
+import numpy
+import sherpa_onnx
+
+folder, name, audio = sys.argv[1:]
+recognizer = sherpa_onnx.OfflineRecognizer.from_omnilingual_asr_ctc(f"{folder}/{name}", f"{folder}/tokens.txt")
+streams = []
+for waveform in numpy.load(audio).values():
+    streams.append(recognizer.create_stream())
+    streams[-1].accept_waveform(16_000, waveform)
+recognizer.decode_streams(streams)
+print(*(stream.result.text for stream in streams), sep="\\n")
+"""
+"""Run in a process of its own, which imports nothing of ours."""
+
+
+def sherpa(folder, name: str, audio) -> list[str]:
+    pytest.importorskip("sherpa_onnx")
+    np.savez(audio, *RECORDINGS)
+    command = [sys.executable, "-c", SHERPA, str(folder), name, str(audio)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [line.strip() for line in told.split("\n")[: len(RECORDINGS)]]
+
+
+def test_sherpa_onnx_writes_what_pytorch_writes(asr, tmp_path):
+    folder = export(asr, tmp_path, "sherpa-onnx")
+    assert {file.name for file in folder.iterdir()} == {"model.onnx", "tokens.txt"}
+    expected = texts(asr, "smallest")
+    assert sum(map(len, expected)) > 50
+    assert sherpa(folder, "model.onnx", tmp_path / "audio.npz") == expected
+
+
+def test_sherpa_onnx_reads_eight_bits(asr, tmp_path, capsys):
+    folder = export(asr, tmp_path, "sherpa-onnx", "--quantize", "int8")
+    assert re.search(r"in 8 bits: \d+\.\d% of the multiply-accumulates", capsys.readouterr().out)
+    assert macs_by_bits(folder / "model.int8.onnx")[8] > 0
+    found, expected = sherpa(folder, "model.int8.onnx", tmp_path / "audio.npz"), texts(asr, "smallest")
+    assert [bool(each) for each in found] == [bool(each) for each in expected]
+
+
+def test_what_sherpa_onnx_cannot_hold_is_refused(asr, tmp_path):
+    other = tmp_path / "other"
+    AutoModelForCTC.from_pretrained(asr).save_pretrained(other)
+    save_processor(other, do_normalize=False)
+    with pytest.raises(UserError, match="sherpa-onnx normalises audio at 16 kHz, which .*do_normalize=False"):
+        export(other, tmp_path, "sherpa-onnx")
+    tiny_model(LightHubertModel, SPACE).save_pretrained(tmp_path / "base")
+    save_processor(tmp_path / "base")
+    with pytest.raises(UserError, match="sherpa-onnx transcribes: LightHubertModel has no CTC head"):
+        export(tmp_path / "base", tmp_path, "sherpa-onnx")
+    assert not (tmp_path / "sherpa-onnx").exists()
+
+
+def test_tokens_are_those_of_the_model_with_blank_and_space_as_kaldi_names_them(tmp_path):
+    processor = save_processor(tmp_path)
+    assert tokens(processor) == ["<blk>", "▁", "<unk>", *"abcdefghi"]
+    processor.tokenizer.do_lower_case = True
+    processor.tokenizer.add_tokens(["Z"])
+    assert tokens(processor)[-1] == "z"
+
+
+# wav2vec 2.0
+
+
+CLASSES = {
+    LightHubertModel: Wav2Vec2Model,
+    LightHubertForCTC: Wav2Vec2ForCTC,
+    LightHubertForSequenceClassification: Wav2Vec2ForSequenceClassification,
+}
+
+
+@pytest.mark.parametrize("stable", [False, True], ids=["norm last", "norm first"])
+@pytest.mark.parametrize("norm", ["layer", "group"])
+@pytest.mark.parametrize("head", CLASSES)
+def test_the_stock_wav2vec2_answers_like_the_cut_model(head, norm, stable, tmp_path):
+    model = tiny_model(head, SPACE, feat_extract_norm=norm, do_stable_layer_norm=stable)
+    stock = hubert_to_wav2vec2(to_hubert(model))
+    assert type(stock) is CLASSES[head]
+    stock.save_pretrained(tmp_path)
+    loaded = CLASSES[head].from_pretrained(tmp_path).eval().to(model.device)
+    audio = noise(2, 6000).to(model.device)
+    with torch.no_grad():
+        assert_close(loaded(audio)[0].cpu(), model(audio)[0].cpu())
+
+
+def test_a_folder_of_wav2vec2_is_one_of_transformers(asr, tmp_path):
+    folder = export(asr, tmp_path, "wav2vec2")
+    assert not list(folder.glob("*.py"))
+    assert AutoModel.from_pretrained(folder).config.model_type == "wav2vec2"
+    assert texts(folder) == texts(asr, "smallest")
+
+
+@pytest.mark.parametrize("settings", [{"conv_pos_batch_norm": True}, {"feat_proj_layer_norm": False}])
+def test_what_wav2vec2_does_not_have_is_refused(settings):
+    (name, value) = next(iter(settings.items()))
+    with pytest.raises(UserError, match=f"wav2vec 2.0 has no {name}={value}: export another format"):
+        hubert_to_wav2vec2(to_hubert(tiny_model(LightHubertModel, SPACE, **settings)))
