@@ -1,5 +1,5 @@
 """Exports of a subnet: as a cut model, as a stock HuBERT (`to_hubert`) or wav2vec 2.0 of transformers, as an ONNX
-file, or as a folder that sherpa-onnx reads.
+file, or as a folder that sherpa-onnx or transformers.js reads.
 
     python -m modeling_lighthubert.export --model_name_or_path supernet --subnet best.json --format hubert \\
         --output_dir small
@@ -40,7 +40,7 @@ from .files import require_unused, whole_folder
 from .loading import has_processor, load_cut_lighthubert, load_processor
 from .onnx_export import macs_by_bits, onnx_session, to_onnx
 from .profiling import SAMPLING_RATE, median_ratio, time_in_turns
-from .runtimes import hubert_to_wav2vec2, write_sherpa_onnx
+from .runtimes import hubert_to_wav2vec2, write_sherpa_onnx, write_transformers_js
 
 
 HUBERT_CLASSES: dict[str, type[HubertPreTrainedModel]] = {
@@ -115,14 +115,16 @@ def write_export(
     """Writes a cut model in one of `FORMATS`. Its own weights are rounded to `dtype`, too.
 
     Args:
-        processor: of the model, for sherpa-onnx.
+        processor: of the model, for `RUNTIMES`, which keep it in a form of their own.
 
     Returns:
         What runs the file that was written, on the device of `model`, and the file.
     """
-    if form == "sherpa-onnx":
-        assert processor is not None
-        file = write_sherpa_onnx(model, processor, folder, quantize)
+    if processor is not None:
+        if form == "sherpa-onnx":
+            file = write_sherpa_onnx(model, processor, folder, quantize)
+        else:
+            file = write_transformers_js(model, processor, folder)
         return onnx_runner(file), file
     if form == "onnx":
         to_onnx(model, folder, quantize)
@@ -183,8 +185,8 @@ def speed_up(reference: Runner, exported: Runner, seconds: float, repeats: int) 
     return median_ratio(times["reference"], times["exported"]), statistics.median(times["exported"])
 
 
-FORMATS = ("transformers", "hubert", "wav2vec2", "onnx", "sherpa-onnx")
-ONNX_FORMATS = ("onnx", "sherpa-onnx")
+RUNTIMES = ("sherpa-onnx", "transformers.js")
+FORMATS = ("transformers", "hubert", "wav2vec2", "onnx", *RUNTIMES)
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -205,9 +207,10 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         help="Device of the comparison, such as cuda (default: cpu).",
     )
     options = parser.parse_args(arguments)
-    is_onnx, form = options.format in ONNX_FORMATS, options.format
-    if options.quantize and not is_onnx:
-        parser.error(f"--quantize is for --format {' and '.join(ONNX_FORMATS)}")
+    is_onnx, form = options.format in ("onnx", *RUNTIMES), options.format
+    if options.quantize and form not in ("onnx", "sherpa-onnx"):
+        both = ", which has both" if form == "transformers.js" else ""
+        parser.error(f"--quantize is for --format onnx and sherpa-onnx, not for {form}{both}")
     if is_onnx and options.dtype != "float32":
         parser.error(f"--dtype is not for --format {form}: an ONNX file has float32, or --quantize int8")
     if is_onnx and options.device != "cpu":
@@ -223,12 +226,12 @@ def main(arguments: list[str] | None = None) -> None:
     source, dtype = options.model_name_or_path, getattr(torch, options.dtype)
     model = load_cut_lighthubert(source, options.subnet, device=options.device, dtype=torch.float32)
     reference = torch_runner(model.extract_subnet())
-    processor = load_processor(source) if options.format == "sherpa-onnx" else None
+    processor = load_processor(source) if options.format in RUNTIMES else None
     with whole_folder(options.output_dir) as folder:
         exported, file = write_export(model, folder, options.format, dtype, options.quantize, processor)
-        if processor is None:  # sherpa-onnx has it in its tokens
+        if processor is None:
             copy_processor(source, folder)
-    file = options.output_dir / file.name
+    file = options.output_dir / file.relative_to(folder)
     audio = torch.randn(1, 5 * SAMPLING_RATE, generator=torch.Generator().manual_seed(0))
     expected, found = reference(audio), exported(audio)
     difference = float((found - expected).square().mean().sqrt() / expected.std())

@@ -75,7 +75,7 @@ def write_graph(
     with whole_file(path) as file:
         _write(exported, file)
         if quantize == "int8":
-            _quantize(file)
+            quantize_file(file, file)
         difference = _difference(expected, exported, file)
         if quantize is None and difference > max_difference:
             raise UserError(
@@ -184,16 +184,20 @@ def _write(exported: ExportedModel, file: Path) -> None:
         )
 
 
-def _quantize(file: Path) -> None:
+def quantize_file(file: Path, target: Path) -> None:
     """Dynamic quantisation of all matrix products with constant weights but the first, which reads the waveform:
-    weights have a scale for each output, activations one for each tensor, taken as it is computed."""
+    weights have a scale for each output, activations one for each tensor, taken as it is computed.
+
+    Raises:
+        MissingExtraError: the extra `onnx` is not installed.
+    """
     onnx: Any = optional_module("onnx", "onnx", "writing an ONNX file in 8 bits")
     quantization: Any = optional_module("onnxruntime.quantization", "onnx", "writing an ONNX file in 8 bits")
     graph = onnx.load(file).graph
     first = [node.name for node in graph.node if any(name.endswith(WAVEFORM_WEIGHT) for name in node.input)]
     quantization.quantize_dynamic(
         file,
-        file,
+        target,
         weight_type=quantization.QuantType.QInt8,
         op_types_to_quantize=["MatMul", "Gemm"],
         per_channel=True,

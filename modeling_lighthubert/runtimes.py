@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
+    HubertConfig,
     HubertForCTC,
     HubertForSequenceClassification,
     HubertModel,
@@ -21,8 +23,8 @@ from transformers.models.hubert.modeling_hubert import HubertPreTrainedModel
 
 from . import LightHubertPreTrainedModel
 from .errors import UserError
-from .files import write_text
-from .onnx_export import WaveformModel, write_graph
+from .files import write_json, write_text
+from .onnx_export import ExportedModel, WaveformModel, quantize_file, write_graph
 
 
 WAV2VEC2_CLASSES: dict[type[HubertPreTrainedModel], type[Wav2Vec2PreTrainedModel]] = {
@@ -71,9 +73,8 @@ def write_sherpa_onnx(
         UserError: a model without CTC head, a feature extractor that does not normalise or wants another rate than
             16 kHz, or a model that `to_onnx` refuses.
     """
+    _require_ctc(model, "sherpa-onnx")
     extractor: Any = processor.feature_extractor
-    if not hasattr(model, "lm_head"):
-        raise UserError(f"sherpa-onnx transcribes: {type(model).__name__} has no CTC head")
     if not extractor.do_normalize or extractor.sampling_rate != 16_000:
         raise UserError(
             "sherpa-onnx normalises audio at 16 kHz, which this feature extractor does not (do_normalize="
@@ -83,6 +84,56 @@ def write_sherpa_onnx(
     write_graph(WaveformModel(model), file, quantize)
     write_text(folder / "tokens.txt", "".join(f"{token} {number}\n" for number, token in enumerate(tokens(processor))))
     return file
+
+
+def write_transformers_js(model: LightHubertPreTrainedModel, processor: Wav2Vec2Processor, folder: Path) -> Path:
+    """Writes what transformers.js reads as a HuBERT: `onnx/model.onnx` (its dtype `fp32`), `onnx/model_quantized.onnx`
+    (`q8`), `config.json`, `preprocessor_config.json` and `tokenizer.json`.
+
+    Args:
+        model: a cut model with a CTC head, or a supernet, whose selected subnet is exported.
+        processor: its own.
+
+    Returns:
+        The ONNX file in fp32.
+
+    Raises:
+        MissingExtraError: the extra `onnx` is not installed.
+        UserError: a model without CTC head, or one that `to_onnx` refuses.
+    """
+    _require_ctc(model, "transformers.js")
+    file = folder / "onnx" / "model.onnx"
+    exported = ExportedModel(model)
+    write_graph(exported, file)
+    quantize_file(file, file.with_name("model_quantized.onnx"))
+    config = exported.model.config
+    shared = {field.name: getattr(config, field.name) for field in fields(HubertConfig)}
+    HubertConfig(**shared | {"architectures": [HubertForCTC.__name__]}).save_pretrained(folder)
+    feature_extractor: Any = processor.feature_extractor
+    feature_extractor.save_pretrained(folder)
+    write_text(folder / "tokenizer.json", fast_tokenizer(processor).to_str(pretty=True) + "\n")
+    names = {name: getattr(processor.tokenizer, name) for name in ("pad_token", "unk_token", "word_delimiter_token")}
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "Wav2Vec2CTCTokenizer", **names})
+    return file
+
+
+def fast_tokenizer(processor: Wav2Vec2Processor) -> Tokenizer:
+    """The tokenizer of a CTC model as the library tokenizers has it. The blank is no special token there: those are
+    dropped before repeated letters become one, and blanks have to be dropped after."""
+    tokenizer: Any = processor.tokenizer
+    blank, delimiter = tokenizer.pad_token, tokenizer.word_delimiter_token
+    fast = Tokenizer(models.WordLevel(tokenizer.get_vocab(), unk_token=tokenizer.unk_token))
+    fast.normalizer = normalizers.Replace(" ", delimiter)
+    fast.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast.decoder = decoders.CTC(pad_token=blank, word_delimiter_token=delimiter, cleanup=True)
+    special = [token for token in tokenizer.all_special_tokens if token not in (blank, delimiter)]
+    fast.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return fast
+
+
+def _require_ctc(model: LightHubertPreTrainedModel, runtime: str) -> None:
+    if not hasattr(model, "lm_head"):
+        raise UserError(f"{runtime} transcribes: {type(model).__name__} has no CTC head")
 
 
 def tokens(processor: Wav2Vec2Processor) -> list[str]:

@@ -1,6 +1,8 @@
 """What is exported for another program is read by that program, unpatched, and says the same there."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +18,7 @@ from modeling_lighthubert import LightHubertForCTC, LightHubertForSequenceClassi
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.export import main, to_hubert
 from modeling_lighthubert.onnx_export import macs_by_bits
-from modeling_lighthubert.runtimes import hubert_to_wav2vec2, tokens
+from modeling_lighthubert.runtimes import fast_tokenizer, hubert_to_wav2vec2, tokens
 
 
 SPACE = SearchSpace((16,), (4,), (2,), (1,), head_dim=4)  # shallow: the exporter is slow
@@ -30,6 +32,7 @@ def asr(tmp_path_factory):
     model = tiny_model(LightHubertForCTC, SPACE, feat_extract_norm="layer", pad_token_id=0, vocab_size=len(TOKENS))
     with torch.no_grad():
         model.lm_head.bias[TOKENS.index("<unk>")] = -100.0
+        model.lm_head.bias[TOKENS.index("|")] += 1.0
     model.save_pretrained(folder)
     save_processor(folder)
     return folder
@@ -71,14 +74,14 @@ def sherpa(folder, name: str, audio) -> list[str]:
     np.savez(audio, *RECORDINGS)
     command = [sys.executable, "-c", SHERPA, str(folder), name, str(audio)]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [line.strip() for line in told.split("\n")[: len(RECORDINGS)]]
+    return [" ".join(line.split()) for line in told.split("\n")[: len(RECORDINGS)]]
 
 
 def test_sherpa_onnx_writes_what_pytorch_writes(asr, tmp_path):
     folder = export(asr, tmp_path, "sherpa-onnx")
     assert {file.name for file in folder.iterdir()} == {"model.onnx", "tokens.txt"}
     expected = texts(asr, "smallest")
-    assert sum(map(len, expected)) > 50
+    assert sum(map(len, expected)) > 50 and " " in expected[1]
     assert sherpa(folder, "model.onnx", tmp_path / "audio.npz") == expected
 
 
@@ -109,6 +112,90 @@ def test_tokens_are_those_of_the_model_with_blank_and_space_as_kaldi_names_them(
     processor.tokenizer.do_lower_case = True
     processor.tokenizer.add_tokens(["Z"])
     assert tokens(processor)[-1] == "z"
+
+
+# transformers.js
+
+
+VERSION = "4.3.1"
+NODE = """
+import { pipeline, env } from "@huggingface/transformers";
+import fs from "node:fs";
+import path from "node:path";
+
+const [folder, dtype, ...files] = process.argv.slice(2);
+env.allowRemoteModels = false;
+env.localModelPath = path.dirname(folder) + "/";
+const transcribe = await pipeline("automatic-speech-recognition", path.basename(folder), { dtype });
+for (const file of files) {
+  const bytes = fs.readFileSync(file);
+  const { text } = await transcribe(new Float32Array(bytes.buffer, bytes.byteOffset, bytes.length / 4));
+  console.log(JSON.stringify(text));
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory):
+    """Transcribes recordings with transformers.js in Node; skipped where it cannot be installed."""
+    if not (shutil.which("node") and shutil.which("npm")):
+        pytest.skip("there is no Node")
+    folder = tmp_path_factory.mktemp("node")
+    # scripts would fetch CUDA; what a CPU needs is in the package
+    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", f"@huggingface/transformers@{VERSION}"]
+    if subprocess.run(command, cwd=folder, capture_output=True, timeout=300).returncode:
+        pytest.skip("transformers.js cannot be installed")
+    (folder / "transcribe.mjs").write_text(NODE)
+    files = [folder / f"{number}.f32" for number in range(len(RECORDINGS))]
+    for file, waveform in zip(files, RECORDINGS, strict=True):
+        waveform.astype("<f4").tofile(file)
+
+    def run(model, dtype: str) -> list[str]:
+        words = ["node", folder / "transcribe.mjs", model, dtype, *files]
+        told = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True).stdout
+        return [" ".join(json.loads(line).split()) for line in told.splitlines()]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(asr, tmp_path_factory):
+    return export(asr, tmp_path_factory.mktemp("page"), "transformers.js")
+
+
+def test_a_folder_of_transformers_js_has_the_files_that_it_looks_for(page):
+    names = {str(file.relative_to(page)) for file in page.rglob("*") if file.is_file()}
+    expected = {"config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert names == expected | {"onnx/model.onnx", "onnx/model_quantized.onnx"}
+    config = json.loads((page / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("hubert", ["HubertForCTC"])
+
+
+def test_transformers_js_writes_what_pytorch_writes(asr, page, node):
+    expected = texts(asr, "smallest")
+    assert node(page, "fp32") == expected
+    assert [bool(each) for each in node(page, "q8")] == [bool(each) for each in expected]
+
+
+def test_the_fast_tokenizer_decodes_as_the_slow_one(tmp_path):
+    processor = save_processor(tmp_path)
+    fast, slow = fast_tokenizer(processor), processor.tokenizer
+    path = [TOKENS.index(token) for token in ["a", "a", "<pad>", "a", "|", "<pad>", "|", "b", "b", "c", "<pad>", "c"]]
+    assert fast.decode(path) == slow.decode(path) == "aa  bcc"
+    assert fast.encode("ab c").ids == slow("ab c").input_ids
+
+
+def test_a_model_without_ctc_is_refused_for_transformers_js(tmp_path):
+    tiny_model(LightHubertModel, SPACE).save_pretrained(tmp_path / "base")
+    save_processor(tmp_path / "base")
+    with pytest.raises(UserError, match="transformers.js transcribes: LightHubertModel has no CTC head"):
+        export(tmp_path / "base", tmp_path, "transformers.js")
+
+
+def test_transformers_js_has_both_precisions_at_once(asr, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export(asr, tmp_path, "transformers.js", "--quantize", "int8")
+    assert "--quantize is for --format onnx and sherpa-onnx, not for transformers.js" in capsys.readouterr().err
 
 
 # wav2vec 2.0
