@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from lighthubert_training.runs.tables import markdown_table
 from modeling_lighthubert.errors import run
-from modeling_lighthubert.onnx_export import onnx_session, to_onnx
+from modeling_lighthubert.onnx_export import onnx_session, quantize_file, to_onnx
 from modeling_lighthubert.profiling import median_ratio, time_in_turns
 
 
@@ -51,9 +51,11 @@ def mebibytes_on_disk(row: str, form: str, folder: Path) -> float:
 def runner(row: str, form: str, folder: Path) -> Runner:
     """Runs the model on audio (batch_size, num_samples), float32, in that form."""
     if form in ("onnx", "int8"):
-        file = onnx_file(row, form, folder)
+        file, exact = onnx_file(row, form, folder), onnx_file(row, "onnx", folder)
+        if not exact.exists():
+            to_onnx(build(row), exact.parent)
         if not file.exists():
-            to_onnx(build(row), file.parent, quantize="int8" if form == "int8" else None)
+            quantize_file(exact, file)
         session = onnx_session(file)
 
         def run_onnx(audio: np.ndarray) -> None:
