@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from processes import process_memory
+from processes import device_name, process_memory
 from recordings import noise
 from shapes import REFERENCE, ROWS, build, gigamacs
 from tqdm.auto import tqdm
@@ -105,11 +105,12 @@ def table(form: str, rows: list[str], folder: Path, repeats: int) -> str:
             added = process.apply(memory, (row, form, folder, torch.get_num_threads()))
             cells = [f"{build(row).num_parameters() / 1e6:.1f}", f"{mebibytes_on_disk(row, form, folder):.0f}"]
             cells += [f"{macs:.2f}", f"{5 * macs / medians[row] / peak:.0%}"]
+            cells += [f"{1e3 * medians[row]:.0f}", f"{medians[row] / 5:.4f}"]
             cells += [f"{median_ratio(column['reference'], column[row]):.2f}" for column in columns]
             lines.append([row, *cells, f"{added:.0f}"])
-    header = [form, "parameters, M", "MiB on disk", "GMAC/s", "share of peak"]
+    header = [form, "parameters, M", "MiB on disk", "GMAC/s", "share of peak", "ms, 5 s", "real-time factor, 5 s"]
     header += ["1 s", "5 s", "15 s", "8 x 5 s", "MiB added"]
-    note = f"Peak {2 * peak:.0f} GFLOP/s, {torch.get_num_threads()} threads."
+    note = f"{device_name(torch.device('cpu'))}; peak {2 * peak:.0f} GFLOP/s."
     return f"{markdown_table(header, lines)}\n\n{note}"
 
 

@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
+import cpuinfo
 import torch
 from datasets import disable_progress_bars
 from transformers.utils import logging
@@ -20,6 +21,11 @@ from modeling_lighthubert.errors import UserError
 
 
 T = TypeVar("T")
+INSTRUCTIONS = {
+    **{"AVX2": "avx2", "AVX-512": "avx512f", "VNNI": "avx512_vnni", "VNNI (AVX)": "avx_vnni"},
+    **{"bf16": "avx512_bf16", "AMX": "amx_tile"},
+}
+"""Instruction sets of x86-64 that multiply matrices, and the flags of processors that have them."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -89,10 +95,13 @@ def synchronizer(device: torch.device) -> Callable[[], None] | None:
 
 
 def device_name(device: torch.device) -> str:
-    """Of a GPU what its maker calls it, of the CPU the number of threads."""
+    """What its maker calls it; of a CPU also the number of threads, and the instructions that multiply matrices."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    found = cpuinfo.get_cpu_info()
+    flags = set(found.get("flags", ()))
+    sets = [name for name, flag in INSTRUCTIONS.items() if flag in flags]
+    return ", ".join([found.get("brand_raw", "CPU"), f"{torch.get_num_threads()} threads", *sets])
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
