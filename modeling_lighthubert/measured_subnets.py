@@ -93,7 +93,7 @@ class MeasuredSubnets:
         """
         try:
             values = json.loads(Path(file).read_text(encoding="utf-8"))
-            if not isinstance(values, dict) or not isinstance(values.get("subnets"), dict):
+            if not isinstance(values, dict) or not isinstance(values.get("subnets"), dict) or not values["subnets"]:
                 raise ValueError("it has no subnets")
             if search_space_from(values.get("search_space")) != search_space:
                 raise ValueError("it is of another supernet, with another search space: search this one")

@@ -144,6 +144,7 @@ def broken(change) -> str:
     [
         (broken(lambda file: file.update(search_space=OTHER.to_dict())), "it is of another supernet"),
         (broken(lambda file: file.pop("subnets")), "it has no subnets"),
+        (broken(lambda file: file["subnets"].clear()), "it has no subnets"),
         (broken(lambda file: file["subnets"]["10"].pop("macs")), "a measured subnet has macs, which is missing"),
         (broken(lambda file: file["subnets"]["10"].update(error="low")), "error of a measured subnet is a number"),
         (broken(lambda file: file["subnets"]["10"].update(params=float("inf"))), "params of a measured subnet"),
