@@ -338,8 +338,8 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
         where they take turns. A selection waits for a block that another thread is in.
 
         Args:
-            subnet: a name (`"largest"`, `"smallest"`, `"a_small"` ..., or one of `measured_subnets`), a [`Subnet`], or
-                a dict in our keys or the released code's.
+            subnet: a name (`"largest"`, `"smallest"`, `"a_small"` ..., or one of `measured_subnets()`), a [`Subnet`],
+                or a dict in our keys or the released code's.
 
         Raises:
             ValueError: the subnet is not in the search space, this is a cut model, or an adapter has replaced an
@@ -429,7 +429,7 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
         model is neither changed nor waited for.
 
         Args:
-            max_params: instead of `subnet`: that of `measured_subnets` with the least error and no more parameters.
+            max_params: instead of `subnet`: that of `measured_subnets()` with the least error and no more parameters.
             max_macs: as well, or alone: and no more multiply-accumulates per second of audio.
 
         Raises:
@@ -509,7 +509,6 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
     def extra_repr(self) -> str:
         return f"subnet: {self.subnet}" if self is self.base_model else ""
 
-    @property
     def measured_subnets(self) -> MeasuredSubnets | None:
         """What a search has found in this supernet, by name: `subnets.json` of the folder or repository that it was
         loaded from; `None` if there is none.
@@ -522,7 +521,7 @@ class LightHubertPreTrainedModel(HubertPreTrainedModel):
     def _within(self, subnet: Any, max_params: float | None, max_macs: float | None) -> Subnet:
         if subnet is not None:
             raise ValueError("give a subnet, or what it may cost (max_params, max_macs), not both")
-        if (measured := self.measured_subnets) is None:
+        if (measured := self.measured_subnets()) is None:
             raise ValueError(
                 f"{self.config.name_or_path or 'this supernet'} has no {SUBNETS_FILE}, which names measured subnets:"
                 " search it with run_subnet_search.py, or give a subnet"

@@ -134,8 +134,8 @@ def test_measured_subnets_cost_and_lose_what_their_cut_models_do(workshop, once_
     speech = load_dataset("parquet", data_files=str(workshop / "speech.parquet"), split="train")
     waveforms = [load_waveform(audio, 16_000) for audio in speech.cast_column("audio", Audio(decode=False))["audio"]]
     model = AutoModelForCTC.from_pretrained(once_for_all)
-    assert model.measured_subnets.error == "character error rate"
-    for name, measured in model.measured_subnets.subnets.items():
+    assert model.measured_subnets().error == "character error rate"
+    for name, measured in model.measured_subnets().subnets.items():
         cut = model.extract_subnet(name)
         assert measured.costs == {"params": cut.num_parameters(), "macs": macs_per_second(cut)}
         recognizer = Recognizer.from_pretrained(once_for_all, name)
@@ -150,7 +150,7 @@ def test_a_search_puts_what_it_found_beside_the_weights_and_into_the_card(worksh
         assert (supernet / "subnets.json").read_text() == (output / "subnets.json").read_text()
         assert (supernet / "subnets.png").read_bytes() == (output / "front.png").read_bytes()
     card = (supernet / "README.md").read_text()
-    found = AutoModel.from_pretrained(supernet).measured_subnets
+    found = AutoModel.from_pretrained(supernet).measured_subnets()
     assert card.count("## Measured subnets") == card.count("![distillation loss over cost](subnets.png)") == 1
     for name, each in found.subnets.items():
         row = f"| {name} | {each.costs['params']:,} | {each.costs['macs']:,.0f} | {each.error:.4f} |"
