@@ -231,10 +231,7 @@ class LightHubertConfig(HubertConfig):
     @property
     def samples_per_first_frame(self) -> int:
         """Samples that the first frame is computed from: 400 (25 ms at 16 kHz) for the usual convolutions."""
-        samples = 1
-        for kernel, stride in zip(reversed(self.conv_kernel), reversed(self.conv_stride), strict=True):
-            samples = (samples - 1) * stride + kernel
-        return samples
+        return receptive_field(self)[0]
 
     def num_frames(self, num_samples: int) -> int:
         """Frames of a recording of so many samples."""
@@ -252,3 +249,12 @@ def _sizes(subnet: Subnet) -> tuple[int, int, int, int, int]:
         max(subnet.intermediate_size),
         subnet.head_dim,
     )
+
+
+def receptive_field(config: Any) -> tuple[int, int]:
+    """Samples that one frame is computed from, and samples between two frames: n samples make (n - field) // hop + 1
+    frames. For the usual convolutions 400 and 320."""
+    field, hop = 1, 1
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        field, hop = field + (kernel - 1) * hop, hop * stride
+    return field, hop

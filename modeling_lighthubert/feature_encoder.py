@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.hubert.modeling_hubert import HubertFeatureEncoder
 
-from .configuration_lighthubert import LightHubertConfig
+from .configuration_lighthubert import LightHubertConfig, receptive_field
 from .elastic import ElasticConv1d, ElasticGroupNorm, ElasticLayerNorm
 
 
@@ -101,9 +101,7 @@ class LightHubertFeatureEncoder(HubertFeatureEncoder):
             parts = input_values.split(max(1, samples_at_once // num_samples))
             return torch.cat([self.forward(part) for part in parts])  # hooks are for the whole
         # a frame depends on a few samples only
-        samples_per_frame, samples_of_first = 1, 1
-        for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
-            samples_per_frame, samples_of_first = samples_per_frame * stride, (samples_of_first - 1) * stride + kernel
+        samples_of_first, samples_per_frame = receptive_field(self.config)
         step = max(1, samples_at_once // samples_per_frame) * samples_per_frame
         starts = range(0, max(1, num_samples - samples_of_first + 1), step)
         length = step + samples_of_first - samples_per_frame

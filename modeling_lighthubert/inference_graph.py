@@ -1,7 +1,7 @@
 """A HuBERT as inference engines want it: the same outputs, from a graph of few and plain operations.
 
 Convolutions of frames are matrix products with constant weights, which engines multiply in 8 bits as well; frames stay
-next to each other in memory; the mask of padding is two comparisons and a sum.
+next to each other in memory; the mask of padding is one comparison with the lengths.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.hubert.modeling_hubert import HubertPreTrainedModel
 
+from .configuration_lighthubert import receptive_field
 from .modeling_lighthubert import frame_mask
 
 
@@ -104,15 +105,6 @@ class MaskedEncoder(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=scores)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states) if self.norm_first else hidden_states)
-
-
-def receptive_field(config: Any) -> tuple[int, int]:
-    """Samples that one frame is computed from, and samples between two frames: n samples make (n - field) // hop + 1
-    frames. For the usual convolutions 400 and 320."""
-    field, hop = 1, 1
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        field, hop = field + (kernel - 1) * hop, hop * stride
-    return field, hop
 
 
 def as_inference_graph(model: HubertPreTrainedModel) -> None:

@@ -11,8 +11,9 @@ from modeling_lighthubert import (
     LightHubertForXVector,
     LightHubertModel,
 )
+from modeling_lighthubert.configuration_lighthubert import receptive_field
 from modeling_lighthubert.export import to_hubert
-from modeling_lighthubert.inference_graph import ProductFeatureEncoder, as_inference_graph, receptive_field
+from modeling_lighthubert.inference_graph import ProductFeatureEncoder, as_inference_graph
 
 
 SPACE = SearchSpace((16,), (4,), (2,), (1, 2), head_dim=4)
