@@ -1,7 +1,12 @@
-"""Inference benchmark: speed, size and memory of subnets against stock HuBERT Base, in five forms.
+"""Inference benchmark: speed, size and memory of subnets, and of what people would use instead, against stock HuBERT
+Base.
 
     python benchmarks/inference.py
     python benchmarks/inference.py --forms fp32 int8 --repeats 10
+
+Forms are PyTorch's fp32, bf16, compiled, and its own 8 bits of linear layers (`torchao`, compiled, which needs `pip
+install torchao`, and the older `quantize_dynamic`), and an ONNX file in fp32 and in 8 bits. What people would use
+instead is measured in fp32 alone (`rivals.py`).
 
 Weights are random: speed does not depend on them. All models of a form, and stock HuBERT Base in fp32, take turns
 within each repeat, so that whatever else the machine does hits all of them, and speed-ups are medians of the ratios
@@ -14,16 +19,20 @@ import argparse
 import multiprocessing
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from processes import device_name, process_memory
 from recordings import noise
+from rivals import RIVALS
 from shapes import REFERENCE, ROWS, build, gigamacs
+from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -33,7 +42,7 @@ from modeling_lighthubert.onnx_export import onnx_session, quantize_file, to_onn
 from modeling_lighthubert.profiling import median_ratio, time_in_turns
 
 
-FORMS = ("fp32", "bf16", "compiled", "onnx", "int8")
+FORMS = ("fp32", "bf16", "compiled", "torchao", "quantize_dynamic", "onnx", "int8")
 Runner = Callable[[np.ndarray], None]
 
 
@@ -45,7 +54,11 @@ def mebibytes_on_disk(row: str, form: str, folder: Path) -> float:
     """Size of the weights."""
     if form in ("onnx", "int8"):
         return onnx_file(row, form, folder).stat().st_size / 2**20
-    return build(row).num_parameters() * (2 if form == "bf16" else 4) / 2**20
+    model = build(row)
+    if form in ("torchao", "quantize_dynamic"):
+        of_linear = sum(each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear))
+        return (4 * model.num_parameters() - 3 * of_linear) / 2**20
+    return model.num_parameters() * (2 if form == "bf16" else 4) / 2**20
 
 
 def runner(row: str, form: str, folder: Path) -> Runner:
@@ -65,11 +78,18 @@ def runner(row: str, form: str, folder: Path) -> Runner:
     model = build(row)
     if form == "bf16":
         model = model.to(torch.bfloat16)
-    dtype, called = model.dtype, torch.compile(model) if form == "compiled" else model
+    if form == "torchao":
+        torchao: Any = import_module("torchao.quantization")
+        torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
+    if form == "quantize_dynamic":
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    dtype, call = model.dtype, RIVALS[row].call if row in RIVALS else None
+    called = torch.compile(model) if form in ("compiled", "torchao") else model
 
     @torch.inference_mode()
     def run_torch(audio: np.ndarray) -> None:
-        called(torch.from_numpy(audio).to(dtype))
+        inputs = torch.from_numpy(audio)
+        call(called, inputs) if call else called(inputs.to(dtype))
 
     return run_torch
 
@@ -117,14 +137,17 @@ def table(form: str, rows: list[str], folder: Path, repeats: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="Forms to measure (default: all).")
-    parser.add_argument("--models", nargs="+", choices=ROWS, default=ROWS, help="Models to measure (default: all).")
+    models = (*ROWS, *RIVALS)
+    parser.add_argument("--models", nargs="+", choices=models, default=models, help="Models (default: all).")
     parser.add_argument("--repeats", type=int, default=15, help="Timed rounds (default: 15).")
     options = parser.parse_args()
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="torch")  # of quantize_dynamic, that torchao takes its place
     print("Speed-ups over stock HuBERT Base in fp32 for clips of 1, 5 and 15 s, and for a batch of 8 clips of 5 s.\n")
     with tempfile.TemporaryDirectory() as scratch:
         for form in tqdm(options.forms, desc="forms"):
-            print(table(form, list(options.models), Path(scratch), options.repeats), end="\n\n", flush=True)
+            rows = [row for row in options.models if row in ROWS or form == "fp32"]
+            print(table(form, rows, Path(scratch), options.repeats), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Models at full size that benchmarks compare: subnets of the paper's spaces and of ours, and stock HuBERT."""
+"""Models at full size that benchmarks compare: subnets of the paper's spaces and of ours, stock HuBERT, and what
+people would use instead."""
 
 import dataclasses
 
 import torch
-from transformers import HubertConfig, HubertModel
-from transformers.models.hubert.modeling_hubert import HubertPreTrainedModel
+from rivals import RIVALS, rival_gigamacs
+from transformers import HubertConfig, HubertModel, PreTrainedModel
 
 from modeling_lighthubert import LightHubertConfig, LightHubertModel, SearchSpace, Subnet
 from modeling_lighthubert.profiling import macs_per_second
@@ -24,9 +25,11 @@ SUBNETS = {
 ROWS = (REFERENCE, TWO_LAYERS, *SUBNETS)
 
 
-def build(row: str) -> HubertPreTrainedModel:
+def build(row: str) -> PreTrainedModel:
     """A model with random weights."""
     torch.manual_seed(0)
+    if row in RIVALS:
+        return RIVALS[row].build().eval()
     if row in SUBNETS:
         return LightHubertModel(cut_config(SUBNETS[row])).eval()
     return HubertModel(HubertConfig(num_hidden_layers=12 if row == REFERENCE else 2)).eval()
@@ -38,6 +41,8 @@ def cut_config(subnet: Subnet) -> LightHubertConfig:
 
 def gigamacs(row: str, seconds: float) -> float:
     """MACs for a second of audio, in clips of `seconds`. They depend on the shape alone."""
+    if row in RIVALS:
+        return rival_gigamacs(row, seconds)
     stock = Subnet.uniform(768, 12 if row == REFERENCE else 2, 12, 3072)
     with torch.device("meta"):
         return macs_per_second(LightHubertModel(cut_config(SUBNETS.get(row, stock))), seconds=seconds) / 1e9

@@ -18,7 +18,7 @@ from modeling_lighthubert import SearchSpace
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-SHARED = ("common", "comparisons", "ctc", "measures", "processes", "recordings", "runner", "shapes")
+SHARED = ("common", "comparisons", "ctc", "measures", "processes", "recordings", "rivals", "runner", "shapes")
 NAMES = sorted({file.stem for file in FOLDER.glob("*.py")} - set(SHARED))
 
 

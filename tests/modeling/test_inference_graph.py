@@ -76,3 +76,20 @@ def test_frames_are_counted_by_one_division(num_samples):
     field, hop = receptive_field(config)
     assert (field, hop) == (400, 320)
     assert max(0, (num_samples - field) // hop + 1) == max(0, config.num_frames(num_samples))
+
+
+def test_torch_exports_the_graph_of_a_cut_model_for_any_length():
+    torch.manual_seed(0)
+    model = tiny_model(LightHubertForCTC, SPACE).cpu().extract_subnet("smallest")
+    expected = {num_samples: outputs(model, num_samples) for num_samples in (4000, 16_123)}
+    as_inference_graph(model)
+    two_frames = sum(receptive_field(model.config))  # one frame is a shape of its own
+    length = torch.export.Dim("num_samples", min=two_frames)
+    inputs = {"input_values": torch.randn(2, 8000), "attention_mask": torch.ones(2, 8000, dtype=torch.long)}
+    shapes = {name: {1: length} for name in inputs}
+    # its solver cannot prove that 320 is a multiple of 5, which is asserted in the graph instead
+    settings = {"dynamic_shapes": shapes, "prefer_deferred_runtime_asserts_over_guards": True}
+    exported = torch.export.export(model, (), inputs, **settings).module()
+    for num_samples, found in expected.items():
+        model.forward = lambda audio, attention_mask: exported(input_values=audio, attention_mask=attention_mask)
+        assert_close(outputs(model, num_samples), found)

@@ -13,7 +13,7 @@ JOBS = ("distillation", "recognition", "search", "superb")
 GROUND_FLOOR = (
     *("runs", "error_rates", "decoding", "sampling", "models", "data", "probing", "cards"),  # lowest first
 )
-SHARED = ("common", "comparisons", "ctc", "measures", "processes", "recordings", "runner", "shapes")
+SHARED = ("common", "comparisons", "ctc", "measures", "processes", "recordings", "rivals", "runner", "shapes")
 """Modules that benchmarks share."""
 SCRIPTS = {file.stem for folder in ("training", "demo", "benchmarks") for file in (ROOT / folder).glob("*.py")}
 
