@@ -182,6 +182,22 @@ def _write(exported: ExportedModel, file: Path) -> None:
             dynamo=True,
             verbose=False,
         )
+    _drop_metadata(file)
+
+
+def _drop_metadata(file: Path) -> None:
+    """Takes out what the exporter notes of each node: the lines of Python that made it, with the paths of this
+    machine, which are most of a small file."""
+    onnx: Any = optional_module("onnx", "onnx", "writing an ONNX file")
+    model = onnx.load(file)
+    graphs = [model.graph, *model.functions]
+    for graph in graphs:
+        noted = [graph, *graph.node, *graph.value_info, *getattr(graph, "initializer", ())]
+        noted += [*graph.input, *graph.output] if graph is model.graph else []
+        for each in noted:
+            del each.metadata_props[:]
+            each.doc_string = ""
+    onnx.save(model, file)
 
 
 def quantize_file(file: Path, target: Path) -> None:

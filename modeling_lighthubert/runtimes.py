@@ -102,11 +102,8 @@ def write_transformers_js(model: LightHubertPreTrainedModel, processor: Wav2Vec2
         UserError: a model without CTC head, or one that `to_onnx` refuses.
     """
     _require_ctc(model, "transformers.js")
-    file = folder / "onnx" / "model.onnx"
-    exported = ExportedModel(model)
-    write_graph(exported, file)
-    quantize_file(file, file.with_name("model_quantized.onnx"))
-    config = exported.model.config
+    file = write_onnx_folder(model, folder)
+    config = model.extract_subnet().config
     shared = {field.name: getattr(config, field.name) for field in fields(HubertConfig)}
     HubertConfig(**shared | {"architectures": [HubertForCTC.__name__]}).save_pretrained(folder)
     feature_extractor: Any = processor.feature_extractor
@@ -114,6 +111,25 @@ def write_transformers_js(model: LightHubertPreTrainedModel, processor: Wav2Vec2
     write_text(folder / "tokenizer.json", fast_tokenizer(processor).to_str(pretty=True) + "\n")
     names = {name: getattr(processor.tokenizer, name) for name in ("pad_token", "unk_token", "word_delimiter_token")}
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "Wav2Vec2CTCTokenizer", **names})
+    return file
+
+
+def write_onnx_folder(model: LightHubertPreTrainedModel, folder: Path) -> Path:
+    """Writes `onnx/model.onnx` and, in 8 bits, `onnx/model_quantized.onnx`, as repositories of the Hub have them.
+
+    Args:
+        model: a cut model, a supernet, whose selected subnet is exported, or a stock HuBERT.
+
+    Returns:
+        The ONNX file in fp32.
+
+    Raises:
+        MissingExtraError: the extra `onnx` is not installed.
+        UserError: a model that `to_onnx` refuses.
+    """
+    file = folder / "onnx" / "model.onnx"
+    write_graph(ExportedModel(model), file)
+    quantize_file(file, file.with_name("model_quantized.onnx"))
     return file
 
 

@@ -35,6 +35,7 @@ from modeling_lighthubert.errors import UserError, run
 from modeling_lighthubert.export import copy_processor, torch_runner, write_export
 from modeling_lighthubert.files import write_json
 from modeling_lighthubert.loading import load_config, load_cut_lighthubert
+from modeling_lighthubert.runtimes import write_onnx_folder
 from modeling_lighthubert.search_space import search_space_from
 
 
@@ -52,6 +53,7 @@ class PushArguments:
         choices=("transformers", "hubert"),
     )
     dtype: str = option("float32", "Dtype of the weights.", choices=("float32", "bfloat16"))
+    onnx: bool = option(True, "Whether to add ONNX files in fp32 and in 8 bits. Needs the extra onnx.")
     license: str | None = option(None, "Licence, such as apache-2.0. Default: that of the supernet's card.")
     supernet_name: str | None = option(None, "Name of the supernet in the card. Default: its Hub id, or its folder.")
     teacher: str | None = option(None, "Name of the model that the supernet was distilled from.")
@@ -169,11 +171,17 @@ class Publication:
         measured anew, no push would be like the one before.
 
         Raises:
-            UserError: a stock HuBERT cannot hold the subnet.
+            MissingExtraError: ONNX files are wanted, and the extra `onnx` is not installed.
+            UserError: a stock HuBERT, or an ONNX file, cannot hold the subnet.
         """
         arguments, source = self.arguments, self.arguments.model_name_or_path
         exported, file = write_export(self.model, folder, arguments.format, getattr(torch, arguments.dtype))
         copy_processor(source, folder)
+        if arguments.onnx:
+            try:
+                write_onnx_folder(self.model, folder)
+            except UserError as error:
+                raise UserError(f"{error}; --onnx false leaves the ONNX files out") from error
         with file.open("rb") as weights:
             self.facts["sha256"] = hashlib.file_digest(weights, "sha256").hexdigest()
         if published is not None and published.get("sha256") == self.facts["sha256"] and "speed" in published:

@@ -1,5 +1,6 @@
 """ONNX files answer like torch, for any number and length of recordings, and are refused where they do not."""
 
+import math
 import sys
 
 import numpy as np
@@ -73,6 +74,14 @@ def test_a_folder_has_the_configuration_and_nothing_half_written(exported):
     assert {path.name for path in folder.iterdir() if path.suffix != ".py"} == {"model.onnx", "config.json"}
     assert AutoConfig.from_pretrained(folder).hidden_size == model.config.hidden_size
     assert hasattr(model.base_model.encoder.pos_conv_embed.conv, "parametrizations")  # a copy was folded
+
+
+def test_no_path_of_this_machine_is_in_a_file(exported):
+    _, folder = exported
+    written = (folder / "model.onnx").read_bytes()
+    assert b".py" not in written and b"onnx_export" not in written
+    weights = sum(4 * math.prod(each.dims) for each in onnx.load(folder / "model.onnx").graph.initializer)
+    assert len(written) - weights < 100_000
 
 
 def test_the_graph_has_plain_products_of_constant_weights(exported):

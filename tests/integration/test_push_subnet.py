@@ -10,14 +10,16 @@ from pathlib import Path
 
 import push_subnet
 import pytest
-from conftest import run_without_package
+from conftest import answer, assert_close, noise, run_without_package, tiny_model
 from hub_server import Hub, loopback_hub
 from huggingface_hub import HfApi, ModelCard, constants
 from scripts import TRAINING, distil
 
-from modeling_lighthubert import LightHubertModel
+from modeling_lighthubert import LightHubertModel, SearchSpace
 from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.errors import run as run_as_command
+from modeling_lighthubert.export import onnx_runner
+from modeling_lighthubert.loading import load_cut_lighthubert
 
 
 REPOSITORY = "me/small"
@@ -58,7 +60,8 @@ def hub():
 
 def options(source: Path, *given: object) -> list[str]:
     words = ("--model_name_or_path", source, "--repo_id", REPOSITORY, "--training_data", "Tones.", "--license", "mit")
-    return [str(word) for word in (TRAINING / "push_subnet.py", *words, "--repeats", 1, *given)]
+    words += ("--repeats", 1, "--onnx", "false")  # the exporter is slow
+    return [str(word) for word in (TRAINING / "push_subnet.py", *words, *given)]
 
 
 @pytest.fixture
@@ -109,6 +112,28 @@ def test_a_pushed_subnet_is_loaded_by_its_tag_with_and_without_the_package(hub, 
     environment |= {"HF_HOME": str(tmp_path / "hf-package")}
     command = [sys.executable, "-c", PACKAGE, REPOSITORY, "v1"]
     assert json.loads(subprocess.check_output(command, env=os.environ | environment, timeout=300)) == parameters
+
+
+def test_onnx_files_lie_beside_the_weights_and_answer_alike(hub, push, supernet, tmp_path):
+    for _ in range(2):
+        status, output = push("--subnet", "smallest", "--onnx", "true")
+        assert status == 0, output
+    assert len(hub.repositories[REPOSITORY].commits) == 2  # an empty one, and ours: the exporter repeats itself
+    files = hub.repositories[REPOSITORY].files()
+    assert {name for name in files if name.startswith("onnx/")} == {"onnx/model.onnx", "onnx/model_quantized.onnx"}
+    (tmp_path / "model.onnx").write_bytes(files["onnx/model.onnx"])
+    audio = noise(1, 6000)
+    expected = answer(load_cut_lighthubert(supernet, "smallest").cpu(), audio)
+    assert_close(onnx_runner(tmp_path / "model.onnx")(audio), expected)
+
+
+def test_what_no_onnx_file_can_hold_is_pushed_without(push, supernet, tmp_path):
+    windowed, space = tmp_path / "windowed", SearchSpace((16,), (4,), (2,), (1,), head_dim=4, attention_window=(9,))
+    tiny_model(LightHubertModel, space).extract_subnet().save_pretrained(windowed)
+    status, output = push("--model_name_or_path", windowed, "--onnx", "true")
+    assert status == 2
+    assert "attends within a window" in output and "--onnx false leaves the ONNX files out" in output
+    assert push("--model_name_or_path", windowed)[0] == 0
 
 
 def test_pushing_the_same_once_more_makes_no_commit(hub, push):
