@@ -11,7 +11,6 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,16 +20,15 @@ import numpy as np
 from common import BenchArguments, Table
 from comparisons import Results
 from measures import TEXT
-from processes import parse, run_script
+from processes import parse
 from runner import Runner
 
-from lighthubert_training.data.strings import read_parquet
 from lighthubert_training.error_rates import character_error_rate, word_error_rate
 from lighthubert_training.recognition.recognizer import Recognizer
 from lighthubert_training.runs.options import option
 from lighthubert_training.runs.plots import new_figure, save_figure
 from lighthubert_training.runs.tables import markdown_table
-from modeling_lighthubert.errors import UserError, run
+from modeling_lighthubert.errors import run
 from modeling_lighthubert.profiling import macs_per_second
 
 
@@ -70,17 +68,6 @@ class Recognition(Table):
         assert isinstance(arguments, RecognitionArguments)
         return arguments.steps * (6 if name in ONCE_FOR_ALL else 1), 0  # six subnets a step
 
-    @cached_property
-    def text_files(self) -> dict[str, list[Path]]:
-        """Parquet files with `text` and `language`, by part."""
-        found: dict[str, list[Path]] = {"train": [], "test": []}
-        for (_, part), file in self.arguments.files.items():
-            if {"text", "language"} <= set(read_parquet(file, ["audio"]).column_names):
-                found[part].append(file)
-        if not all(found.values()):
-            raise UserError(f"--speech_dir {self.arguments.speech_dir} has no files with text and language")
-        return found
-
     def subnet_file(self, name: str, folder: Path) -> Path:
         file = folder / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -91,17 +78,12 @@ class Recognition(Table):
         """Fine-tunes, and transcribes the test recordings with every subnet of the run."""
         slug = "".join(each if each.isalnum() else "-" for each in f"{name}-{seed}")
         folder, row, once_for_all = self.output / "asr" / slug, name.removesuffix(" alone"), name in ONCE_FOR_ALL
-        options: dict[str, Any] = {"config": "ctc_small_budget", "max_steps": self.arguments.steps}
-        options |= {"train_file": self.text_files["train"], "validation_file": self.text_files["test"]}
-        options |= {"text_case": TEXT.text_case, "chars_to_ignore": TEXT.chars_to_ignore, "max_eval_samples": 10}
-        options |= {"per_device_train_batch_size": 8, "learning_rate": self.arguments.ctc_learning_rate}
+        options: dict[str, Any] = {"max_steps": self.arguments.steps}
         if once_for_all:
             options |= {"once_for_all": True, "distillation_weight": ONCE_FOR_ALL[name]}
         else:
             options["subnet"] = self.subnet_file(row, folder)
-        options |= {"model_name_or_path": self.distil(seed), "output_dir": folder, "seed": seed}
-        options["resume_from_checkpoint"] = "latest"
-        run_script("training/run_speech_recognition_ctc.py", **options)
+        self.fine_tune(self.distil(seed), folder, seed, self.text_files, **options)
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         seconds = next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
         files = {each: str(self.subnet_file(each, folder)) for each in self.subnets} if once_for_all else {row: None}

@@ -5,6 +5,7 @@ them are measured by.
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +15,18 @@ from typing import Any, ClassVar
 import torch
 import yaml
 from filelock import FileLock
-from measures import MeasureArguments, Measures
+from measures import TEXT, MeasureArguments, Measures
 from processes import ROOT, run_script
 from recordings import distillation_files, write_superb_data
 from torch import nn
 from transformers import set_seed
 
+from lighthubert_training.data.strings import read_parquet
 from lighthubert_training.distillation.arguments import ObjectiveArguments
 from lighthubert_training.distillation.teacher import build_teacher
 from lighthubert_training.runs.options import option
 from modeling_lighthubert import LightHubertModel, Subnet
+from modeling_lighthubert.errors import UserError
 from modeling_lighthubert.files import whole_files, write_text
 from modeling_lighthubert.loading import load_config, load_model, parse_search_space
 from modeling_lighthubert.profiling import macs_per_second
@@ -177,6 +180,31 @@ class Bench:
         options |= {"search_space": None, "sampling": "largest"}
         start = {"student_name_or_path": self.save(model)}
         return load_model(self.distil(seed, **start | options | changes), head=LightHubertModel)
+
+    @cached_property
+    def text_files(self) -> dict[str, list[Path]]:
+        """Parquet files with `text` and `language`, by part."""
+        found: dict[str, list[Path]] = {"train": [], "test": []}
+        for (_, part), file in self.arguments.files.items():
+            if {"text", "language"} <= set(read_parquet(file, ["audio"]).column_names):
+                found[part].append(file)
+        if not all(found.values()):
+            raise UserError(f"--speech_dir {self.arguments.speech_dir} has no files with text and language")
+        return found
+
+    def fine_tune(
+        self, model: Path, folder: Path, seed: int, files: Mapping[str, Sequence[Path]], **options: Any
+    ) -> None:
+        """Fine-tunes with CTC into `folder`; a run that was killed goes on.
+
+        Args:
+            files: Parquet files with `text` for the parts `train` and `test`.
+        """
+        shared = {"config": "ctc_small_budget", "text_case": TEXT.text_case, "chars_to_ignore": TEXT.chars_to_ignore}
+        shared |= {"train_file": files["train"], "validation_file": files["test"], "max_eval_samples": 10}
+        shared |= {"per_device_train_batch_size": 8, "learning_rate": self.arguments.ctc_learning_rate}
+        shared |= {"model_name_or_path": model, "output_dir": folder, "seed": seed, "resume_from_checkpoint": "latest"}
+        run_script("training/run_speech_recognition_ctc.py", **shared | options)
 
     @cached_property
     def ordered(self) -> LightHubertModel:

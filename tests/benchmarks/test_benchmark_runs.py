@@ -49,6 +49,7 @@ def test_runs_are_made_once_and_kept_with_their_options(bench_arguments):
         ("teachers", "Teachers", "TeachersArguments"),
         ("narrow_feature_encoder", "NarrowFeatureEncoders", "NarrowArguments"),
         ("asr", "Recognition", "RecognitionArguments"),
+        ("cascade", "Cascades", "CascadeArguments"),
     ],
 )
 def test_the_hours_of_all_runs_are_told_beforehand(bench_arguments, module, table, options):
@@ -58,6 +59,25 @@ def test_the_hours_of_all_runs_are_told_beforehand(bench_arguments, module, tabl
     jobs = [runner.job(name, 0) for name in runner.kind.names(arguments)]
     assert all(runner.hours([job]) > 0 for job in jobs)
     assert 0.01 < runner.hours(jobs) < 48
+
+
+def test_a_cascade_is_tested_on_recordings_that_did_not_choose_its_threshold(bench_arguments, monkeypatch):
+    module, added = load("cascade"), []
+    options = asdict(bench_arguments) | {"measures": [], "steps": 2, "repeats": 1}
+    cascades = module.Cascades(module.CascadeArguments(**options))
+    add = module.Calibration.add
+    monkeypatch.setattr(module.Calibration, "add", lambda self, *given: (added.append(given[1]), add(self, *given)))
+    rows = cascades.run("prompts", 0)
+    assert list(rows) == list(module.CASCADES)
+    chosen_on, tested_on = added[:2]
+    assert (len(chosen_on), len(tested_on)) == (6, 6)
+    for row in rows.values():
+        shares, errors = zip(*row["curve"])
+        assert 0 < shares[0] < 1 and list(shares) == sorted(shares)
+        assert shares[0] <= row["share of macs"] <= shares[-1] + 1e-6
+        assert errors[0] == pytest.approx(row["wer, first"]) and row["share of time"] > 0
+    table = module.table({"prompts": {"0": rows}})
+    assert table.splitlines()[2].startswith("| prompts: smallest,largest | ")
 
 
 def test_runs_of_another_teacher_in_the_same_folder_are_others(bench_arguments):
