@@ -112,7 +112,7 @@ def write_export(
     quantize: str | None = None,
     processor: Wav2Vec2Processor | None = None,
 ) -> tuple[Runner, Path]:
-    """Writes a cut model in one of `FORMATS`. Its own weights are rounded to `dtype`, too.
+    """Writes a cut model in one of `FORMATS`. Its own weights are rounded to `dtype`, too, but for an ONNX file.
 
     Args:
         processor: of the model, for `RUNTIMES`, which keep it in a form of their own.
@@ -127,8 +127,8 @@ def write_export(
             file = write_transformers_js(model, processor, folder)
         return onnx_runner(file), file
     if form == "onnx":
-        to_onnx(model, folder, quantize)
-        file = folder / ("model_int8.onnx" if quantize else "model.onnx")
+        to_onnx(model, folder, "float16" if dtype is torch.float16 else quantize)
+        (file,) = folder.glob("*.onnx")
         return onnx_runner(file), file
     exported: Any = model if form == "transformers" else to_hubert(model)
     exported = hubert_to_wav2vec2(exported) if form == "wav2vec2" else exported
@@ -211,8 +211,10 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     if options.quantize and form not in ("onnx", "sherpa-onnx"):
         both = ", which has both" if form == "transformers.js" else ""
         parser.error(f"--quantize is for --format onnx and sherpa-onnx, not for {form}{both}")
-    if is_onnx and options.dtype != "float32":
-        parser.error(f"--dtype is not for --format {form}: an ONNX file has float32, or --quantize int8")
+    if form == "onnx" and (options.dtype == "bfloat16" or options.dtype == "float16" and options.quantize):
+        parser.error("--format onnx has one of --dtype float32, --dtype float16 and --quantize int8")
+    if form in RUNTIMES and options.dtype != "float32":
+        parser.error(f"--dtype is not for --format {form}")
     if is_onnx and options.device != "cpu":
         parser.error(f"--device is not for --format {form}: an ONNX file is compared on the CPU")
     if options.repeats < 1:

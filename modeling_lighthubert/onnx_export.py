@@ -29,7 +29,7 @@ PRODUCTS = dict.fromkeys(("MatMul", "Gemm", "Conv"), 32) | dict.fromkeys(("MatMu
 def to_onnx(
     model: HubertPreTrainedModel, folder: str | Path, quantize: str | None = None, max_difference: float = 1e-4
 ) -> float:
-    """Writes `model.onnx`, or `model_int8.onnx`, and the configuration into `folder`.
+    """Writes `model.onnx`, `model_int8.onnx` or `model_fp16.onnx`, and the configuration into `folder`.
 
     The graph takes `input_values` (batch_size, num_samples), float32, and `attention_mask` of that shape, int64, and
     gives `logits`, or `last_hidden_state` of a base model. The kernel of the position convolution is stored as it is
@@ -39,6 +39,7 @@ def to_onnx(
         model: a cut model, a supernet, whose selected subnet is exported, or a stock HuBERT.
         quantize: `"int8"` stores the weights of matrix products in 8 bits, with a scale for each output, and computes
             with them (ONNX Runtime's dynamic quantisation). The first convolution and that of positions stay in fp32.
+            `"float16"` computes in half precision, for GPUs and WebGPU; inputs and outputs stay float32.
         max_difference: from torch's outputs; nothing is written above it. Not asked of a quantised file.
 
     Returns:
@@ -50,7 +51,7 @@ def to_onnx(
             `max_difference`.
     """
     exported = ExportedModel(model)
-    name = "model.onnx" if quantize is None else "model_int8.onnx"
+    name = {"int8": "model_int8.onnx", "float16": "model_fp16.onnx"}.get(quantize or "", "model.onnx")
     difference = write_graph(exported, Path(folder) / name, quantize, max_difference)
     exported.model.config.save_pretrained(folder)
     return difference
@@ -60,8 +61,8 @@ def write_graph(
     exported: "ExportedModel", path: Path, quantize: str | None = None, max_difference: float = 1e-4
 ) -> float:
     """Writes the ONNX file of what is exported. Arguments, result and errors are those of `to_onnx`."""
-    if quantize not in (None, "int8"):
-        raise UserError(f"quantize={quantize!r} is not known: choose 'int8' or None")
+    if quantize not in (None, *CONVERSIONS):
+        raise UserError(f"quantize={quantize!r} is not known: choose {' or '.join(map(repr, CONVERSIONS))} or None")
     for module in ("onnx", "onnxruntime", "onnxscript"):
         optional_module(module, "onnx", "writing an ONNX file")
     exported.eval()
@@ -74,8 +75,8 @@ def write_graph(
     as_inference_graph(exported.model)
     with whole_file(path) as file:
         _write(exported, file)
-        if quantize == "int8":
-            quantize_file(file, file)
+        if quantize is not None:
+            CONVERSIONS[quantize](file, file)
         difference = _difference(expected, exported, file)
         if quantize is None and difference > max_difference:
             raise UserError(
@@ -219,6 +220,23 @@ def quantize_file(file: Path, target: Path) -> None:
         per_channel=True,
         nodes_to_exclude=first,
     )
+
+
+def halve_file(file: Path, target: Path) -> None:
+    """Weights and activations in half precision; inputs and outputs stay float32.
+
+    Raises:
+        MissingExtraError: the extra `onnx` is not installed.
+    """
+    onnx: Any = optional_module("onnx", "onnx", "writing an ONNX file in half precision")
+    float16: Any = optional_module(
+        "onnxruntime.transformers.float16", "onnx", "writing an ONNX file in half precision"
+    )
+    onnx.save(float16.convert_float_to_float16(onnx.load(file), keep_io_types=True), target)
+
+
+CONVERSIONS = {"int8": quantize_file, "float16": halve_file}
+"""From a file in fp32 to one of another precision."""
 
 
 def macs_by_bits(file: str | Path, seconds: float = 1.0) -> dict[int, int]:

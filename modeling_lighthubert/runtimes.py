@@ -24,7 +24,7 @@ from transformers.models.hubert.modeling_hubert import HubertPreTrainedModel
 from . import LightHubertPreTrainedModel
 from .errors import UserError
 from .files import write_json, write_text
-from .onnx_export import ExportedModel, WaveformModel, quantize_file, write_graph
+from .onnx_export import ExportedModel, WaveformModel, halve_file, quantize_file, write_graph
 
 
 WAV2VEC2_CLASSES: dict[type[HubertPreTrainedModel], type[Wav2Vec2PreTrainedModel]] = {
@@ -87,8 +87,8 @@ def write_sherpa_onnx(
 
 
 def write_transformers_js(model: LightHubertPreTrainedModel, processor: Wav2Vec2Processor, folder: Path) -> Path:
-    """Writes what transformers.js reads as a HuBERT: `onnx/model.onnx` (its dtype `fp32`), `onnx/model_quantized.onnx`
-    (`q8`), `config.json`, `preprocessor_config.json` and `tokenizer.json`.
+    """Writes what transformers.js reads as a HuBERT: `onnx/model.onnx` (its dtype `fp32`), `onnx/model_fp16.onnx`
+    (`fp16`), `onnx/model_quantized.onnx` (`q8`), `config.json`, `preprocessor_config.json` and `tokenizer.json`.
 
     Args:
         model: a cut model with a CTC head, or a supernet, whose selected subnet is exported.
@@ -115,7 +115,8 @@ def write_transformers_js(model: LightHubertPreTrainedModel, processor: Wav2Vec2
 
 
 def write_onnx_folder(model: LightHubertPreTrainedModel, folder: Path) -> Path:
-    """Writes `onnx/model.onnx` and, in 8 bits, `onnx/model_quantized.onnx`, as repositories of the Hub have them.
+    """Writes `onnx/model.onnx`, in half precision `onnx/model_fp16.onnx` and in 8 bits `onnx/model_quantized.onnx`, as
+    repositories of the Hub have them.
 
     Args:
         model: a cut model, a supernet, whose selected subnet is exported, or a stock HuBERT.
@@ -130,6 +131,7 @@ def write_onnx_folder(model: LightHubertPreTrainedModel, folder: Path) -> Path:
     file = folder / "onnx" / "model.onnx"
     write_graph(ExportedModel(model), file)
     quantize_file(file, file.with_name("model_quantized.onnx"))
+    halve_file(file, file.with_name("model_fp16.onnx"))
     return file
 
 

@@ -53,7 +53,7 @@ class PushArguments:
         choices=("transformers", "hubert"),
     )
     dtype: str = option("float32", "Dtype of the weights.", choices=("float32", "bfloat16"))
-    onnx: bool = option(True, "Whether to add ONNX files in fp32 and in 8 bits. Needs the extra onnx.")
+    onnx: bool = option(True, "Whether to add ONNX files in fp32, fp16 and 8 bits. Needs the extra onnx.")
     license: str | None = option(None, "Licence, such as apache-2.0. Default: that of the supernet's card.")
     supernet_name: str | None = option(None, "Name of the supernet in the card. Default: its Hub id, or its folder.")
     teacher: str | None = option(None, "Name of the model that the supernet was distilled from.")

@@ -126,6 +126,31 @@ def test_eight_bits_say_nearly_the_same(exported, tmp_path, monkeypatch):
     assert np.corrcoef(exact.ravel(), quantised.ravel())[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("fault", ["an operator set of the future", "an operator that is not there"])
+def test_a_file_that_the_runtime_does_not_know_is_refused_in_one_line(exported, tmp_path, fault):
+    model = onnx.load(exported[1] / "model.onnx")
+    if "set" in fault:
+        model.opset_import[0].version = 999
+    else:
+        next(node for node in model.graph.node if node.op_type == "MatMul").op_type = "MatMulInteger4"
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(UserError, match=r"other.onnx cannot be run: .*(999|MatMulInteger4)"):
+        onnx_session(tmp_path / "other.onnx")
+
+
+def test_half_precision_says_nearly_the_same(exported, tmp_path, monkeypatch):
+    model, folder = exported
+    monkeypatch.setattr(onnx_export, "_write", lambda _, file: file.write_bytes((folder / "model.onnx").read_bytes()))
+    assert to_onnx(model.cpu(), tmp_path, quantize="float16") > 0
+    file = tmp_path / "model_fp16.onnx"
+    weights = [each for each in onnx.load(file).graph.initializer if each.data_type == onnx.TensorProto.FLOAT]
+    assert not weights and file.stat().st_size < (folder / "model.onnx").stat().st_size
+    inputs = (noise(1, 16_000), torch.ones(1, 16_000, dtype=torch.long))
+    exact, halved = run(folder / "model.onnx", *inputs), run(file, *inputs)
+    assert halved.dtype == np.float32
+    assert 0 < np.abs(halved - exact).max() < 0.05 * exact.std()
+
+
 def test_a_file_that_answers_differently_is_not_written(exported, tmp_path, monkeypatch):
     model, folder = exported
     monkeypatch.setattr(onnx_export, "_write", lambda _, file: file.write_bytes((folder / "model.onnx").read_bytes()))
@@ -135,7 +160,7 @@ def test_a_file_that_answers_differently_is_not_written(exported, tmp_path, monk
 
 
 def test_an_unknown_quantisation_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="quantize='int4' is not known: choose 'int8' or None"):
+    with pytest.raises(ValueError, match="quantize='int4' is not known: choose 'int8' or 'float16' or None"):
         to_onnx(make("cut CTC"), tmp_path, quantize="int4")
 
 

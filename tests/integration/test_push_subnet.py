@@ -120,11 +120,12 @@ def test_onnx_files_lie_beside_the_weights_and_answer_alike(hub, push, supernet,
         assert status == 0, output
     assert len(hub.repositories[REPOSITORY].commits) == 2  # an empty one, and ours: the exporter repeats itself
     files = hub.repositories[REPOSITORY].files()
-    assert {name for name in files if name.startswith("onnx/")} == {"onnx/model.onnx", "onnx/model_quantized.onnx"}
+    expected = {"onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_quantized.onnx"}
+    assert {name for name in files if name.startswith("onnx/")} == expected
     (tmp_path / "model.onnx").write_bytes(files["onnx/model.onnx"])
     audio = noise(1, 6000)
-    expected = answer(load_cut_lighthubert(supernet, "smallest").cpu(), audio)
-    assert_close(onnx_runner(tmp_path / "model.onnx")(audio), expected)
+    wanted = answer(load_cut_lighthubert(supernet, "smallest").cpu(), audio)
+    assert_close(onnx_runner(tmp_path / "model.onnx")(audio), wanted)
 
 
 def test_what_no_onnx_file_can_hold_is_pushed_without(push, supernet, tmp_path):

@@ -201,7 +201,7 @@ def page(digits, tmp_path_factory):
 def test_a_folder_of_transformers_js_has_the_files_that_it_looks_for(page):
     names = {str(file.relative_to(page)) for file in page.rglob("*") if file.is_file()}
     expected = {"config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert names == expected | {"onnx/model.onnx", "onnx/model_quantized.onnx"}
+    assert names == expected | {"onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_quantized.onnx"}
     config = json.loads((page / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("hubert", ["HubertForCTC"])
 
@@ -210,8 +210,9 @@ def test_transformers_js_writes_what_pytorch_writes(digits, page, node):
     assert node(page, "fp32", digits.recordings) == digits.written
 
 
-def test_transformers_js_loses_little_in_eight_bits(digits, page, node):
-    written = node(page, "q8", digits.recordings)
+@pytest.mark.parametrize("dtype", ["fp16", "q8"])
+def test_transformers_js_loses_little_in_fewer_bits(digits, page, node, dtype):
+    written = node(page, dtype, digits.recordings)
     assert digits.error_rate(written) < digits.error_rate(digits.written) + MOST_LOST
 
 

@@ -166,7 +166,9 @@ def test_what_distillation_left_is_exported_without_its_heads(tmp_path):
     ("words", "message"),
     [
         (["--quantize", "int8"], "--quantize is for --format onnx"),
-        (["--format", "onnx", "--dtype", "bfloat16"], "--dtype is not for --format onnx"),
+        (["--format", "onnx", "--dtype", "bfloat16"], "--format onnx has one of --dtype float32, --dtype float16"),
+        (["--format", "onnx", "--dtype", "float16", "--quantize", "int8"], "--format onnx has one of --dtype float32"),
+        (["--format", "sherpa-onnx", "--dtype", "float16"], "--dtype is not for --format sherpa-onnx"),
         (["--format", "onnx", "--device", "cuda"], "--device is not for --format onnx"),
         (["--repeats", "0"], "--repeats has to be at least 1"),
     ],
