@@ -25,7 +25,8 @@ from modeling_lighthubert.loading import load_model
 
 # what a step costs in passes of a subnet
 PASSES_OF_STEP = dict.fromkeys(SAMPLING_STRATEGIES, 1) | {"sandwich": 3}
-RANDOM = {"student_name_or_path": "random", "share_feature_encoder": False}
+RANDOM = {"student_name_or_path": "random", "share_feature_encoder": False, "learning_rate": 1e-3}
+"""From random weights nothing is learned at the recipe's learning rate, which is for a start from the teacher."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": {},
     f"smallest, {ALONE}": {"alone": "smallest"},
