@@ -209,8 +209,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     is_onnx, form = options.format in ("onnx", *RUNTIMES), options.format
     if options.quantize and form not in ("onnx", "sherpa-onnx"):
-        both = ", which has both" if form == "transformers.js" else ""
-        parser.error(f"--quantize is for --format onnx and sherpa-onnx, not for {form}{both}")
+        has_all = ", which has all precisions" if form == "transformers.js" else ""
+        parser.error(f"--quantize is for --format onnx and sherpa-onnx, not for {form}{has_all}")
     if form == "onnx" and (options.dtype == "bfloat16" or options.dtype == "float16" and options.quantize):
         parser.error("--format onnx has one of --dtype float32, --dtype float16 and --quantize int8")
     if form in RUNTIMES and options.dtype != "float32":
